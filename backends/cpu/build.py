@@ -1,0 +1,35 @@
+"""Build an executable for the CPU from a graph."""
+
+from __future__ import annotations
+
+from torch import fx
+
+from qcompile.backends.cpu import pipeline
+from qcompile.backends.cpu.executable import Executable, Interface, Port
+from qcompile.backends.cpu.legalize import LEGALIZE
+from qcompile.backends.lowering.shapes import dtype_name
+from qcompile.backends.lowering.translate import translate
+
+
+def build(graph_module: fx.GraphModule, *, threads: int | None = None, taps: tuple[str, ...] = ()) -> Executable:
+    """Compile a graph of ATen core and qc operators for the machine this runs on.
+
+    Args:
+        graph_module: constants are ``get_attr`` nodes, every node carries ``meta["val"]``.
+        threads: threads of one call; None takes every processor this process may use.
+        taps: names of nodes whose values are returned after the outputs, see ``Executable.tapped``.
+
+    Raises:
+        Refused: naming the node and the operator that cannot be lowered.
+    """
+    with pipeline.COMPILE_LOCK:  # building Relax runs TVM's passes too
+        lowered = translate(graph_module, legalize=LEGALIZE, taps=taps)
+    executable = pipeline.compile_module(lowered.module, threads)
+    placeholders = [node for node in graph_module.graph.nodes if node.op == "placeholder"]
+    inputs = tuple(Port(node.name, dtype_name(node.meta["val"].dtype), _shape(node)) for node in placeholders)
+    interface = Interface(inputs, tuple(lowered.outputs), len(taps), tuple(lowered.constants), tuple(lowered.fallbacks))
+    return Executable(executable, lowered.constants, interface, threads)
+
+
+def _shape(node: fx.Node) -> tuple[int | str, ...]:
+    return tuple(size if isinstance(size, int) else str(size) for size in node.meta["val"].shape)

@@ -1,0 +1,209 @@
+"""A compiled model on the CPU: built once, saved, loaded, called from any thread."""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import tvm
+import tvm_ffi
+from safetensors.torch import load_file, save_file
+from tvm import relax
+
+from qcompile.backends.cpu.kernels import isa
+from qcompile.backends.lowering.translate import Fallback
+from qcompile.errors import Refused
+
+ALIGNMENT = 64  # bytes; kernels load whole 512-bit vectors, and TVM refuses less
+LIBRARY, CONSTANTS, INTERFACE = "library.so", "constants.safetensors", "interface.json"
+
+_pool_lock = threading.Lock()
+_pool_threads = 0
+
+
+@dataclass(frozen=True)
+class Port:
+    """An input: its name, dtype and shape; a symbol stands for a size known at the call."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+
+
+@dataclass(frozen=True)
+class Interface:
+    """What a caller must know: inputs, names of outputs (taps last), how many of them are taps, constants in order."""
+
+    inputs: tuple[Port, ...]
+    outputs: tuple[str, ...]
+    taps: int
+    constants: tuple[str, ...]
+    fallbacks: tuple[Fallback, ...] = field(default=())
+
+
+@dataclass(frozen=True)
+class KernelTime:
+    """Time spent in one kernel during one call."""
+
+    kernel: str
+    calls: int
+    milliseconds: float
+
+
+class Executable:
+    """A compiled model. Call it with one tensor (torch or NumPy) for each input; it returns a tuple of torch tensors.
+
+    Calls may come from several threads: each gets a virtual machine of its own, all share the weights and the code.
+
+    Args:
+        module: the runtime module that holds the code.
+        constants: the tensors named in the interface.
+        interface: inputs and outputs.
+        threads: threads of one call; None takes every processor this process may use.
+    """
+
+    def __init__(self, module: Any, constants: Mapping[str, torch.Tensor], interface: Interface, threads: int | None = None) -> None:
+        self.interface = interface
+        self.threads = threads or isa.thread_count()
+        self._module = module
+        self._constants = {name: aligned(constants[name]) for name in interface.constants}
+        self._argument = tvm_ffi.convert([tvm.runtime.from_dlpack(tensor) for tensor in self._constants.values()])
+        self._machines = threading.local()
+        self._dtypes = [getattr(torch, port.dtype) for port in interface.inputs]
+
+    @property
+    def fallbacks(self) -> tuple[Fallback, ...]:
+        """Nodes that run without a kernel of this target, with the reason."""
+        return self.interface.fallbacks
+
+    def __call__(self, *inputs: torch.Tensor | np.ndarray) -> tuple[torch.Tensor, ...]:
+        """Run the model.
+
+        Raises:
+            Refused: the number of inputs, a dtype or a shape is not what the interface says.
+        """
+        arguments = self._prepare(inputs)
+        set_threads(self.threads)
+        return tuple(torch.from_dlpack(result) for result in self._machine()(*arguments, self._argument))
+
+    def tapped(self, *inputs: torch.Tensor | np.ndarray) -> tuple[tuple[torch.Tensor, ...], dict[str, torch.Tensor]]:
+        """Run the model; return its outputs, and by node name the values it was built to tap."""
+        results = self(*inputs)
+        count = len(results) - self.interface.taps
+        return results[:count], dict(zip(self.interface.outputs[count:], results[count:], strict=True))
+
+    def profile(self, *inputs: torch.Tensor | np.ndarray) -> list[KernelTime]:
+        """Run the model once with timers around every kernel; return the time of each, longest first."""
+        arguments = self._prepare(inputs)
+        set_threads(self.threads)
+        machine = relax.VirtualMachine(self._module, tvm.cpu())
+        times: dict[str, list[float]] = {}
+        import time
+
+        starts: list[float] = []
+
+        def instrument(_function: Any, name: str, before: bool, _result: Any, *_arguments: Any) -> None:
+            if before:
+                starts.append(time.perf_counter())
+            else:
+                times.setdefault(name, []).append(1e3 * (time.perf_counter() - starts.pop()))
+
+        machine["main"](*arguments, self._argument)  # the first call allocates
+        machine.set_instrument(instrument)
+        machine["main"](*arguments, self._argument)
+        found = [KernelTime(name, len(spent), sum(spent)) for name, spent in times.items()]
+        return sorted(found, key=lambda kernel: -kernel.milliseconds)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write a folder with the library, its constants and its interface; it appears whole or not at all."""
+        folder = Path(path)
+        partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
+        partial.mkdir(parents=True)
+        self.library(partial / LIBRARY)
+        save_file(self._constants, partial / CONSTANTS)
+        (partial / INTERFACE).write_text(json.dumps(asdict(self.interface), indent=1))
+        partial.rename(folder)
+
+    def library(self, path: str | os.PathLike[str]) -> None:
+        """Write the code as a shared library; the same model gives the same bytes."""
+        with tvm.target.Target(isa.target_description()):
+            self._module.export_library(os.fspath(path))
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], threads: int | None = None) -> Executable:
+        """Load what ``save`` wrote. This runs native code: load only what you trust.
+
+        Raises:
+            Refused: the folder is incomplete.
+        """
+        folder = Path(path)
+        missing = [name for name in (LIBRARY, CONSTANTS, INTERFACE) if not (folder / name).is_file()]
+        if missing:
+            raise Refused(f"{', '.join(missing)} is missing", node=str(folder), way_out="compile the model again")
+        interface = _interface(json.loads((folder / INTERFACE).read_text()))
+        return cls(tvm.runtime.load_module(os.fspath(folder / LIBRARY)), load_file(folder / CONSTANTS), interface, threads)
+
+    def _machine(self) -> Any:
+        if not hasattr(self._machines, "main"):
+            # The virtual machine keeps its arena and its registers: sharing one between threads gives wrong answers.
+            self._machines.machine = relax.VirtualMachine(self._module, tvm.cpu())
+            self._machines.main = self._machines.machine["main"]
+        return self._machines.main
+
+    def _prepare(self, inputs: Sequence[torch.Tensor | np.ndarray]) -> list[Any]:
+        if len(inputs) != len(self._dtypes):
+            names = ", ".join(port.name for port in self.interface.inputs)
+            raise Refused(f"the model takes {len(self._dtypes)} inputs ({names}), not {len(inputs)}")
+        sizes: dict[str, int] = {}
+        prepared = []
+        for port, dtype, value in zip(self.interface.inputs, self._dtypes, inputs, strict=True):
+            tensor = value if isinstance(value, torch.Tensor) else torch.from_numpy(value)
+            if tensor.dtype != dtype:
+                raise Refused(f"is {port.dtype}, not {str(tensor.dtype).removeprefix('torch.')}", node=port.name)
+            _check_shape(port, tuple(tensor.shape), sizes)
+            prepared.append(tvm_ffi.from_dlpack(aligned(tensor)))
+        return prepared
+
+
+def aligned(tensor: torch.Tensor) -> torch.Tensor:
+    """Return the tensor contiguous and on an address that is a multiple of 64; copied only if it is not so already."""
+    tensor = tensor.detach()
+    if tensor.is_contiguous() and tensor.data_ptr() % ALIGNMENT == 0:
+        return tensor
+    return tensor.clone(memory_format=torch.contiguous_format)
+
+
+def set_threads(threads: int) -> None:
+    """Give TVM's pool this many threads; left alone it may take one of two cores."""
+    global _pool_threads
+    if threads == _pool_threads:
+        return
+    with _pool_lock:
+        tvm.get_global_func("runtime.config_threadpool")(1, threads)
+        _pool_threads = threads
+
+
+def _check_shape(port: Port, shape: tuple[int, ...], sizes: dict[str, int]) -> None:
+    if len(shape) != len(port.shape):
+        raise Refused(f"has {len(port.shape)} axes, not {len(shape)}", node=port.name)
+    for expected, size in zip(port.shape, shape, strict=True):
+        wanted = sizes.setdefault(expected, size) if isinstance(expected, str) and expected.isidentifier() else expected
+        if isinstance(wanted, int) and wanted != size:
+            raise Refused(f"has the shape {list(port.shape)}, not {list(shape)}", node=port.name)
+
+
+def _interface(read: dict[str, Any]) -> Interface:
+    return Interface(
+        tuple(Port(port["name"], port["dtype"], tuple(port["shape"])) for port in read["inputs"]),
+        tuple(read["outputs"]),
+        read["taps"],
+        tuple(read["constants"]),
+        tuple(Fallback(**fallback) for fallback in read["fallbacks"]),
+    )

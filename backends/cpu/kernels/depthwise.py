@@ -1,0 +1,243 @@
+"""Depthwise convolution over NHWC images as one TIR kernel, int8 or float32, then the dialect's epilogue.
+
+Lanes are channels. For int8, the pixels under four taps are interleaved byte by byte, so that one ``vpdpbusd`` multiplies and adds four
+taps of sixteen channels; 64 channels are interleaved together, which halves the shuffles. Channels are cut into chunks of 64, then
+of 16; the last chunk overlaps the one before instead of reaching past the end. A task is one output row.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from tvm import tirx
+from tvm.tirx.script.builder import ir as T
+
+from qcompile.backends.cpu.kernels.convolution_arguments import Arguments, multiply_add
+from qcompile.backends.cpu.kernels.convolution_spec import LANES, Convolution
+from qcompile.backends.cpu.kernels.registers import (
+    SERIAL_WORK, Index, below, function, load_part, ramp, serial_or_parallel, splat, store,
+)  # fmt: skip
+from qcompile.backends.cpu.kernels.vector import spread, vector_type
+
+Array = np.ndarray[Any, Any]
+_WIDE = 64
+
+
+def depthwise(spec: Convolution) -> tirx.PrimFunc:
+    """Return the kernel of a convolution with one input and one output channel in each group; arguments as ``convolution``'s.
+
+    Raises:
+        ValueError: groups have more than one channel.
+    """
+    if not spec.groups == spec.channels == spec.out_channels:
+        raise ValueError(f"{spec} is not depthwise")
+    with function("depthwise") as builder:
+        kernel = _Kernel(spec)
+        tasks = kernel.batch * spec.out_height
+        if spec.pixels * spec.taps * spec.channels > SERIAL_WORK:
+            with T.parallel(tasks) as task:
+                kernel.task(task)
+        else:
+            serial_or_parallel(tasks, kernel.pixels * (spec.taps * spec.channels), kernel.task)
+    return builder.get()
+
+
+def pack_depthwise(
+    spec: Convolution, weight: Array, scale: Array | None = None, zero_point: Array | None = None, bias: Array | None = None
+) -> list[Array]:
+    """Return the constants of ``depthwise(spec)`` in its argument order; parameters as ``pack_convolution``'s.
+
+    Raises:
+        ValueError: the weight's shape does not agree with ``spec``, or a scale, zero point or bias is missing.
+    """
+    channels = spec.channels
+    if weight.shape != (channels, 1, *spec.kernel):
+        raise ValueError(f"a weight of shape {weight.shape} does not fit {spec}")
+    missing = (spec.integer and scale is None, spec.weight_affine and zero_point is None, spec.epilogue.bias != "none" and bias is None)
+    if any(missing):
+        raise ValueError(f"{spec} needs {', '.join(n for n, m in zip(('a scale', 'zero points', 'a bias'), missing, strict=True) if m)}")
+    shift = 128 if weight.dtype == np.uint8 else 0  # vpdpbusd reads weights as signed
+    taps = weight.reshape(channels, spec.taps).astype(np.int32 if spec.integer else np.float32) - shift
+    arrays = [_pack_taps(spec, taps)]
+    zeros = np.broadcast_to(zero_point - shift, (channels,)) if zero_point is not None and spec.weight_affine else None
+    if spec.has_sums:
+        arrays.append(_channels(taps.sum(1) if zeros is None else taps.sum(1) - spec.taps * zeros, np.int32))
+    if spec.integer:
+        arrays.append(_channels(np.broadcast_to(np.asarray(scale), (channels,)), np.float32))
+    if zeros is not None:
+        arrays.append(_channels(zeros, np.int32))
+    if spec.epilogue.bias != "none":
+        arrays.append(_channels(np.asarray(bias), np.dtype(spec.epilogue.bias)))
+    return arrays
+
+
+def _channels(values: Array, dtype: Any) -> Array:
+    padded = np.zeros(max(LANES, len(values)), dtype)
+    padded[: len(values)] = values
+    return padded
+
+
+def _chunks(channels: int) -> list[tuple[int, int]]:
+    """Return (first channel, channels) of each chunk; fewer than 16 channels are one chunk of 16, partly empty."""
+    wide = channels // _WIDE
+    chunks = [(i * _WIDE, _WIDE) for i in range(wide)]
+    chunks += [(first, LANES) for first in range(wide * _WIDE, channels - LANES + 1, LANES)]
+    return chunks if channels % LANES == 0 else [*chunks, (max(0, channels - LANES), LANES)]
+
+
+def _groups(spec: Convolution) -> int:
+    """Return the vectors of weights for sixteen channels: four taps each for int8, one for float."""
+    return -(-spec.taps // spec.word)
+
+
+def _pack_taps(spec: Convolution, taps: Array) -> Array:
+    """Return the weights chunk after chunk, each [group of taps][vector][16 channels][taps of a group], flat."""
+    groups, parts = _groups(spec), []
+    padded = np.zeros((max(LANES, spec.channels), groups * spec.word), np.int8 if spec.integer else np.float32)
+    padded[: spec.channels, : spec.taps] = taps
+    for first, width in _chunks(spec.channels):
+        chunk = padded[first : first + width].reshape(width, groups, spec.word).transpose(1, 0, 2)  # [group, channel, tap]
+        if width == _WIDE and spec.integer:  # channels in the order that ``_interleave`` leaves them: see there
+            chunk = chunk.reshape(groups, 4, 4, 4, spec.word).transpose(0, 2, 1, 3, 4)
+        parts.append(chunk.reshape(-1))
+    return np.ascontiguousarray(np.concatenate(parts))
+
+
+class _Kernel(Arguments):
+    """The arguments of one depthwise convolution and the statements of its tasks."""
+
+    def __init__(self, spec: Convolution) -> None:
+        elements = sum(width for _, width in _chunks(spec.channels)) * _groups(spec) * spec.word
+        super().__init__(spec, (elements,), max(LANES, spec.channels))
+
+    def task(self, index: Index) -> None:
+        """Compute one output row, chunk of channels by chunk."""
+        spec = self.spec
+        self.begin_task()
+        image, row = T.Bind(index // spec.out_height), T.Bind(index % spec.out_height)
+        top = T.Bind(row * spec.stride[0] - spec.padding[0])
+        inside = T.Bind(tirx.all(top >= 0, top + spec.dilation[0] * (spec.kernel[0] - 1) < spec.height))
+        wide = spec.channels // _WIDE
+        if wide:
+            with T.serial(wide) as chunk:
+                self._chunk((image, row, top, inside), T.Bind(T.cast(chunk * _WIDE, "int64")), _WIDE)
+        for first, width in _chunks(spec.channels)[wide:]:
+            self._chunk((image, row, top, inside), T.int64(first), width, self._weight_start(first))
+
+    def _weight_start(self, first: int) -> int:
+        before = _chunks(self.spec.channels)
+        return sum(width for _, width in before[: [c for c, _ in before].index(first)]) * _groups(self.spec) * self.spec.word
+
+    def _chunk(self, place: tuple[Index, ...], first: Index, width: int, weights: Index | None = None) -> None:
+        """Compute one row of outputs for one chunk of channels."""
+        spec = self.spec
+        image, row, top, inside = place
+        weights = first * (_groups(spec) * spec.word) if weights is None else weights
+        starts = [T.Bind(self.start(ramp(first + j * LANES))) for j in range(width // LANES)]
+        reach = spec.dilation[1] * (spec.kernel[1] - 1)
+        mask = below(spec.channels) if spec.channels < LANES else None
+        with T.serial(spec.out_width) as column:
+            left = T.Bind(column * spec.stride[1] - spec.padding[1])
+            spot = T.Bind(((image * spec.out_height + row) * spec.out_width + column) * spec.channels + first)
+
+            def pixel(border: bool) -> None:
+                corner = (image, top, left, first)  # noqa: B023 - called at once
+                for j, total in enumerate(self._sums(corner, starts, weights, width, border)):
+                    lanes = ramp(first + j * LANES)
+                    self.store_result(T.Bind(self.scaled(total, lanes)), lanes, spot + j * LANES, mask)  # noqa: B023 - called at once
+
+            if not any(spec.padding):
+                pixel(border=False)
+                return
+            with T.If(tirx.all(inside, left >= 0, left + reach < spec.width)):
+                with T.Then():
+                    pixel(border=False)
+                with T.Else():
+                    pixel(border=True)
+
+    def _read(self, corner: tuple[Index, ...], tap: int, offset: int, lanes: int, border: bool) -> Any:
+        """Return the unsigned codes (or floats) under one tap, of ``lanes`` channels from the chunk's first plus ``offset`` on."""
+        spec = self.spec
+        image, top, left, first = corner
+        y = top + tap // spec.kernel[1] * spec.dilation[0]
+        x = left + tap % spec.kernel[1] * spec.dilation[1]
+        # At the border an address outside the image is held to it, and the value replaced.
+        held = (T.max(T.min(y, T.int64(spec.height - 1)), T.int64(0)), T.max(T.min(x, T.int64(spec.width - 1)), T.int64(0)))
+        row, column = held if border else (y, x)
+        where = ramp(((image * spec.height + row) * spec.width + column) * spec.channels + first + offset, lanes)
+        value = self.flat_x[where] if spec.channels >= LANES else load_part(self.flat_x, below(spec.channels), where)
+        if spec.x == "int8":
+            value = T.bitwise_xor(T.reinterpret(vector_type("uint8", lanes), value), spread(T.uint8(128), lanes))
+        if border:
+            seen = tirx.all(y >= 0, y < spec.height, x >= 0, x < spec.width)
+            value = tirx.Select(splat(seen, lanes), value, splat(self.zero(), lanes))
+        return T.Bind(value)
+
+    def _sums(self, corner: tuple[Index, ...], starts: list[Any], weights: Index, width: int, border: bool) -> list[Any]:
+        """Return the finished sums of one pixel and chunk, vectors of sixteen channels in order."""
+        if not self.spec.integer:
+            return self._float_sums(corner, starts, weights, border)
+        spec, vectors = self.spec, width // LANES
+        totals, sums = _transpose_lanes(starts), [splat(T.int32(0))] * vectors
+        for group in range(_groups(spec)):
+            taps = range(group * 4, min(spec.taps, group * 4 + 4))
+            pixels = [self._read(corner, tap, 0, width, border) for tap in taps]
+            # Taps that only fill the group have zero weights: any pixel serves.
+            words = _interleave([*pixels, *[pixels[0]] * (4 - len(pixels))], width)
+            ones = T.reinterpret("int8x64", splat(T.int32(sum(1 << 8 * i for i in range(len(taps))))))
+            for j, word in enumerate(words):
+                weight = self.weight[ramp(weights + (group * vectors + j) * 64, 64)]
+                totals[j] = T.Bind(multiply_add(totals[j], word, weight, spec.isa))
+                if self.weight_zero is not None:
+                    sums[j] = T.Bind(multiply_add(sums[j], word, ones, spec.isa))
+        totals = _transpose_lanes(totals)
+        if self.weight_zero is None:
+            return totals
+        zeros = [self.weight_zero[ramp(corner[-1] + j * LANES)] for j in range(vectors)]
+        return [total - pixel_sum * zero for total, pixel_sum, zero in zip(totals, _transpose_lanes(sums), zeros, strict=True)]
+
+    def _float_sums(self, corner: tuple[Index, ...], starts: list[Any], weights: Index, border: bool) -> list[Any]:
+        totals = list(starts)
+        for tap in range(self.spec.taps):
+            for j in range(len(totals)):
+                weight = self.weight[ramp(weights + (tap * len(totals) + j) * LANES)]
+                totals[j] = T.Bind(totals[j] + self._read(corner, tap, j * LANES, LANES, border) * weight)
+        return totals
+
+
+def _interleave(pixels: list[Any], width: int) -> list[Any]:
+    """Return int32 words, each the bytes of four pixels in one channel.
+
+    Sixteen channels give one vector in order. Of 64 channels, vector k holds in its 128-bit lane L the channels 16 L + 4 k to + 3: the
+    order of byte and word unpacking, which stays inside lanes.
+    """
+    if width == LANES:
+        mixed = [tirx.Shuffle(pixels, [tap * LANES + channel for channel in range(LANES) for tap in range(4)])]
+    else:
+
+        def unpack(a: Any, b: Any, half: int, unit: int) -> Any:
+            count = 8 // unit  # units of one lane that go to this half
+            picks = [(lane * 16 + (half * count + i) * unit, u) for lane in range(4) for i in range(count) for u in range(unit)]
+            indices = []
+            for i in range(0, len(picks), unit):
+                indices += [base + u for base, u in picks[i : i + unit]] + [_WIDE + base + u for base, u in picks[i : i + unit]]
+            return T.Bind(tirx.Shuffle([a, b], indices))
+
+        pairs = [[unpack(pixels[i], pixels[i + 1], half, 1) for i in (0, 2)] for half in (0, 1)]
+        mixed = [unpack(*pairs[half], part, 2) for half in (0, 1) for part in (0, 1)]
+    return [T.Bind(T.reinterpret("int32x16", value)) for value in mixed]
+
+
+def _transpose_lanes(vectors: list[Any]) -> list[Any]:
+    """Transpose four vectors as a 4 x 4 matrix of 128-bit lanes; a single vector stays as it is."""
+    if len(vectors) == 1:
+        return list(vectors)
+    values = [T.Bind(value) for value in vectors]
+
+    def pick(a: Any, b: Any, lanes: tuple[int, ...]) -> Any:
+        return T.Bind(tirx.Shuffle([a, b], [lane * 4 + i for lane in lanes for i in range(4)]))
+
+    low = [pick(values[0], values[1], (0, 4, 1, 5)), pick(values[2], values[3], (0, 4, 1, 5))]
+    high = [pick(values[0], values[1], (2, 6, 3, 7)), pick(values[2], values[3], (2, 6, 3, 7))]
+    return [pick(*pair, lanes) for pair in (low, high) for lanes in ((0, 1, 4, 5), (2, 3, 6, 7))]

@@ -1,0 +1,364 @@
+"""Linear layers of any bit width as one TIR kernel: x [m, k] times a packed weight, then the dialect's epilogue.
+
+One task packs its rows of x side by side, ``[row block][k / 16 words][rows][16 words]``, so that the register block reads them
+from one stream without cache conflicts. Then, for each block of columns and each stretch of k, the panel of weights
+``[words][vectors][16 columns]`` meets every row block while it lies in the first-level cache. A word is 4 bytes: four codes that one
+``vpdpbusd`` lane multiplies and adds, or one float. Sums of integers are exact: x is made unsigned by flipping its top bit, weights
+are signed, and both shifts are taken back by column sums (see ``_finish``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from tvm import tirx
+from tvm.script.ir_builder import IRBuilder
+from tvm.script.ir_builder import tirx as T
+
+from qcompile.backends.cpu.kernels.isa import AVX512_VNNI
+from qcompile.backends.cpu.kernels.matmul_spec import CHUNK, LANES, Linear
+from qcompile.backends.cpu.kernels.vector import Expr, hold, rounded, spread
+
+_ROW_STEP = 4  # rows of a task are a multiple: the register block has a variant for such a remainder
+_FEW_OPERATIONS = 2 << 20  # below this many multiply-adds, waking another thread costs more than it saves
+_SHARED_BYTES = 1 << 20  # weights up to this size stay in each core's second-level cache: then rows are split, not columns
+
+
+def linear(spec: Linear) -> tirx.PrimFunc:
+    """Return the kernel of a linear layer; its arguments are, in this order and only where the layer has them:
+
+    x [m, k]; x_scale float32 [1] or [m]; x_zero_point int32 [1] or [m] (``spec.x_affine``); the arrays of
+    ``pack.pack_linear``; residual float32 [m, n]; out_scale float32 [1]; out_zero_point int32 [1]; the result [m, n].
+    """
+    with IRBuilder() as builder:
+        with T.prim_func(s_tir=True):
+            T.func_name("linear")
+            T.func_attr({"tirx.noalias": True})
+            arguments = _declare(spec)
+            _emit_tasks(spec, arguments)
+    return builder.get()
+
+
+@dataclass
+class _Arguments:
+    """The buffers of a kernel; those that the layer does not have are None."""
+
+    m: Expr
+    x: Expr
+    weight: Expr
+    y: Expr
+    x_scale: Expr | None = None
+    x_zero: Expr | None = None
+    sums: Expr | None = None
+    scale: Expr | None = None
+    weight_zero: Expr | None = None
+    bias: Expr | None = None
+    residual: Expr | None = None
+    out_scale: Expr | None = None
+    out_zero: Expr | None = None
+
+
+def _declare(spec: Linear) -> _Arguments:
+    m = T.int64()
+    IRBuilder.name("m", m)
+
+    def buffer(name: str, shape: tuple[Expr | int, ...], dtype: str) -> Expr:
+        matched = T.match_buffer(T.arg(f"{name}_handle", T.handle()), shape, dtype)
+        IRBuilder.name(name, matched)
+        return matched
+
+    k, n, per_column = spec.in_features, spec.out_features, (spec.padded_columns,)
+    granule = (m,) if spec.x_per_token else (1,)
+    found = {"x": buffer("x", (m, k), spec.x)}
+    if spec.integer:
+        found["x_scale"] = buffer("x_scale", granule, "float32")
+        if spec.x_affine:
+            found["x_zero"] = buffer("x_zero_point", granule, "int32")
+    found["weight"] = buffer("weight", spec.weight_shape, "float32" if spec.bits == 32 else "int8")
+    if spec.has_sums:
+        found["sums"] = buffer("weight_sums", per_column, "int32")
+    if spec.bits < 32:
+        found["scale"] = buffer("weight_scale", per_column, "float32")
+    if spec.weight_affine:
+        found["weight_zero"] = buffer("weight_zero_point", per_column, "int32")
+    if spec.epilogue.bias != "none":
+        found["bias"] = buffer("bias", per_column, spec.epilogue.bias)
+    if spec.epilogue.residual:
+        found["residual"] = buffer("residual", (m, n), "float32")
+    if spec.epilogue.codes:
+        found["out_scale"] = buffer("out_scale", (1,), "float32")
+        found["out_zero"] = buffer("out_zero_point", (1,), "int32")
+    found["y"] = buffer("y", (m, n), spec.epilogue.output)
+    return _Arguments(m, **found)
+
+
+# ---- tasks ----------------------------------------------------------------------------------------------------------------
+
+
+def _ceildiv(a: Expr, b: Expr) -> Expr:
+    return T.truncdiv(a + b - 1, b)
+
+
+def _emit_tasks(spec: Linear, arguments: _Arguments) -> None:
+    """Cut rows and columns into tasks, as many as a multiple of the threads, and emit the body of one."""
+    tile, n_blocks = spec.tile, spec.column_blocks
+    threads = tile.threads
+    m = hold(T.cast(arguments.m, "int32"))
+    tasks = _ceildiv(m, spec.task_rows)
+    few = m * (spec.in_features * spec.out_features // 1024) < _FEW_OPERATIONS // 1024
+    columns = T.Select(few, 1, min(threads, n_blocks))
+    if spec.words * spec.padded_columns * 4 <= _SHARED_BYTES:
+        tasks = hold(T.max(tasks, T.Select(m >= 2 * tile.rows * threads, threads, 1)))
+        tasks = T.Select(tasks > 1, _ceildiv(tasks, threads) * threads, tasks)
+        columns = T.Select(tasks > 1, 1, columns)
+    row_tasks, column_tasks = hold(tasks), hold(columns)
+    task_rows = hold(_ceildiv(_ceildiv(m, row_tasks), _ROW_STEP) * _ROW_STEP)
+    task_blocks = hold(_ceildiv(n_blocks, column_tasks))
+    with T.parallel(0, row_tasks * column_tasks) as task:
+        first_row = hold(T.truncdiv(task, column_tasks) * task_rows)
+        first_block = hold(T.truncmod(task, column_tasks) * task_blocks)
+        rows = hold(T.max(T.min(task_rows, m - first_row), 0))
+        blocks = hold(T.max(T.min(task_blocks, n_blocks - first_block), 0))
+        _emit_task(spec, arguments, first_row, rows, first_block, blocks)
+
+
+def _emit_task(spec: Linear, arguments: _Arguments, first_row: Expr, rows: Expr, first_block: Expr, blocks: Expr) -> None:
+    """Emit one task: pack its rows of x, then finish its blocks of columns one after another."""
+    tile = spec.tile
+    packed = T.alloc_buffer((spec.task_rows * spec.chunks * CHUNK,), "int32" if spec.integer else "float32")
+    _emit_pack(spec, arguments, packed, first_row, rows)
+    row_blocks = hold(_ceildiv(rows, tile.rows))
+    whole = spec.words <= tile.words
+    sums = T.alloc_buffer(((tile.rows if whole else spec.task_rows) * spec.columns,), "int32" if spec.integer else "float32")
+
+    def row_block(block: Expr, column_block: Expr, first_word: Expr, words: Expr, keep: bool) -> None:
+        left = hold(rows - block * tile.rows)
+        first_sum = 0 if whole else block * (tile.rows * spec.columns)
+
+        def product(count: int) -> None:
+            _emit_product(spec, arguments, packed, sums, block, column_block, first_word, words, first_sum, count, keep)
+
+        _dispatch(left, spec.row_variants, product)
+
+    def finish(block: Expr, column_block: Expr) -> None:
+        first_sum = 0 if whole else block * (tile.rows * spec.columns)
+        with T.serial(0, T.min(tile.rows, rows - block * tile.rows)) as i:
+            _finish(spec, arguments, sums, first_sum + i * spec.columns, first_row + block * tile.rows + i, column_block)
+
+    with T.serial(0, blocks) as b:
+        column_block = hold(first_block + b)
+        if whole:
+            with T.serial(0, row_blocks) as block:
+                row_block(block, column_block, 0, spec.words, keep=False)
+                finish(block, column_block)
+        else:
+            with T.serial(0, row_blocks) as block:
+                row_block(block, column_block, 0, tile.words, keep=False)
+            with T.serial(1, -(-spec.words // tile.words)) as stretch:
+                first = hold(stretch * tile.words)
+                with T.serial(0, row_blocks) as block:
+                    row_block(block, column_block, first, T.min(tile.words, spec.words - first), keep=True)
+            with T.serial(0, row_blocks) as block:
+                finish(block, column_block)
+
+
+def _dispatch(left: Expr, variants: tuple[int, ...], emit: Callable[[int], None]) -> None:
+    """Emit the smallest of the ascending ``variants`` of a row count that holds ``left`` rows."""
+    if len(variants) == 1:
+        emit(variants[0])
+        return
+    with T.If(left > variants[-2]):
+        with T.Then():
+            emit(variants[-1])
+        with T.Else():
+            _dispatch(left, variants[:-1], emit)
+
+
+def _emit_pack(spec: Linear, arguments: _Arguments, packed: Expr, first_row: Expr, rows: Expr) -> None:
+    """Copy rows of x into ``packed``; the last block repeats the last row up to a whole block."""
+    tile_rows, size = spec.tile.rows, 4 // (1 if spec.integer else 4)
+    whole, tail = divmod(spec.in_features, CHUNK * size)
+    with T.serial(0, _ceildiv(rows, tile_rows)) as block:
+        with T.serial(0, tile_rows) as i:
+            row = hold(T.cast(first_row + T.min(block * tile_rows + i, rows - 1), "int64"))
+            start = hold(block * (spec.chunks * tile_rows * CHUNK) + i * CHUNK)
+            with T.serial(0, whole) as chunk:
+                value = arguments.x[row, T.ramp(chunk * (CHUNK * size), 1, CHUNK * size)]
+                T.buffer_store(packed, _as_words(spec, value), [T.ramp(start + chunk * (tile_rows * CHUNK), 1, CHUNK)])
+            if tail:
+                _emit_pack_tail(spec, arguments, packed, row, start + whole * (tile_rows * CHUNK), whole * CHUNK * size, tail)
+
+
+def _emit_pack_tail(spec: Linear, arguments: _Arguments, packed: Expr, row: Expr, start: Expr, first: int, count: int) -> None:
+    """Copy the last ``count`` elements of a row, fewer than a vector, and fill the last word with zero codes."""
+    if not spec.integer:
+        with T.serial(0, count) as i:
+            T.buffer_store(packed, arguments.x[row, first + i], [start + i])
+        return
+
+    def word(base: Expr, filled: int) -> Expr:
+        flip = T.uint8(128 if spec.x == "int8" else 0)
+        parts = [T.bitwise_xor(T.reinterpret("uint8", arguments.x[row, base + j]), flip) for j in range(filled)]
+        shifted = [T.shift_left(T.cast(part, "int32"), T.int32(8 * j)) for j, part in enumerate(parts)]
+        total = shifted[0]
+        for part in shifted[1:]:
+            total = T.bitwise_or(total, part)
+        return total
+
+    with T.serial(0, count // 4) as i:
+        T.buffer_store(packed, word(first + i * 4, 4), [start + i])
+    if count % 4:
+        T.buffer_store(packed, word(first + count // 4 * 4, count % 4), [start + count // 4])
+
+
+def _as_words(spec: Linear, value: Expr) -> Expr:
+    """Return one vector of x as 16 words, int8 codes made unsigned by adding 128 (their top bit flipped)."""
+    if not spec.integer:
+        return value
+    if spec.x == "int8":
+        return T.bitwise_xor(T.reinterpret("int32x16", value), T.broadcast(T.reinterpret("int32", T.uint32(0x80808080)), CHUNK))
+    return T.reinterpret("int32x16", value)
+
+
+# ---- the register block ---------------------------------------------------------------------------------------------------
+
+
+def _emit_product(
+    spec: Linear, arguments: _Arguments, packed: Expr, sums: Expr, block: Expr, column_block: Expr,
+    first_word: Expr, words: Expr, first_sum: Expr, count: int, keep: bool,
+) -> None:  # fmt: skip
+    """Add (``keep``) or store the product of ``count`` rows by one panel, over ``words`` words of k, to ``sums``."""
+    tile, dtype = spec.tile, "int32" if spec.integer else "float32"
+    acc = T.alloc_buffer((count * spec.columns,), dtype, scope="local")
+    spots = [(i, j, T.ramp(i * spec.columns + j * LANES, 1, LANES)) for i in range(count) for j in range(tile.vectors)]
+    for i, j, spot in spots:
+        zero = T.broadcast(T.int32(0) if spec.integer else T.float32(0), LANES)
+        T.buffer_store(acc, sums[T.ramp(first_sum + i * spec.columns + j * LANES, 1, LANES)] if keep else zero, [spot])
+    row_stride = tile.rows * CHUNK
+    start = hold(block * (spec.chunks * row_stride) + T.truncdiv(first_word, CHUNK) * row_stride)
+
+    def step(chunk: Expr, w: Expr) -> None:
+        word = first_word + chunk * CHUNK + w
+        panel = [T.Bind(_panel_vector(spec, arguments, column_block, word, j)) for j in range(tile.vectors)]
+        if count == tile.rows:
+            _prefetch_next_panel(spec, arguments, column_block, word)
+        for i in range(count):
+            value = T.Bind(spread(packed[start + chunk * row_stride + i * CHUNK + w], LANES))
+            for j in range(tile.vectors):
+                spot = spots[i * tile.vectors + j][2]
+                T.buffer_store(acc, _multiply_add(spec, acc[spot], value, panel[j]), [spot])
+
+    with T.serial(0, T.truncdiv(words, CHUNK)) as chunk:
+        with T.serial(0, CHUNK) as w:
+            step(chunk, w)
+    if spec.words % CHUNK:
+        with T.serial(0, T.truncmod(words, CHUNK)) as w:
+            step(T.truncdiv(words, CHUNK), w)
+    for i, j, spot in spots:
+        T.buffer_store(sums, acc[spot], [T.ramp(first_sum + i * spec.columns + j * LANES, 1, LANES)])
+
+
+def _panel_vector(spec: Linear, arguments: _Arguments, column_block: Expr, word: Expr, j: int) -> Expr:
+    size = 64 if spec.integer else LANES
+    return arguments.weight[column_block, word, T.ramp(j * size, 1, size)]
+
+
+def _prefetch_next_panel(spec: Linear, arguments: _Arguments, column_block: Expr, word: Expr) -> None:
+    """Ask for the word one panel ahead; panels lie one behind another, so this also reaches into the next block of columns.
+
+    A first touch from memory would stall a fifth of the time at 128 rows. After the last panel the hint is void.
+    """
+    ahead = min(spec.tile.words, spec.words)
+    for j in range(spec.tile.vectors):
+        address = T.address_of(arguments.weight[column_block, word + ahead, j * (64 if spec.integer else LANES)])
+        prefetch = T.llvm_lookup_intrinsic_id("llvm.prefetch")
+        T.evaluate(T.call_llvm_intrin("void", prefetch, address, T.int32(0), T.int32(2), T.int32(1)))
+
+
+def _multiply_add(spec: Linear, total: Expr, x: Expr, weight: Expr) -> Expr:
+    """Return total + x * weight for 16 columns: x 16 equal words, weight 16 words."""
+    if not spec.integer:
+        return total + x * weight
+    if spec.isa == AVX512_VNNI:
+        dot = T.llvm_lookup_intrinsic_id("llvm.x86.avx512.vpdpbusd.512")
+        return T.call_llvm_pure_intrin("int32x16", dot, total, T.reinterpret("uint8x64", x), weight)
+    weight = T.reinterpret("int32x16", weight)
+    for j in range(4):
+        unsigned = T.bitwise_and(T.shift_right(x, spread(T.int32(8 * j), LANES)), spread(T.int32(255), LANES))
+        signed = T.shift_right(T.shift_left(weight, spread(T.int32(24 - 8 * j), LANES)), spread(T.int32(24), LANES))
+        total = total + unsigned * signed
+    return total
+
+
+# ---- the end of a row block -----------------------------------------------------------------------------------------------
+
+
+def _finish(spec: Linear, arguments: _Arguments, sums: Expr, first_sum: Expr, row: Expr, column_block: Expr) -> None:
+    """Turn the finished sums of one row and one block of columns into results."""
+    n = spec.out_features
+    row64 = hold(T.cast(row, "int64"))
+    for j in range(spec.tile.vectors):
+        column = hold(column_block * spec.columns + j * LANES)
+        total = sums[T.ramp(first_sum + j * LANES, 1, LANES)]
+        if n % LANES == 0:
+            if n % spec.columns == 0:
+                _store(spec, arguments, total, row64, column)
+            else:
+                with T.If(column < n):
+                    with T.Then():
+                        _store(spec, arguments, total, row64, column)
+            continue
+        with T.If(column + LANES <= n):
+            with T.Then():
+                _store(spec, arguments, total, row64, column)
+            with T.Else():
+                _store_ragged(spec, arguments, total, row64, column)
+
+
+def _store(spec: Linear, arguments: _Arguments, total: Expr, row: Expr, column: Expr) -> None:
+    lanes = T.ramp(column, 1, LANES)
+    residual = arguments.residual[row, lanes] if arguments.residual is not None else None
+    T.buffer_store(arguments.y, _result(spec, arguments, total, residual, row, column), [row, lanes])
+
+
+def _store_ragged(spec: Linear, arguments: _Arguments, total: Expr, row: Expr, column: Expr) -> None:
+    """Store the last, partly filled vector of a row, element by element."""
+    y = T.alloc_buffer((LANES,), spec.epilogue.output, scope="local")
+    inside = spec.out_features - column
+    residual, lanes = None, T.ramp(0, 1, LANES)
+    if arguments.residual is not None:
+        found = T.alloc_buffer((LANES,), "float32", scope="local")
+        T.buffer_store(found, spread(T.float32(0), LANES), [lanes])
+        with T.serial(0, inside) as i:
+            T.buffer_store(found, arguments.residual[row, column + i], [i])
+        residual = found[lanes]
+    T.buffer_store(y, _result(spec, arguments, total, residual, row, column), [lanes])
+    with T.serial(0, inside) as i:
+        T.buffer_store(arguments.y, y[i], [row, column + i])
+
+
+def _result(spec: Linear, arguments: _Arguments, total: Expr, residual: Expr | None, row: Expr, column: Expr) -> Expr:
+    """Return 16 results from 16 finished sums."""
+    lanes = T.ramp(column, 1, LANES)
+    granule = row if spec.x_per_token else 0
+    epilogue, bias = spec.epilogue, arguments.bias[lanes] if arguments.bias is not None else None
+    y = total
+    if spec.integer:
+        y = rounded(T.cast(_exact_sum(spec, arguments, total, granule, lanes), "float32x16") * arguments.scale[lanes])
+        y = rounded(y * spread(arguments.x_scale[granule], LANES))
+    out_scale, out_zero = (arguments.out_scale[0], arguments.out_zero[0]) if epilogue.codes else (None, None)
+    return epilogue.apply(y, None if epilogue.bias == "int32" else bias, residual, out_scale, out_zero)
+
+
+def _exact_sum(spec: Linear, arguments: _Arguments, total: Expr, granule: Expr, lanes: Expr) -> Expr:
+    """Return the sum over k of (x - x_zero)(w - w_zero), from the sum over the bytes that were multiplied.
+
+    Sum (x + s - (x_zero + s)) w = total - (x_zero + s) sum w, with s = 128 where x is int8 and the columns' sums of w packed.
+    """
+    shift = T.int32(128 if spec.x == "int8" else 0)
+    if spec.x_affine:
+        total = total - spread(arguments.x_zero[granule] + shift, LANES) * arguments.sums[lanes]
+    elif spec.x == "int8":
+        total = total - spread(shift, LANES) * arguments.sums[lanes]
+    return total + arguments.bias[lanes] if spec.epilogue.bias == "int32" else total

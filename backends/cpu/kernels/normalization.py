@@ -1,0 +1,113 @@
+"""Layer norm and RMS norm over the last axis, with the additions around them: a residual before, codes after.
+
+Two passes over a row that lies in the first-level cache: mean, then the mean square of the differences (no cancellation as in
+E[x**2] - E[x]**2), then the result. Float order is free here; the codes are the dialect's ``quantize`` of the float32 that is returned,
+bit for bit.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tvm import tirx
+from tvm.tirx.script.builder import ir as T
+
+from qcompile.backends.cpu.kernels.registers import (
+    LANES, Index, argument, each_row, each_vector, function, load, local, ramp, reduce, size, splat, store, store_row,
+)  # fmt: skip
+from qcompile.backends.cpu.kernels.vector import rounded, to_codes
+
+_RANGES = {"int8": (-128, 127), "uint8": (0, 255)}
+_SLOTS = 4  # independent partial sums: the latency of an addition
+
+
+def layer_norm(
+    width: int, epsilon: float, *, affine: bool = True, rms: bool = False, residual: bool = False, codes: str = "", total: bool = False
+) -> tirx.PrimFunc:
+    """Build ``f(x[, residual][, weight[, bias]][, scale, zero_point], out[, codes][, total])``.
+
+    x, residual, out float32 [rows, width]; weight and bias float32 [width], both where ``affine`` (``rms`` has a weight only).
+    ``codes`` is "", "int8" or "uint8": then also codes [rows, width] of out with scale float32 [1] and zero_point int32 [1].
+    ``total`` asks for x + residual [rows, width] as another result (the residual stream of pre-norm blocks).
+
+        out = (s - mean(s)) / sqrt(mean((s - mean(s))**2) + epsilon) * weight + bias,   s = x + residual
+        out = s / sqrt(mean(s**2) + epsilon) * weight                                   with ``rms``
+    """
+    with function("rms_norm" if rms else "layer_norm") as builder:
+        norm = _Norm(width, epsilon, affine, rms, residual, codes, total)
+        each_row(norm.rows, width, norm.row)
+    return builder.get()
+
+
+class _Norm:
+    """The arguments of one normalization and the statements of a row."""
+
+    def __init__(self, width: int, epsilon: float, affine: bool, rms: bool, residual: bool, codes: str, total: bool) -> None:
+        self.width, self.epsilon, self.rms, self.range = width, epsilon, rms, _RANGES.get(codes)
+        self.rows = size("rows")
+        shape = (self.rows, width)
+        self.x = argument("x", shape)
+        self.residual = argument("residual", shape) if residual else None
+        self.weight = argument("weight", (width,)) if affine else None
+        self.bias = argument("bias", (width,)) if affine and not rms else None
+        self.scale = argument("scale", (1,)) if codes else None
+        self.zero_point = argument("zero_point", (1,), "int32") if codes else None
+        self.out = argument("out", shape)
+        self.codes = argument("codes", shape, codes) if codes else None
+        self.total = argument("total", shape) if total else None
+
+    def row(self, row: Index) -> None:
+        """Normalize one row."""
+        padded = -(-self.width // LANES) * LANES
+        values, sums = local(padded), local(_SLOTS * LANES)
+
+        def read(start: Index, mask: Any, slot: int) -> None:
+            value = load(self.x, mask, row, start)
+            if self.residual is not None:
+                value = value + load(self.residual, mask, row, start)
+            value = T.Bind(value)
+            store(values, value, ramp(start))
+            if self.total is not None:
+                store_row(self.total, value, mask, row, start)
+            self._add(sums, value * value if self.rms else value, slot)
+
+        self._clear(sums)
+        each_vector(self.width, read, _SLOTS)
+        mean = T.Bind(self._mean(sums))
+        if not self.rms:
+            self._clear(sums)
+
+            def spread(start: Index, mask: Any, slot: int) -> None:
+                difference = T.Bind(values[ramp(start)] - splat(mean))
+                square = difference * difference
+                self._add(sums, square if mask is None else tirx.Select(mask, square, splat(0.0)), slot)
+
+            each_vector(self.width, spread, _SLOTS)
+        square = self._mean(sums) if not self.rms else mean
+        factor = T.Bind(T.float32(1.0) / T.sqrt(square + T.float32(self.epsilon)))
+
+        def write(start: Index, mask: Any, slot: int) -> None:
+            value = values[ramp(start)]
+            value = (value if self.rms else value - splat(mean)) * splat(factor)
+            if self.weight is not None:
+                value = value * load(self.weight, mask, start)
+            if self.bias is not None:
+                value = value + load(self.bias, mask, start)
+            value = T.Bind(rounded(value))
+            store_row(self.out, value, mask, row, start)
+            if self.codes is not None:
+                code = to_codes(value, self.scale[0], self.zero_point[0], *self.range)
+                store_row(self.codes, T.cast(code, f"{self.codes.dtype}x{LANES}"), mask, row, start)
+
+        each_vector(self.width, write, _SLOTS)
+
+    def _clear(self, sums: Any) -> None:
+        for slot in range(_SLOTS):
+            store(sums, splat(0.0), ramp(slot * LANES))
+
+    def _add(self, sums: Any, value: Any, slot: int) -> None:
+        store(sums, sums[ramp(slot * LANES)] + value, ramp(slot * LANES))
+
+    def _mean(self, sums: Any) -> Any:
+        pairs = [sums[ramp(slot * LANES)] for slot in range(_SLOTS)]
+        return reduce("fadd", (pairs[0] + pairs[1]) + (pairs[2] + pairs[3])) / T.float32(self.width)

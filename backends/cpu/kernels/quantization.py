@@ -1,0 +1,203 @@
+"""Codes from floats and back: static and per-token dynamic quantization, dequantization, rows of a quantized table.
+
+All of it equals ``qcompile.formats.quantize`` bit for bit: IEEE division, round half to even, saturation, zero point added after rounding.
+Tensors are flat [count] where one scale serves all, [rows, width] where each row (token) has its own.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tvm import tirx
+from tvm.tirx.script.builder import ir as T
+
+from qcompile.backends.cpu.kernels.registers import (
+    LANES, Index, argument, below, each_element, each_row, each_vector, function, load, load_part, local, ramp, reduce, size, splat, store,
+    store_row,
+)  # fmt: skip
+from qcompile.backends.cpu.kernels.vector import rounded, to_codes
+from qcompile.formats import Scheme
+from qcompile.formats.quantize import SMALLEST_SCALE
+
+
+def code_dtype(scheme: Scheme) -> str:
+    """Return the dtype of one code, ``int8`` or ``uint8``."""
+    return "int8" if scheme.format.lowest < 0 else "uint8"
+
+
+def code_range(scheme: Scheme) -> tuple[int, int]:
+    """Return the lowest and the highest code."""
+    return int(scheme.format.lowest), int(scheme.format.highest)
+
+
+def quantize_static(scheme: Scheme) -> tirx.PrimFunc:
+    """Build ``f(x, scale, zero_point, codes)``: x float32 [count], scale float32 [1], zero_point int32 [1], codes int8 or uint8 [count]."""
+    with function("quantize_static") as builder:
+        count = size("count")
+        x, scale, zero = argument("x", (count,)), argument("scale", (1,)), argument("zero_point", (1,), "int32")
+        codes = argument("codes", (count,), code_dtype(scheme))
+
+        def body(start: Index, mask: Any) -> None:
+            code = to_codes(load(x, mask, start), scale[0], zero[0], *code_range(scheme))
+            store_row(codes, T.cast(code, f"{codes.dtype}x{LANES}"), mask, start)
+
+        each_element(count, body)
+    return builder.get()
+
+
+def quantize_dynamic(width: int, scheme: Scheme) -> tirx.PrimFunc:
+    """Build ``f(x, codes, scale, zero_point)``: x float32 [rows, width], codes [rows, width], scale float32 [rows], zero_point int32 [rows].
+
+    Each row (token) takes its scale from its own range, as ``choose_scale``; symmetric schemes write zero points of 0.
+
+    Raises:
+        ValueError: the format has no positive value to map the range to, or stored scales are not float32.
+    """
+    lowest, highest = code_range(scheme)
+    if highest < 1 or scheme.scale_format != "f32":
+        raise ValueError(f"no dynamic quantization kernel for '{scheme}'")
+    with function("quantize_dynamic") as builder:
+        rows = size("rows")
+        x = argument("x", (rows, width))
+        codes = argument("codes", (rows, width), code_dtype(scheme))
+        scales, zeros = argument("scale", (rows,)), argument("zero_point", (rows,), "int32")
+
+        def body(row: Index) -> None:
+            scale, zero = _row_scale(x, row, width, scheme)
+            store(scales, scale, row)
+            store(zeros, zero, row)
+
+            def write(start: Index, mask: Any, slot: int) -> None:
+                code = to_codes(load(x, mask, row, start), scale, zero, lowest, highest)
+                store_row(codes, T.cast(code, f"{codes.dtype}x{LANES}"), mask, row, start)
+
+            each_vector(width, write)
+
+        each_row(rows, width, body)
+    return builder.get()
+
+
+def _row_scale(x: Any, row: Index, width: int, scheme: Scheme) -> tuple[Any, Any]:
+    """Emit the range of one row; return its scale and zero point (``choose_scale``, operation by operation)."""
+    lowest, highest = code_range(scheme)
+    low, high = local(4 * LANES), local(4 * LANES)
+    for slot in range(4):  # zero belongs to every affine range, and changes no symmetric one
+        store(low, splat(0.0), ramp(slot * LANES))
+        store(high, splat(0.0), ramp(slot * LANES))
+
+    def widen(start: Index, mask: Any, slot: int) -> None:
+        lanes, value = ramp(slot * LANES), T.Bind(load(x, mask, row, start))
+        store(low, T.min(low[lanes], value), lanes)
+        store(high, T.max(high[lanes], value), lanes)
+
+    each_vector(width, widen)
+    lows, highs = ([b[ramp(slot * LANES)] for slot in range(4)] for b in (low, high))
+    bottom = T.Bind(reduce("fmin", T.min(T.min(lows[0], lows[1]), T.min(lows[2], lows[3]))))
+    top = T.Bind(reduce("fmax", T.max(T.max(highs[0], highs[1]), T.max(highs[2], highs[3]))))
+    smallest = T.float32(SMALLEST_SCALE)
+    if scheme.symmetric:
+        return T.Bind(T.max(T.max(T.float32(0.0) - bottom, top) / T.float32(highest), smallest)), T.int32(0)
+    scale = T.Bind(T.max(rounded(top - bottom) / T.float32(highest - lowest), smallest))
+    zero = T.nearbyint(rounded(T.float32(lowest) - bottom / scale))
+    return scale, T.Bind(T.cast(T.max(T.min(zero, T.float32(highest)), T.float32(lowest)), "int32"))
+
+
+def dequantize(scheme: Scheme) -> tirx.PrimFunc:
+    """Build ``f(codes, scale, zero_point, out)``: codes int8 or uint8 [count], scale float32 [1], zero_point int32 [1], out float32 [count]."""
+    with function("dequantize") as builder:
+        count = size("count")
+        codes = argument("codes", (count,), code_dtype(scheme))
+        scale, zero = argument("scale", (1,)), argument("zero_point", (1,), "int32")
+        out = argument("out", (count,))
+
+        def body(start: Index, mask: Any) -> None:
+            value = T.cast(load(codes, mask, start), f"int32x{LANES}") - splat(zero[0])
+            store_row(out, T.cast(value, f"float32x{LANES}") * splat(scale[0]), mask, start)
+
+        each_element(count, body)
+    return builder.get()
+
+
+def dequantize_rows(width: int, scheme: Scheme) -> tirx.PrimFunc:
+    """Build ``f(codes, scale, zero_point, out)`` with a scale float32 [rows] and zero_point int32 [rows] for each row of [rows, width]."""
+    with function("dequantize_rows") as builder:
+        rows = size("rows")
+        codes = argument("codes", (rows, width), code_dtype(scheme))
+        scale, zero = argument("scale", (rows,)), argument("zero_point", (rows,), "int32")
+        out = argument("out", (rows, width))
+
+        def body(row: Index) -> None:
+            def write(start: Index, mask: Any, slot: int) -> None:
+                value = T.cast(load(codes, mask, row, start), f"int32x{LANES}") - splat(zero[row])
+                store_row(out, T.cast(value, f"float32x{LANES}") * splat(scale[row]), mask, row, start)
+
+            each_vector(width, write)
+
+        each_row(rows, width, body)
+    return builder.get()
+
+
+# ---- rows of a table ------------------------------------------------------------------------------------------------------
+
+
+def embedding(width: int, bits: int, *, signed: bool = True, scales: str = "row", group: int = 0, affine: bool = False) -> tirx.PrimFunc:
+    """Build ``f(indices, weight[, scale][, zero_point], out)``: rows of a table, dequantized.
+
+    indices int64 [count], negative ones count from the end as in PyTorch; out float32 [count, width]. weight, in the packing of
+    ``qcompile.formats.packing``: 8 bits int8 or uint8 [rows, width], 1 to 7 bits uint8 [rows, ceil(width * bits / 8)], and 32 bits for a
+    float32 table [rows, width] without scales. ``scales``: "tensor" for [1], "row" for [rows], "group" for [rows, ceil(width / group)];
+    zero_point int32 of the same shape where ``affine``. An index outside the table reads its nearest row.
+
+    Raises:
+        ValueError: a group is no multiple of 16.
+    """
+    if scales == "group" and group % LANES:
+        raise ValueError(f"groups of {group} do not hold whole vectors of {LANES}")
+    with function("embedding") as builder:
+        count, rows = size("count"), size("rows")
+        indices = argument("indices", (count,), "int64")
+        dtype = {8: "int8" if signed else "uint8", 32: "float32"}.get(bits, "uint8")
+        weight = argument("weight", (rows, width if bits in (8, 32) else -(-width * bits // 8)), dtype)
+        shape = {"tensor": (1,), "row": (rows,), "group": (rows, -(-width // group) if group else 1)}[scales]
+        scale = argument("scale", shape) if bits != 32 else None
+        zero = argument("zero_point", shape, "int32") if affine else None
+        out = argument("out", (count, width))
+
+        def body(i: Index) -> None:
+            wrapped = T.Bind(indices[i] + tirx.Select(indices[i] < T.int64(0), rows, T.int64(0)))
+            row = T.Bind(T.max(T.min(wrapped, rows - 1), T.int64(0)))
+
+            def write(start: Index, mask: Any, slot: int) -> None:
+                if scale is None:
+                    store_row(out, load(weight, mask, row, start), mask, i, start)
+                    return
+                where = {"tensor": (0,), "row": (row,), "group": (row, start // group if group else 0)}[scales]
+                value = _unpacked(weight, row, start, mask, bits, signed, width)
+                value = value if zero is None else value - splat(zero[where])
+                store_row(out, T.cast(value, f"float32x{LANES}") * splat(scale[where]), mask, i, start)
+
+            each_vector(width, write)
+
+        each_row(count, width, body)
+    return builder.get()
+
+
+def _unpacked(weight: Any, row: Index, start: Index, mask: Any, bits: int, signed: bool, width: int) -> Any:
+    """Return int32 lanes with sixteen codes of a packed row from element ``start``; sixteen codes fill 2 * bits whole bytes."""
+    if bits == 8:
+        return T.cast(load(weight, mask, row, start), f"int32x{LANES}")
+    total, used = 2 * bits, -(-(width % LANES) * bits // 8)
+    whole = weight[row, ramp(start * bits // 8, total)] if mask is None else load_part(
+        weight, below(used, lanes=total), row, ramp(start * bits // 8, total), lanes=total)  # fmt: skip
+    packed = T.Bind(whole)
+    first = [lane * bits // 8 for lane in range(LANES)]
+    second = [min(byte + 1, total - 1) for byte in first]
+    copies = [packed] * -(-LANES // total)  # a shuffle may not return more lanes than it is given
+    low, high = (T.cast(tirx.Shuffle(copies, bytes), f"int32x{LANES}") for bytes in (first, second))
+    pair = T.bitwise_or(low, T.shift_left(high, splat(T.int32(8))))
+    # A code may straddle two bytes: bring its top bit to bit 31, then shift down with or without the sign.
+    up = tirx.Shuffle([T.int32(32 - bits - lane * bits % 8) for lane in range(LANES)], list(range(LANES)))
+    top = T.shift_left(pair, up)
+    if signed:
+        return T.shift_right(top, splat(T.int32(32 - bits)))
+    return T.bitwise_and(T.shift_right(top, splat(T.int32(32 - bits))), splat(T.int32((1 << bits) - 1)))

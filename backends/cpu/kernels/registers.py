@@ -1,0 +1,190 @@
+"""Vector registers of sixteen lanes, as TIR expressions: loads, stores, tails, reductions, transposes.
+
+Sixteen float32 fill one AVX-512 register; narrower machines get the same code split by LLVM. Everything here builds expressions or
+statements inside an open ``tvm.script.ir_builder.IRBuilder``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from tvm import tirx
+from tvm.script.ir_builder import IRBuilder
+from tvm.tirx.script.builder import ir as T
+
+from qcompile.backends.cpu.kernels.vector import rounded
+
+LANES = 16
+SERIAL_WORK = 1 << 20  # multiply-adds below which waking the other threads costs more than it saves
+
+Expression = Any  # TIR expressions carry no useful static types
+Index = Any
+
+
+@contextmanager
+def function(name: str) -> Iterator[IRBuilder]:
+    """Open a PrimFunc of this name; the builder's ``get()`` returns it after the block."""
+    with IRBuilder() as builder, T.prim_func(s_tir=True):
+        T.func_name(name)
+        T.func_attr({"tirx.noalias": True})
+        yield builder
+
+
+def size(name: str) -> Index:
+    """Return a symbolic int64 size, bound by the shape of the arguments that mention it."""
+    return tirx.Var(name, "int64")
+
+
+def argument(name: str, shape: tuple[Index, ...], dtype: str = "float32") -> Any:
+    """Declare the next buffer argument of the open function."""
+    return T.arg(name, T.buffer(shape, dtype, buffer_name=name))
+
+
+def local(elements: int, dtype: str = "float32") -> Any:
+    """Allocate a flat stack buffer; constant indices let LLVM keep it in registers."""
+    return T.alloc_buffer((elements,), dtype, scope="local")
+
+
+def long(value: Index) -> Index:
+    """Return the value as an int64 expression."""
+    return T.int64(value) if isinstance(value, int) else T.cast(value, "int64")
+
+
+def ramp(start: Index, lanes: int = LANES) -> Expression:
+    return T.ramp(start, 1, lanes)
+
+
+def splat(value: Expression, lanes: int = LANES) -> Expression:
+    """Copy a scalar to all lanes; a Python float becomes float32."""
+    return T.broadcast(T.float32(value) if isinstance(value, float) else value, lanes)
+
+
+def store(buffer: Any, value: Expression, *index: Index) -> None:
+    T.buffer_store(buffer, value, list(index))
+
+
+def below(limit: Index, start: Index = 0, lanes: int = LANES) -> Expression:
+    """Return the lane mask ``start + lane < limit``."""
+    return ramp(start, lanes) < splat(limit, lanes)
+
+
+def load_part(buffer: Any, mask: Expression, *index: Index, lanes: int = LANES, other: Expression | None = None) -> Expression:
+    """Load the lanes of the mask; the rest read no memory and hold ``other`` (default zero)."""
+    dtype = buffer.ty.dtype if hasattr(buffer, "ty") else buffer.dtype
+    vector = T.masked_load(f"{dtype}x{lanes}", buffer, *index, mask)
+    return tirx.Select(mask, vector, splat(T.cast(0, dtype), lanes) if other is None else other)
+
+
+def store_part(buffer: Any, value: Expression, mask: Expression, *index: Index) -> None:
+    """Store the lanes of the mask only."""
+    T.evaluate(T.masked_store(buffer, value, *index, mask))
+
+
+def reduce(kind: str, value: Expression) -> Expression:
+    """Reduce the lanes to a scalar; kind is ``add``, ``smax`` .. for integers, ``fmax``, ``fmin`` or ``fadd`` for floats."""
+    dtype = value.ty.dtype.split("x")[0]
+    start = [T.float32(0.0)] if kind == "fadd" else []
+    return T.call_llvm_pure_intrin(dtype, f"llvm.vector.reduce.{kind}", *start, value)
+
+
+def transpose(rows: list[Expression]) -> list[Expression]:
+    """Transpose sixteen vectors of sixteen lanes with 64 two-input shuffles."""
+    values = [T.Bind(row) for row in rows]
+    step = 1
+    while step < LANES:
+        # Lane bit and row bit of weight ``step`` change places.
+        even = [lane if not lane & step else LANES + lane - step for lane in range(LANES)]
+        odd = [lane + step if not lane & step else LANES + lane for lane in range(LANES)]
+        for i in range(LANES):
+            if not i & step:
+                low, high = values[i], values[i + step]
+                values[i] = T.Bind(tirx.Shuffle([low, high], even))
+                values[i + step] = T.Bind(tirx.Shuffle([low, high], odd))
+        step *= 2
+    return values
+
+
+def each_vector(width: int, body: Callable[[Index, Expression | None, int], None], unroll: int = 4) -> None:
+    """Emit ``body(start, mask, slot)`` for each vector of a row of ``width`` elements.
+
+    The mask is None but for the ragged last vector; slot < unroll tells apart vectors in flight together, for separate accumulators.
+    """
+    whole, rest = divmod(width, LANES)
+    if whole >= unroll:
+        with T.serial(whole // unroll) as i:
+            for slot in range(unroll):
+                body((i * unroll + slot) * LANES, None, slot)
+    for slot, vector in enumerate(range(whole // unroll * unroll, whole)):
+        body(vector * LANES, None, slot)
+    if rest:
+        body(whole * LANES, below(rest), whole % unroll)
+
+
+def load(buffer: Any, mask: Expression | None, *index: Index, lanes: int = LANES) -> Expression:
+    """Load sixteen elements, the last index being the first element's; lanes outside the mask are zero."""
+    where = (*index[:-1], ramp(index[-1], lanes))
+    return buffer[where] if mask is None else load_part(buffer, mask, *where, lanes=lanes)
+
+
+def store_row(buffer: Any, value: Expression, mask: Expression | None, *index: Index) -> None:
+    """Store sixteen elements, the last index being the first element's; only those of the mask."""
+    where = (*index[:-1], ramp(index[-1]))
+    if mask is None:
+        store(buffer, value, *where)
+    else:
+        store_part(buffer, value, mask, *where)
+
+
+def each_row(rows: Index, width: int, body: Callable[[Index], None], per_task: int = 8, threshold: int = 1 << 17) -> None:
+    """Emit ``body(row)`` for all rows of ``width`` elements, in tasks of a few rows; on all threads above ``threshold`` elements."""
+
+    def task(index: Index) -> None:
+        first = T.Bind(index * per_task)
+        with T.serial(T.min(rows - first, long(per_task))) as i:
+            body(T.Bind(first + i))
+
+    serial_or_parallel((rows + per_task - 1) // per_task, rows * width, task, threshold)
+
+
+def each_element(count: Index, body: Callable[[Index, Expression | None], None], per_task: int = 8192, threshold: int = 1 << 17) -> None:
+    """Emit ``body(start, mask)`` for all vectors of a flat array, in tasks of ``per_task`` elements."""
+
+    def task(index: Index) -> None:
+        first = T.Bind(index * per_task)
+        last = T.Bind(T.min(first + per_task, count))
+        whole = T.Bind((last - first) // (4 * LANES))
+        with T.serial(whole) as i:
+            for slot in range(4):
+                body(first + i * (4 * LANES) + slot * LANES, None)
+        with T.serial((last - first - whole * (4 * LANES) + LANES - 1) // LANES) as i:
+            start = T.Bind(first + (whole * 4 + i) * LANES)
+            body(start, below(last - start))
+
+    serial_or_parallel((count + per_task - 1) // per_task, count, task, threshold)
+
+
+def serial_or_parallel(extent: Index, work: Index, body: Callable[[Index], None], threshold: int = SERIAL_WORK) -> None:
+    """Loop over ``extent`` tasks, on all threads only where ``work`` (multiply-adds) repays waking them."""
+    with T.If(long(work) < T.int64(threshold)):
+        with T.Then(), T.serial(extent) as index:
+            body(index)
+        with T.Else(), T.parallel(extent) as index:
+            body(index)
+
+
+def exp2(value: Expression, lanes: int = LANES) -> Expression:
+    """Return 2**value for value <= 0 within 2 ulp; exactly zero below -126.
+
+    Round to an integer by adding 1.5 * 2**23, evaluate the rest on [-1/2, 1/2] by a Taylor polynomial of degree 6, add the integer to the exponent.
+    """
+    x = T.Bind(T.max(value, splat(-126.0, lanes)))
+    shifted = T.Bind(rounded(x + splat(12582912.0, lanes)))
+    rest = T.Bind(x - (shifted - splat(12582912.0, lanes)))
+    polynomial = splat(1.5403530393381608e-4, lanes)
+    for coefficient in (1.3333558146428443e-3, 9.618129107628477e-3, 5.550410866482158e-2, 0.2402265069591007, 0.6931471805599453, 1.0):
+        polynomial = polynomial * rest + splat(coefficient, lanes)
+    exponent = T.shift_left(T.reinterpret(f"int32x{lanes}", shifted), T.broadcast(T.int32(23), lanes))
+    power = T.reinterpret(f"float32x{lanes}", T.reinterpret(f"int32x{lanes}", polynomial) + exponent)
+    return tirx.Select(value < splat(-126.0, lanes), splat(0.0, lanes), power)

@@ -1,0 +1,120 @@
+"""Declaration of the CPU target, and its cache of built code."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Sequence
+from functools import lru_cache
+from importlib import resources
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qcompile.files import cache_folder
+from qcompile.formats import Scheme
+from qcompile.graph import Graph
+from qcompile.graph.text import bound_arguments, operator_name
+from qcompile.target import Executable, Kernel, Target
+
+_LOW_BITS = tuple(range(1, 9))
+
+
+class CpuTarget(Target):
+    """x86-64 through TVM and LLVM: AVX512-VNNI kernels, and portable ones for every other processor."""
+
+    name = "cpu"
+    summary = "this machine's processor, through TVM and LLVM (AVX512-VNNI, portable)"
+    kernels = (
+        Kernel("qc.linear", (8,), ("tensor", "channel"), "static", "int8 x int8, int32 accumulators, fused epilogue"),
+        Kernel("qc.linear", (8,), ("tensor", "channel"), "dynamic", "int8 x int8 with a scale for each token"),
+        Kernel("qc.linear", (4,), ("channel", "group"), "static", "int4 groups x int8"),
+        Kernel("qc.linear", (4,), ("channel", "group"), "dynamic", "int4 groups x int8 with a scale for each token"),
+        Kernel("qc.linear", _LOW_BITS, ("tensor", "channel", "group"), "float", "weights dequantized in the kernel, float32 product"),
+        Kernel("qc.conv2d", (8,), ("tensor", "channel"), "static", "int8 dense, 1x1, depthwise and grouped convolution"),
+        Kernel("qc.embedding", (4, 8), ("channel", "tensor"), "float", "rows dequantized while they are gathered"),
+    )
+
+    def build(self, graph: Graph, *, threads: int | None = None) -> Executable:
+        from qcompile.backends.cpu.executable import Executable as Built
+
+        place = _cache_place(graph)
+        if place.is_dir():
+            try:
+                return _Callable(Built.load(place, threads))
+            except Exception:  # a damaged cache is no reason to fail: build again
+                shutil.rmtree(place, ignore_errors=True)
+        from qcompile.backends.cpu.build import build
+
+        built = build(graph.module, threads=threads)
+        _store(built, place)
+        return _Callable(built)
+
+    def leftovers(self, graph: Graph) -> list[tuple[str, str, str]]:
+        found = []
+        for node in graph.nodes:
+            if node.op == "call_function" and operator_name(node.target) in ("qc.linear", "qc.conv2d", "qc.embedding"):
+                if reason := self.supports(operator_name(node.target), _layer_scheme(node)):
+                    found.append((node.name, operator_name(node.target), reason))
+        return found
+
+
+def _layer_scheme(node: Any) -> Any:
+    from qcompile.formats import LayerScheme, parse_scheme
+
+    def parsed(text: str | None) -> Scheme | None:
+        return parse_scheme(text) if text else None
+
+    arguments = bound_arguments(node)
+    return LayerScheme(parsed(arguments.get("weight_scheme") or arguments.get("scheme")), parsed(arguments.get("x_scheme")))
+
+
+class _Callable:
+    """An executable with the calling convention of ``qcompile.target.Executable``."""
+
+    def __init__(self, built: Any) -> None:
+        self.built = built
+
+    def __call__(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        return list(self.built(*inputs))
+
+    def profile(self, inputs: Sequence[torch.Tensor]) -> list[Any]:
+        """Return the time of every kernel of one call, longest first."""
+        return list(self.built.profile(*inputs))
+
+
+def _cache_place(graph: Graph) -> Path:
+    """Return where the code of this graph lies, by everything that decides it: graph, processor, compiler, and this package's own source."""
+    from qcompile.backends.cpu.kernels import isa
+
+    key = "\n".join([graph.digest, str(isa.target_description()), version("apache-tvm"), version("torch"), _source_digest()])
+    return cache_folder() / "cpu" / hashlib.sha256(key.encode()).hexdigest()[:32]
+
+
+@lru_cache(maxsize=1)
+def _source_digest() -> str:
+    digest = hashlib.sha256()
+    root = Path(str(resources.files("qcompile.backends")))
+    for path in sorted(root.rglob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def _store(built: Any, place: Path) -> None:
+    """Save the built code whole or not at all; a machine without a C compiler to link with runs without this cache."""
+    place.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    temporary = Path(tempfile.mkdtemp(dir=place.parent, prefix=".build."))
+    try:
+        built.save(temporary / "code")
+        os.replace(temporary / "code", place)
+    except OSError:  # another process was first, or nothing can be written
+        pass
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+TARGET = CpuTarget()

@@ -1,0 +1,133 @@
+"""The table of ATen operators: each entry is a small function from Relax values to a Relax value.
+
+An entry takes the walk and the operator's arguments by their schema names (nodes replaced by Relax values). ``order`` says
+how it treats images: ``PLAIN`` entries get NCHW; ``POINTWISE`` entries get all operands in one order and keep it;
+``SPATIAL`` entries read ``arguments.order`` and speak of axes through ``axis_in``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import torch
+from torch import fx
+
+from qcompile.backends.lowering.translate import Walk
+from qcompile.errors import Refused
+
+PLAIN, POINTWISE, SPATIAL = "plain", "pointwise", "spatial"
+NCHW, NHWC = "NCHW", "NHWC"
+
+
+class Entry(NamedTuple):
+    """How one operator is emitted, and in which orders of memory it works."""
+
+    emit: Callable[[Walk, SimpleNamespace], Any]
+    order: str = PLAIN
+
+
+TABLE: dict[str, Entry] = {}
+
+
+def converts(*names: str, order: str = PLAIN) -> Callable[[Any], Any]:
+    """Enter a function in the table under operator names such as ``aten.relu`` or ``aten.max.dim``."""
+
+    def enter(emit: Callable[[Walk, SimpleNamespace], Any]) -> Callable[[Walk, SimpleNamespace], Any]:
+        for name in names:
+            if name in TABLE:
+                raise ValueError(f"{name} has two converters")
+            TABLE[name] = Entry(emit, order)
+        return emit
+
+    return enter
+
+
+def operator_names(target: Any) -> tuple[str, str]:
+    """Return the names an operator is looked up by: with its overload, then without."""
+    if not isinstance(target, torch._ops.OpOverload):
+        name = f"python.{getattr(target, '__name__', target)}"
+        return name, name
+    packet = str(target.overloadpacket).replace("::", ".")
+    return f"{packet}.{target._overloadname}", packet
+
+
+def entry_of(target: Any) -> Entry | None:
+    """Return the table's entry of an operator, or None."""
+    _load()
+    full, packet = operator_names(target)
+    return TABLE.get(full) or TABLE.get(packet)
+
+
+def supported(target: Any) -> bool:
+    """Return whether an operator can be lowered, so that refusals can be listed before any work starts."""
+    return entry_of(target) is not None
+
+
+def convert(walk: Walk, node: fx.Node) -> None:
+    """Emit one node: with the target's legalizer if it takes the node, else with the table.
+
+    Raises:
+        Refused: the operator is not in the table.
+    """
+    entry = entry_of(node.target)
+    arguments = named_arguments(node)
+    full, packet = operator_names(node.target)
+    legalizer = walk.legalize.get(full) or walk.legalize.get(packet)
+    if legalizer is not None:
+        value = legalizer(walk, node, SimpleNamespace(**arguments))
+        if not isinstance(value, str):
+            if value is not None:
+                walk.bind(node, value)
+            return
+        walk.report(value)
+    elif packet.startswith("qc."):
+        walk.report("the target has no kernel for this operator")
+    if entry is None:
+        raise Refused(
+            "this operator cannot be lowered", node=node.name, operator=full,
+            way_out="decompose it, or enter a converter in qcompile.backends.lowering.converters.TABLE",
+        )  # fmt: skip
+    _emit(walk, node, entry, arguments)
+
+
+def named_arguments(node: fx.Node) -> dict[str, Any]:
+    """Return a node's arguments by schema name, defaults included; ``self`` is called ``self``."""
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return {f"argument_{i}": a for i, a in enumerate(node.args)}
+    named = {}
+    for i, argument in enumerate(node.target._schema.arguments):
+        if i < len(node.args):
+            named[argument.name] = node.args[i]
+        elif argument.name in node.kwargs:
+            named[argument.name] = node.kwargs[argument.name]
+        else:
+            named[argument.name] = argument.default_value if argument.has_default_value() else None
+    return named
+
+
+def _emit(walk: Walk, node: fx.Node, entry: Entry, arguments: dict[str, Any]) -> None:
+    tensors = [n for n in node.all_input_nodes if isinstance(walk.fake(n), torch.Tensor)]
+    last = entry.order != PLAIN and any(walk.is_channels_last(n) for n in tensors) and _result_rank(walk, node) == 4
+    read = walk.channels_last if last else walk.plain
+    values = {key: fx.map_arg(value, lambda n: read(n) if n in tensors else walk.plain(n)) for key, value in arguments.items()}
+    value = entry.emit(walk, SimpleNamespace(**values, order=NHWC if last else NCHW))
+    walk.bind(node, value, channels_last=last)
+
+
+def _result_rank(walk: Walk, node: fx.Node) -> int:
+    fake = walk.fake(node)
+    return fake.ndim if isinstance(fake, torch.Tensor) else 0
+
+
+def axis_in(order: str, axis: int) -> int:
+    """Return where an axis of NCHW stands in the given order."""
+    return axis % 4 if order == NCHW else (0, 3, 1, 2)[axis % 4]
+
+
+def _load() -> None:
+    """Import the modules that fill the table (they import this one)."""
+    from qcompile.backends.lowering import arithmetic, layers, quantized, structure
+
+    assert arithmetic and layers and quantized and structure

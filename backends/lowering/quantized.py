@@ -1,0 +1,305 @@
+"""What each qc operator means, written with generic Relax operators: what runs where a target has no kernel.
+
+Integers are exact (products and sums in int32); float parts follow the order of operations of ``qcompile.graph.dialect``.
+"""
+
+from __future__ import annotations
+
+import math
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import fx
+from tvm import relax, te, tirx
+from tvm.relax import op
+
+import qcompile.graph.dialect as dialect
+from qcompile.backends.lowering.arithmetic import cast
+from qcompile.backends.lowering.converters import POINTWISE, TABLE, converts
+from qcompile.backends.lowering.layers import causal_mask, masked_softmax
+from qcompile.backends.lowering.translate import Walk
+from qcompile.errors import Refused
+from qcompile.formats import Block, Channel, Group, Scheme, parse_scheme, unpack
+from qcompile.formats.integer import Integer
+
+Arguments = SimpleNamespace
+
+
+def _f32(value: float) -> Any:
+    return relax.const(value, "float32")
+
+
+# ---- quantize, dequantize -------------------------------------------------------------------------------------------------
+
+
+def round_half_even(walk: Walk, value: Any) -> Any:
+    """Emit rounding to the nearest integer, ties to even (Relax's own round is not specified for ties)."""
+    return walk.builder.emit_te(
+        lambda x: te.compute(x.shape, lambda *i: tirx.nearbyint(x(*i)), name="round"), value, primfunc_name_hint="round_half_even"
+    )  # fmt: skip
+
+
+def expand_scale(walk: Walk, scale: Any, scheme: Scheme, shape: list[Any]) -> Any:
+    """Emit a scale or zero point so that it broadcasts against a tensor of this shape."""
+    granularity = scheme.granularity
+    if isinstance(granularity, Channel):
+        view = [1] * len(shape)
+        view[granularity.axis] = shape[granularity.axis]
+        return walk.reshape(scale, view)
+    runs = {granularity.axis: granularity.size} if isinstance(granularity, Group) else {}
+    runs = {-2: granularity.rows, -1: granularity.columns} if isinstance(granularity, Block) else runs
+    for axis, size in runs.items():
+        axis %= len(shape)
+        repeated = walk.emit(op.repeat(scale, size, axis))
+        scale = walk.emit(op.strided_slice(repeated, [axis], [0], [shape[axis]], assume_inbound=True))
+    return scale
+
+
+def _encode(walk: Walk, value: Any, scheme: Scheme) -> Any:
+    if not isinstance(scheme.format, Integer):
+        raise Refused(f"{scheme.format} has no encoder here", node=walk.node.name, operator=str(walk.node.target))
+    clamped = op.minimum(op.maximum(value, _f32(scheme.format.lowest)), _f32(scheme.format.highest))
+    return walk.emit(op.astype(walk.emit(clamped), str(scheme.format.storage).removeprefix("torch.")))
+
+
+def emit_quantize(walk: Walk, x: Any, scale: Any, zero_point: Any, scheme: Scheme) -> Any:
+    """Emit the codes of x."""
+    shape = list(x.ty.shape)
+    rounded = round_half_even(walk, walk.emit(op.divide(x, expand_scale(walk, scale, scheme, shape))))
+    if zero_point is not None:
+        rounded = walk.emit(op.add(rounded, cast(walk, expand_scale(walk, zero_point, scheme, shape), "float32")))
+    return _encode(walk, rounded, scheme)
+
+
+def _decode(walk: Walk, codes: Any, scheme: Scheme, dtype: str) -> Any:
+    if isinstance(scheme.format, Integer):
+        return cast(walk, codes, dtype)
+    every_code = torch.arange(2**scheme.bits, dtype=torch.uint8).view(scheme.format.storage)
+    levels = walk.parameter(f"levels of {scheme.format}", lambda: scheme.format.decode(every_code))
+    return cast(walk, walk.emit(op.take(levels, cast(walk, codes, "int64"), axis=0)), dtype)
+
+
+def _centered(walk: Walk, codes: Any, zero_point: Any, scheme: Scheme) -> Any:
+    """Emit decode(codes) - zero_point as int32."""
+    values = _decode(walk, codes, scheme, "int32")
+    if zero_point is None:
+        return values
+    return walk.emit(op.subtract(values, expand_scale(walk, zero_point, scheme, list(codes.ty.shape))))
+
+
+def emit_dequantize(walk: Walk, codes: Any, scale: Any, zero_point: Any, scheme: Scheme) -> Any:
+    """Emit scale * (code - zero_point) for codes that are not packed."""
+    shape = list(codes.ty.shape)
+    values = _decode(walk, codes, scheme, "float32")
+    if zero_point is not None:
+        values = walk.emit(op.subtract(values, cast(walk, expand_scale(walk, zero_point, scheme, shape), "float32")))
+    return walk.emit(op.multiply(values, expand_scale(walk, scale, scheme, shape)))
+
+
+@converts("qc.quantize")
+def _quantize(walk: Walk, a: Arguments) -> Any:
+    return emit_quantize(walk, a.x, a.scale, a.zero_point, parse_scheme(a.scheme))
+
+
+@converts("qc.dequantize")
+def _dequantize(walk: Walk, a: Arguments) -> Any:
+    if a.size is not None and parse_scheme(a.scheme).bits != 8:
+        raise Refused("only constants may be packed", node=walk.node.name, operator=str(walk.node.target))
+    return emit_dequantize(walk, a.codes, a.scale, a.zero_point, parse_scheme(a.scheme))
+
+
+@converts("qc.quantize_dynamic")
+def _quantize_dynamic(walk: Walk, a: Arguments) -> list[Any]:
+    scheme = parse_scheme(a.scheme)
+    if str(scheme.granularity) not in ("token", "tensor") or not isinstance(scheme.format, Integer) or scheme.bits < 2:
+        raise Refused(f"dynamic ranges of '{scheme}' cannot be lowered", node=walk.node.name, operator=str(walk.node.target))
+    axes, keep = ([-1], True) if str(scheme.granularity) == "token" else (None, False)
+    low, high = walk.emit(op.min(a.x, axes, keep)), walk.emit(op.max(a.x, axes, keep))
+    smallest = _f32(2.0**-100)
+    if scheme.symmetric:
+        scale = op.divide(op.maximum(op.abs(low), op.abs(high)), _f32(scheme.format.highest))
+        scale = walk.emit(op.maximum(scale, smallest))
+        return [emit_quantize(walk, a.x, scale, None, scheme), scale, walk.emit(op.zeros(scale.ty.shape, "int32"))]
+    low, high = walk.emit(op.minimum(low, _f32(0))), walk.emit(op.maximum(high, _f32(0)))
+    scale = walk.emit(op.maximum(op.divide(op.subtract(high, low), _f32(scheme.format.highest - scheme.format.lowest)), smallest))
+    zero = round_half_even(walk, walk.emit(op.subtract(_f32(scheme.format.lowest), op.divide(low, scale))))
+    zero = op.minimum(op.maximum(zero, _f32(scheme.format.lowest)), _f32(scheme.format.highest))
+    zero_point = walk.emit(op.astype(walk.emit(zero), "int32"))
+    return [emit_quantize(walk, a.x, scale, zero_point, scheme), scale, zero_point]
+
+
+# ---- products -------------------------------------------------------------------------------------------------------------
+
+
+def activate(walk: Walk, y: Any, activation: str) -> Any:
+    """Emit one of the activations of ``dialect.ACTIVATIONS``."""
+    name = activation.removeprefix("add_")
+    if name == "none":
+        return y
+    aten = {"gelu_tanh": "gelu"}.get(name, name)
+    arguments = SimpleNamespace(self=y, approximate="tanh" if name == "gelu_tanh" else "none")
+    return walk.emit(TABLE[f"aten.{aten}"].emit(walk, arguments)) if name in ("gelu", "gelu_tanh") else walk.emit(_SIMPLE[name](y))
+
+
+_SIMPLE = {
+    "relu": op.nn.relu,
+    "relu6": lambda y: op.clip(y, 0, 6),
+    "silu": op.nn.silu,
+    "tanh": op.tanh,
+    "sigmoid": op.sigmoid,
+    "hardswish": lambda y: op.divide(op.multiply(y, op.clip(op.add(y, _f32(3)), 0, 6)), _f32(6)),
+}
+
+
+def _is_float(value: Any) -> bool:
+    return value is not None and str(value.ty.dtype).startswith("float")
+
+
+def _epilogue(walk: Walk, y: Any, a: Arguments, bias: Any) -> Any:
+    if _is_float(bias):
+        y = walk.emit(op.add(y, bias))
+    if not a.activation.startswith("add_"):
+        y = activate(walk, y, a.activation)
+    if a.residual is not None:
+        y = walk.emit(op.add(y, a.residual))
+    if a.activation.startswith("add_"):
+        y = activate(walk, y, a.activation)
+    return emit_quantize(walk, y, a.out_scale, a.out_zero_point, parse_scheme(a.out_scheme)) if a.out_scheme else y
+
+
+def _weight(walk: Walk, dtype: torch.dtype, size: int, order: str, arrange: Any) -> Any:
+    """Return the weight of qc.linear or qc.conv2d as a constant: int32 codes less the zero point, or float32 values."""
+    node = walk.node.kwargs.get("weight", walk.node.args[3])
+    scheme = parse_scheme(_argument(walk, "weight_scheme"))
+
+    def make(packed: torch.Tensor) -> torch.Tensor:
+        codes = unpack(packed, scheme.bits, scheme.format.lowest < 0, size)
+        zero_point = walk.constant(_argument(walk, "weight_zero_point"))
+        if dtype == torch.float32:
+            return arrange(dialect.dequantize(codes, walk.constant(_argument(walk, "weight_scale")), zero_point, scheme))
+        return arrange(dialect._centered(codes, zero_point, scheme).to(torch.int32))
+
+    return walk.packed(node, f"{order} {dtype}", make)
+
+
+def _argument(walk: Walk, name: str) -> Any:
+    from qcompile.backends.lowering.converters import named_arguments
+
+    return named_arguments(walk.node)[name]
+
+
+@converts("qc.linear")
+def _linear(walk: Walk, a: Arguments) -> Any:
+    if not a.x_scheme:
+        weight = _weight(walk, torch.float32, a.in_features, "transposed", lambda w: w.t())
+        return _epilogue(walk, walk.emit(op.matmul(a.x, weight)), a, a.bias)
+    scheme = parse_scheme(a.weight_scheme)
+    x = _centered(walk, a.x, a.x_zero_point, parse_scheme(a.x_scheme))
+    weight = _weight(walk, torch.int32, a.in_features, "transposed", lambda w: w.t())
+    if isinstance(scheme.granularity, Group):
+        y = _grouped_product(walk, x, weight, a.weight_scale, scheme.granularity.size, a.in_features)
+    else:
+        accumulator = walk.emit(op.matmul(x, weight))
+        if a.bias is not None and not _is_float(a.bias):
+            accumulator = walk.emit(op.add(accumulator, a.bias))
+        y = walk.emit(op.multiply(cast(walk, accumulator, "float32"), a.weight_scale))
+    return _epilogue(walk, walk.emit(op.multiply(y, a.x_scale)), a, a.bias)
+
+
+def _grouped_product(walk: Walk, x: Any, weight: Any, scales: Any, size: int, features: int) -> Any:
+    """Emit the sum, in ascending group order, of each group's exact product times the group's scales."""
+    total: Any = None
+    for group in range(math.ceil(features / size)):
+        start, end = group * size, min((group + 1) * size, features)
+        rank = len(x.ty.shape)
+        part = walk.emit(op.strided_slice(x, [rank - 1], [start], [end], assume_inbound=True))
+        rows = walk.emit(op.strided_slice(weight, [0], [start], [end], assume_inbound=True))
+        scale = walk.reshape(walk.emit(op.strided_slice(scales, [1], [group], [group + 1], assume_inbound=True)), [scales.ty.shape[0]])
+        product = walk.emit(op.multiply(cast(walk, walk.emit(op.matmul(part, rows)), "float32"), scale))
+        total = product if total is None else walk.emit(op.add(total, product))
+    return total
+
+
+@converts("qc.conv2d")
+def _conv2d(walk: Walk, a: Arguments) -> Any:
+    stride, padding, dilation = list(a.stride), list(a.padding), list(a.dilation)
+    if a.x_scheme:
+        x = _centered(walk, a.x, a.x_zero_point, parse_scheme(a.x_scheme))
+        weight = _weight(walk, torch.int32, a.kernel_width, "plain", lambda w: w)
+        accumulator = walk.emit(op.nn.conv2d(x, weight, stride, padding, dilation, a.groups))
+        if a.bias is not None and not _is_float(a.bias):
+            accumulator = walk.emit(op.add(accumulator, _per_channel(walk, a.bias)))
+        y = walk.emit(op.multiply(cast(walk, accumulator, "float32"), _per_channel(walk, a.weight_scale)))
+        y = walk.emit(op.multiply(y, a.x_scale))
+    else:
+        weight = _weight(walk, torch.float32, a.kernel_width, "plain", lambda w: w)
+        y = walk.emit(op.nn.conv2d(a.x, weight, stride, padding, dilation, a.groups))
+    return _epilogue(walk, y, a, None if a.bias is None else _per_channel(walk, a.bias))
+
+
+def _per_channel(walk: Walk, value: Any) -> Any:
+    shape = value.ty.shape
+    return value if not len(shape) else walk.reshape(value, [math.prod(int(s) for s in shape), 1, 1])
+
+
+@converts("qc.matmul")
+def _matmul(walk: Walk, a: Arguments) -> Any:
+    left = _centered(walk, a.a, a.a_zero_point, parse_scheme(a.a_scheme))
+    right = _centered(walk, a.b, a.b_zero_point, parse_scheme(a.b_scheme))
+    accumulator = cast(walk, walk.emit(op.matmul(left, right)), "float32")
+    y = walk.emit(op.multiply(walk.emit(op.multiply(accumulator, a.b_scale)), a.a_scale))
+    a.activation, a.residual = "none", None
+    return _epilogue(walk, y, a, None)
+
+
+# ---- embedding, addition, rotation, attention -----------------------------------------------------------------------------
+
+
+@converts("qc.embedding")
+def _embedding(walk: Walk, a: Arguments) -> Any:
+    scheme = parse_scheme(a.scheme)
+    node: fx.Node = _argument(walk, "weight")
+
+    def table(packed: torch.Tensor) -> torch.Tensor:
+        codes = unpack(packed, scheme.bits, scheme.format.lowest < 0, a.size)
+        return dialect.dequantize(codes, walk.constant(_argument(walk, "scale")), walk.constant(_argument(walk, "zero_point")), scheme)
+
+    return op.take(walk.packed(node, "float32", table), a.indices, axis=0, mode="clip")
+
+
+@converts("qc.add", order=POINTWISE)
+def _add(walk: Walk, a: Arguments) -> Any:
+    left = emit_dequantize(walk, a.a, a.a_scale, a.a_zero_point, parse_scheme(a.a_scheme))
+    right = emit_dequantize(walk, a.b, a.b_scale, a.b_zero_point, parse_scheme(a.b_scheme))
+    y = activate(walk, walk.emit(op.add(left, right)), a.activation)
+    return emit_quantize(walk, y, a.out_scale, a.out_zero_point, parse_scheme(a.out_scheme))
+
+
+@converts("qc.hadamard")
+def _hadamard(walk: Walk, a: Arguments) -> Any:
+    matrix = walk.parameter(f"hadamard {a.block}", lambda: dialect.hadamard_matrix(a.block))
+    shape = list(a.x.ty.shape)
+    runs = walk.reshape(a.x, [*shape[:-1], tirx.floordiv(shape[-1], a.block), a.block])
+    return op.reshape(walk.emit(op.matmul(runs, matrix)), shape)
+
+
+@converts("qc.attention")
+def _attention(walk: Walk, a: Arguments) -> Any:
+    batch, tokens, width = a.q.ty.shape
+    keys, depth = a.k.ty.shape[1], int(width) // a.heads
+
+    def by_head(t: Any, length: Any, heads: int) -> Any:
+        split = walk.emit(op.permute_dims(walk.reshape(t, [batch, length, heads, depth]), [0, 2, 1, 3]))
+        return split if heads == a.heads else walk.emit(op.repeat(split, a.heads // heads, 1))
+
+    q, k, v = by_head(a.q, tokens, a.heads), by_head(a.k, keys, a.kv_heads), by_head(a.v, keys, a.kv_heads)
+    scores = walk.emit(op.matmul(q, walk.emit(op.permute_dims(k, [0, 1, 3, 2]))))
+    scores = walk.emit(op.multiply(scores, _f32(a.scale)))
+    masks = [] if a.key_mask is None else [walk.reshape(cast(walk, a.key_mask, "bool"), [batch, 1, 1, keys])]
+    masks += [causal_mask(walk, tokens, keys, from_end=True)] if a.causal else []
+    for mask in masks:
+        scores = walk.emit(op.where(mask, scores, _f32(-math.inf)))
+    weights = masked_softmax(walk, scores, masks[0] if masks else None)
+    joined = walk.emit(op.permute_dims(walk.emit(op.matmul(weights, v)), [0, 2, 1, 3]))
+    return op.reshape(joined, [batch, tokens, width])

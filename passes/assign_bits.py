@@ -1,0 +1,81 @@
+"""Write a scheme on every layer with a constant weight: uniform, or by pattern from the recipe.
+
+    %linear = aten.linear(%x, %weight, %bias) : f32[4,8]
+    %linear = aten.linear(%x, %weight, %bias) : f32[4,8] !{scheme="weight=int8 channel=0 sym; activation=uint8 tensor affine"}
+
+Nothing is rounded here: the note is what ``insert-quantizers`` reads, so any other way to choose bits is a pass that writes the same note.
+A scheme without a kernel on the target is refused here, before any work on data starts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import ClassVar
+
+import torch.fx as fx
+
+from qcompile.errors import Refused
+from qcompile.formats import Channel, Group, LayerScheme, Scheme, parse_layer_scheme
+from qcompile.graph import Graph
+from qcompile.graph.text import bound_arguments, operator_name
+from qcompile.pipeline import BITS, Context, Keeps, Pass
+
+# Operators whose second argument is a weight that can be stored in few bits, and the integer operator that runs them.
+QUANTIZABLE = {"aten.linear": "qc.linear", "aten.conv2d": "qc.conv2d", "aten.embedding": "qc.embedding"}
+
+
+@dataclass(frozen=True)
+class AssignBits(Pass):
+    """Assign schemes to layers.
+
+    Attributes:
+        scheme: one scheme for all layers, such as ``W8A8``; empty takes the recipe's.
+    """
+
+    keeps: ClassVar[Keeps] = BITS
+
+    scheme: str = ""
+
+    def run(self, graph: Graph, context: Context) -> int:
+        changed = 0
+        for node in graph.nodes:
+            if node.op != "call_function" or operator_name(node.target) not in QUANTIZABLE:
+                continue
+            weight = bound_arguments(node)["weight"]
+            if graph.constant(weight) is None:
+                context.notes.append((node.name, "stays float: the weight is not a constant"))
+                continue
+            text, source = self._chosen(node, str(weight.target), context)
+            scheme = _fitted(parse_layer_scheme(text), tuple(graph.constant(weight).shape), operator_name(node.target))  # type: ignore[union-attr]
+            if reason := context.target.supports(QUANTIZABLE[operator_name(node.target)], scheme):
+                raise Refused(reason, node=node.name, operator=operator_name(node.target), way_out=f"change {source} in the recipe")
+            if scheme == LayerScheme():
+                node.meta["notes"]["reason"] = f"float by {source}"
+            node.meta["notes"] |= {"layer": str(weight.target).removesuffix(".weight"), "float_node": node.name}
+            changed += node.meta["notes"].get("scheme") != str(scheme)
+            node.meta["notes"]["scheme"] = str(scheme)
+        return changed
+
+    def _chosen(self, node: fx.Node, weight: str, context: Context) -> tuple[str, str]:
+        """Return the scheme's text and where it was written; the last pattern that fits wins."""
+        kind = operator_name(node.target).removeprefix("aten.")
+        if self.scheme or context.recipe is None:
+            scheme = self.scheme or "W8A8"
+            return (scheme if kind != "embedding" else "weight=int8 channel=0 sym; activation=float"), f"assign-bits{{scheme={scheme}}}"
+        schemes = context.recipe.schemes
+        chosen = getattr(schemes, kind), f"schemes.{kind}"
+        for pattern, text in schemes.layers.items():
+            if any(fnmatchcase(name, pattern) for name in (weight, weight.removesuffix(".weight"), node.name, node.meta.get("scope", ""))):
+                chosen = text, f"schemes.layers['{pattern}']"
+        return chosen
+
+
+def _fitted(scheme: LayerScheme, shape: tuple[int, ...], operator: str) -> LayerScheme:
+    """Return the scheme as this weight can have it: a table is only stored, and groups longer than a row are one group."""
+    weight = scheme.weight
+    if operator == "aten.embedding":
+        return LayerScheme(weight, None)
+    if weight and isinstance(weight.granularity, Group) and weight.granularity.size >= shape[-1]:
+        weight = Scheme(weight.format, Channel(0), weight.symmetric, weight.dynamic, weight.scale_format)
+    return LayerScheme(weight, scheme.activation)

@@ -1,0 +1,169 @@
+"""Insert quantizers where the schemes say: on weights, and on the activations that layers read.
+
+    %linear = aten.linear(%x, %w, %b) : f32[4,8] !{scheme="W8A8 ..."}
+
+    %x.quantizer = quantizer(%x, scale=@.., zero_point=@..) {scheme="uint8 tensor affine"} : f32[4,16]
+    %w.quantizer = quantizer(%w) {scheme="int8 channel=0 sym"} : f32[8,16]
+    %linear = aten.linear(%x.quantizer, %w.quantizer, %b) : f32[4,8]
+
+A value has one quantizer for each scheme, however many layers read it. Image-shaped sums and concatenations between quantized convolutions are
+integer too (Krishnamoorthi 2018, section 2): their operands and results get quantizers, and the operands of a concatenation share the
+grid of its result, so that it only moves codes.
+
+Static ranges come from calibration (``minmax``, ``percentile``, ``mse``, ``entropy``) or, with ``range=model``, from the model itself: beta +- 6
+gamma of the folded batch normalization (Nagel et al. 2019, section 4.2), carried through the operators between.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import torch.fx as fx
+
+from qcompile.errors import Refused
+from qcompile.formats import Scheme, choose_scale, parse_layer_scheme
+from qcompile.graph import Graph, Quantizer, Stage
+from qcompile.graph.text import bound_arguments, operator_name
+from qcompile.statistics.model_ranges import ModelRanges
+from qcompile.pipeline import Context, Keeps, Pass, approximately
+from qcompile.statistics import Request, range_request
+from qcompile.statistics.ranges import find_range
+
+_INPUT_ARGUMENT = {"aten.linear": "input", "aten.conv2d": "input"}
+_JOINS = ("aten.add.Tensor", "aten.cat")
+
+
+@dataclass(frozen=True)
+class InsertQuantizers(Pass):
+    """Insert quantizers and set the ranges of the static ones.
+
+    Attributes:
+        range: minmax, percentile, mse, entropy, or model (no data).
+        percentile: the share, in percent, of values inside a ``percentile`` range.
+    """
+
+    gives: ClassVar[Stage | None] = Stage.SIMULATED
+    keeps: ClassVar[Keeps] = approximately()
+    needs: ClassVar[tuple[str, ...]] = ("assign-bits",)
+
+    range: str = "minmax"
+    percentile: float = 99.99
+
+    def requests(self, graph: Graph, context: Context) -> Sequence[Request]:
+        if self.range == "model":
+            return ()
+        static = [node for node, scheme in _activations(graph).items() if not scheme.dynamic]
+        return [range_request(self.range, node.name) for node in static]
+
+    def run(self, graph: Graph, context: Context) -> int:
+        activations = _activations(graph)
+        grids = _Grids(self, graph, context)
+        placed: dict[fx.Node, fx.Node] = {}
+        shared = _shared_grids(activations)
+        for node, scheme in activations.items():
+            scale, zero_point = (None, None) if scheme.dynamic else grids.find(shared.get(node, node), scheme)
+            first_user = _first(graph, node.users)
+            placed[node] = graph.call_quantizer(
+                Quantizer(scheme, scale, zero_point), node, before=first_user, name=f"{node.name}.quantizer"
+            )
+        weights = 0
+        for node in graph.nodes:
+            scheme = _scheme(node)
+            if _is_join(node) and node in activations:
+                _read_quantized(node, placed)
+            if scheme is None:
+                continue
+            if scheme.activation and (x := bound_arguments(node)[_INPUT_ARGUMENT[operator_name(node.target)]]) in placed:
+                node.replace_input_with(x, placed[x])
+            if scheme.weight:
+                weight = bound_arguments(node)["weight"]
+                quantizer = graph.call_quantizer(Quantizer(scheme.weight), weight, before=node, name=f"{weight.target}_quantizer")
+                node.replace_input_with(weight, quantizer)
+                weights += 1
+        return weights + len(placed)
+
+
+def _scheme(node: fx.Node):  # type: ignore[no-untyped-def]
+    text = node.meta.get("notes", {}).get("scheme")
+    return parse_layer_scheme(text) if text and node.op == "call_function" else None
+
+
+def _activations(graph: Graph) -> dict[fx.Node, Scheme]:
+    """Return the values that get a quantizer, in graph order, with their scheme.
+
+    Raises:
+        Refused: two layers want different schemes of one value.
+    """
+    wanted: dict[fx.Node, Scheme] = {}
+    for node in graph.nodes:
+        scheme = _scheme(node)
+        if scheme and scheme.activation:
+            x = bound_arguments(node)[_INPUT_ARGUMENT[operator_name(node.target)]]
+            if wanted.setdefault(x, scheme.activation) != scheme.activation:
+                raise Refused(f"two layers want it as '{wanted[x]}' and as '{scheme.activation}'", node=x.name, way_out="give both one scheme")
+    for node in reversed(graph.nodes):  # joins last to first, so that a chain of sums is reached from its quantized end
+        if _is_join(node) and (scheme := _joined_scheme(node, wanted)):
+            for value in (node, *_operands(node)):
+                wanted.setdefault(value, scheme)
+    return {node: wanted[node] for node in graph.nodes if node in wanted}
+
+
+def _is_join(node: fx.Node) -> bool:
+    """Say whether a node is a sum or concatenation of image-shaped values."""
+    if node.op != "call_function" or operator_name(node.target) not in _JOINS:
+        return False
+    values = _operands(node)
+    return all(isinstance(v, fx.Node) and v.meta["val"].ndim == 4 and v.op != "get_attr" and v.meta["val"].shape[2:] == node.meta["val"].shape[2:]
+               for v in values) and node.meta["val"].is_floating_point()  # fmt: skip
+
+
+def _operands(node: fx.Node) -> list[fx.Node]:
+    arguments = bound_arguments(node)
+    return list(arguments["tensors"]) if "tensors" in arguments else [arguments["self"], arguments["other"]]
+
+
+def _joined_scheme(node: fx.Node, wanted: dict[fx.Node, Scheme]) -> Scheme | None:
+    """Return the static scheme that the result of a join is read with, directly or through one activation."""
+    readers = [node, *(user for user in node.users if user.op == "call_function" and operator_name(user.target) in ("aten.relu", "aten.hardtanh"))]
+    schemes = [wanted[reader] for reader in readers if reader in wanted and not wanted[reader].dynamic]
+    return schemes[0] if schemes else None
+
+
+def _shared_grids(activations: dict[fx.Node, Scheme]) -> dict[fx.Node, fx.Node]:
+    """Map each operand of a concatenation to the concatenation whose grid it takes."""
+    shared: dict[fx.Node, fx.Node] = {}
+    for node in reversed(activations):
+        if node.op == "call_function" and operator_name(node.target) == "aten.cat" and _is_join(node):
+            for operand in _operands(node):
+                shared.setdefault(operand, shared.get(node, node))
+    return shared
+
+
+def _read_quantized(join: fx.Node, placed: dict[fx.Node, fx.Node]) -> None:
+    for operand in dict.fromkeys(_operands(join)):
+        if operand in placed and placed[operand] is not join:
+            join.replace_input_with(operand, placed[operand])
+
+
+def _first(graph: Graph, users) -> fx.Node:  # type: ignore[no-untyped-def]
+    return next(node for node in graph.nodes if node in users)
+
+
+class _Grids:
+    """Finds scale and zero point of a value from statistics or from the model."""
+
+    def __init__(self, item: InsertQuantizers, graph: Graph, context: Context) -> None:
+        self.item, self.context = item, context
+        self.model = ModelRanges(graph, context.example_inputs) if item.range == "model" else None
+
+    def find(self, node: fx.Node, scheme: Scheme) -> tuple[torch.Tensor, torch.Tensor | None]:
+        if self.model:
+            low, high = self.model.range(node)
+        else:
+            assert self.context.statistics is not None
+            result = self.context.statistics[range_request(self.item.range, node.name)]
+            low, high = find_range(self.item.range, result, scheme, percentile=self.item.percentile)
+        return choose_scale(torch.as_tensor(low, dtype=torch.float32), torch.as_tensor(high, dtype=torch.float32), scheme)

@@ -1,0 +1,299 @@
+"""The artifact: one file that holds a compiled model, checked before use and written whole or not at all.
+
+``model.qc`` is a zip of stored members, each aligned to 64 bytes so that it can be mapped. Its comment is ``qcompile 1`` and the SHA-256 of
+``manifest.json``; the manifest holds size and SHA-256 of every other member. There is no pickle, no Python and no native code in it.
+
+| member | content |
+| --- | --- |
+| manifest.json | format version, versions, recipe, target, entries, digests of members |
+| graph.txt | the integer-stage graph, see ``qcompile.graph.text`` |
+| constants.safetensors | every constant once, named by the first 16 hex digits of its digest |
+| golden.safetensors | sample inputs and the reference's outputs |
+| report.json | layers with schemes and errors, float operators with reasons, probe digests |
+| tokenizer.json | the model's tokenizer, where it has one |
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import struct
+import zipfile
+from collections.abc import Mapping, Sequence
+from io import BytesIO
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import safetensors.torch
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from qcompile.errors import Refused
+from qcompile.files import atomic_file, remove_strays
+from qcompile.graph import Graph, parse_graph, print_graph, tensor_digest
+from qcompile.graph.text import DIGEST_LENGTH
+from qcompile.runtime import check_inputs, to_output_kind
+from qcompile.target import Executable
+
+FORMAT_VERSION = 1
+ALIGNMENT = 64
+MAGIC = "qcompile"
+LARGEST_HEADER = 16 << 20  # manifest, report and graph text: no honest one comes near
+
+
+class Value(BaseModel):
+    """Name and type of an input or output of an entry."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    name: str
+    type: str
+
+
+class Entry(BaseModel):
+    """A callable function of the artifact."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    name: str
+    inputs: list[Value]
+    outputs: list[Value]
+    symbols: dict[str, tuple[int, int]]
+
+
+class Member(BaseModel):
+    """Size and digest of one member."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    bytes: int
+    sha256: str
+
+
+class Manifest(BaseModel):
+    """What the file says of itself."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    format: int
+    versions: dict[str, str]
+    recipe: str
+    pipeline: str
+    target: str
+    entries: list[Entry]
+    members: dict[str, Member]
+
+
+class Artifact:
+    """A compiled model: save it, call it, look into it.
+
+    Calling takes one array for each input, in order or by name, NumPy or torch, and returns the same kind: one array, or a tuple where the
+    model has several outputs. It may be called from several threads.
+    """
+
+    def __init__(
+        self,
+        graph: Graph,
+        *,
+        recipe: str,
+        pipeline: str,
+        target: str,
+        golden_inputs: Sequence[torch.Tensor],
+        golden_outputs: Sequence[torch.Tensor],
+        report: Mapping[str, Any],
+        versions: Mapping[str, str],
+        tokenizer: bytes | None = None,
+    ) -> None:
+        self.graph, self.target, self.recipe, self.pipeline = graph, target, recipe, pipeline
+        self.golden_inputs, self.golden_outputs = list(golden_inputs), list(golden_outputs)
+        self.report = dict(report)
+        self.versions, self.tokenizer = dict(versions), tokenizer
+        self.threads: int | None = None
+        self._executable: Executable | None = None
+
+    # ---- running ----------------------------------------------------------------------------------------------------------
+
+    @property
+    def executable(self) -> Executable:
+        """The built model; building happens at the first use and is cached for the next process."""
+        if self._executable is None:
+            from qcompile.registry import find_target
+
+            self._executable = find_target(self.target).build(self.graph, threads=self.threads)
+        return self._executable
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        tensors, kind = check_inputs(self.graph, args, kwargs)
+        outputs = [to_output_kind(output, kind) for output in self.executable(tensors)]
+        return outputs[0] if len(outputs) == 1 else tuple(outputs)
+
+    # ---- writing ----------------------------------------------------------------------------------------------------------
+
+    def save(self, path: str | Path) -> int:
+        """Write the artifact and return its size in bytes; an older file stays whole until the new one is.
+
+        Raises:
+            Refused: the folder cannot be written.
+        """
+        path = Path(path)
+        remove_strays(path)
+        with atomic_file(path) as file:
+            self._write(file)
+        return path.stat().st_size
+
+    def digest(self) -> str:
+        """Return the SHA-256 of the bytes that ``save`` writes."""
+        buffer = BytesIO()
+        self._write(buffer)
+        return hashlib.sha256(buffer.getvalue()).hexdigest()
+
+    def _members(self) -> dict[str, bytes]:
+        constants = {tensor_digest(t)[:DIGEST_LENGTH]: t.contiguous() for t in _all_tensors(self.graph)}
+        golden = {f"input.{i}": t.contiguous() for i, t in enumerate(self.golden_inputs)}
+        golden |= {f"output.{i}": t.contiguous() for i, t in enumerate(self.golden_outputs)}
+        members = {
+            "graph.txt": print_graph(self.graph).encode(),
+            "constants.safetensors": safetensors.torch.save(_unshared(constants)),
+            "golden.safetensors": safetensors.torch.save(_unshared(golden)),
+            "report.json": _json(self.report),
+        }
+        return members | ({"tokenizer.json": self.tokenizer} if self.tokenizer else {})
+
+    def manifest(self, members: Mapping[str, bytes] | None = None) -> Manifest:
+        """Return the manifest of these members, by default of those that ``save`` would write."""
+        members = self._members() if members is None else members
+        graph = self.graph
+        entry = Entry(
+            name="main",
+            inputs=[Value(name=n.name, type=str(t)) for n, t in zip(graph.inputs, graph.input_types, strict=True)],
+            outputs=[Value(name=name, type=graph.type_text(n)) for name, n in zip(graph.output_names, graph.outputs, strict=True)],
+            symbols=graph.symbols.ranges,
+        )
+        return Manifest(
+            format=FORMAT_VERSION, versions=self.versions, recipe=self.recipe, pipeline=self.pipeline, target=self.target, entries=[entry],
+            members={name: Member(bytes=len(data), sha256=hashlib.sha256(data).hexdigest()) for name, data in members.items()},
+        )  # fmt: skip
+
+    def _write(self, file: BinaryIO) -> None:
+        members = self._members()
+        manifest = _json(self.manifest(members).model_dump())
+        with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
+            for name, data in {"manifest.json": manifest, **members}.items():
+                archive.writestr(_aligned_header(name, archive.start_dir), data)
+            archive.comment = _comment(manifest)
+
+
+def load(path: str | Path, *, target: str | None = None, threads: int | None = None) -> Artifact:
+    """Read an artifact; every byte is checked against its digest before it is used.
+
+    Args:
+        path: the file.
+        target: run on another target than the one it was compiled for, such as ``reference``.
+        threads: worker threads, by default every core this process may use.
+
+    Raises:
+        Refused: the file is missing, damaged, of another format version, or no artifact.
+    """
+    path = Path(path)
+    members = read_members(path)
+    manifest = _parse_manifest(path, members.pop("manifest.json"))
+    try:
+        constants = safetensors.torch.load(members["constants.safetensors"])
+        golden = safetensors.torch.load(members["golden.safetensors"])
+        report = json.loads(members["report.json"])
+        graph = parse_graph(members["graph.txt"].decode(), constants)
+    except Refused:
+        raise
+    except Exception as error:
+        raise Refused(f"a member is not what its name says: {type(error).__name__}: {' '.join(str(error).split())[:200]}", node=str(path)) from error
+    artifact = Artifact(
+        graph, recipe=manifest.recipe, pipeline=manifest.pipeline, target=target or manifest.target,
+        golden_inputs=_numbered(golden, "input"), golden_outputs=_numbered(golden, "output"), report=report,
+        versions=manifest.versions, tokenizer=members.get("tokenizer.json"),
+    )  # fmt: skip
+    artifact.threads = threads
+    return artifact
+
+
+def read_members(path: Path) -> dict[str, bytes]:
+    """Return all members of an artifact after checking sizes, digests and that there is nothing else in the file.
+
+    Raises:
+        Refused: naming what is wrong.
+    """
+    if not path.is_file():
+        raise Refused("there is no such file", node=str(path))
+    try:
+        with zipfile.ZipFile(path) as archive:
+            _check_archive(path, archive)
+            manifest = archive.read("manifest.json")
+            if archive.comment != _comment(manifest):
+                raise Refused("the manifest is damaged: its digest is not the one in the file's comment", node=str(path))
+            return {"manifest.json": manifest} | _read_checked(path, archive, _parse_manifest(path, manifest))
+    except (zipfile.BadZipFile, KeyError, EOFError, OSError, struct.error, UnicodeDecodeError, NotImplementedError, RuntimeError, ValueError) as error:
+        if isinstance(error, Refused):
+            raise
+        raise Refused(f"no qcompile artifact, or a damaged one: {' '.join(str(error).split())}", node=str(path)) from error
+
+
+def _check_archive(path: Path, archive: zipfile.ZipFile) -> None:
+    infos = archive.infolist()
+    if not archive.comment.startswith(MAGIC.encode() + b" "):
+        raise Refused("no qcompile artifact", node=str(path))
+    version = archive.comment.split(b" ")[1]
+    if version != str(FORMAT_VERSION).encode():
+        raise Refused(f"the artifact has format {version.decode(errors='replace')}, this is qcompile for format {FORMAT_VERSION}", node=str(path))
+    names = [info.filename for info in infos]
+    size = path.stat().st_size
+    if len(set(names)) != len(names) or any(info.compress_type != zipfile.ZIP_STORED or info.file_size > size for info in infos):
+        raise Refused("the artifact holds a member twice, compressed, or larger than the file", node=str(path))
+    if sum(info.file_size for info in infos) > size:
+        raise Refused("members of the artifact overlap", node=str(path))
+
+
+def _read_checked(path: Path, archive: zipfile.ZipFile, manifest: Manifest) -> dict[str, bytes]:
+    found = {info.filename: info.file_size for info in archive.infolist()} | {"manifest.json": 0}
+    if set(found) - {"manifest.json"} != set(manifest.members):
+        odd = sorted(set(found) ^ set(manifest.members) - {"manifest.json"})
+        raise Refused(f"the manifest and the file do not hold the same members: {', '.join(odd)}", node=str(path))
+    data = {}
+    for name, member in manifest.members.items():
+        if name != "constants.safetensors" and name != "golden.safetensors" and found[name] > LARGEST_HEADER:
+            raise Refused(f"{name} is larger than {LARGEST_HEADER} bytes", node=str(path))
+        data[name] = archive.read(name)
+        if len(data[name]) != member.bytes or hashlib.sha256(data[name]).hexdigest() != member.sha256:
+            raise Refused(f"{name} is damaged: its digest is not the one in the manifest", node=str(path), way_out="compile or copy the artifact again")
+    return data
+
+
+def _parse_manifest(path: Path, data: bytes) -> Manifest:
+    try:
+        return Manifest.model_validate(json.loads(data), strict=False)
+    except (ValidationError, ValueError, RecursionError) as error:
+        raise Refused("the manifest is damaged: it is not understood", node=str(path)) from error
+
+
+def _comment(manifest: bytes) -> bytes:
+    return f"{MAGIC} {FORMAT_VERSION} {hashlib.sha256(manifest).hexdigest()}".encode()
+
+
+def _json(content: Any) -> bytes:
+    return (json.dumps(content, indent=1, sort_keys=True, allow_nan=False) + "\n").encode()
+
+
+def _aligned_header(name: str, offset: int) -> zipfile.ZipInfo:
+    """Return a member header of fixed time whose extra field pads the data to ALIGNMENT."""
+    info = zipfile.ZipInfo(name, date_time=(1980, 1, 1, 0, 0, 0))
+    info.external_attr = 0o644 << 16
+    data_start = offset + 30 + len(name) + 4  # local header, name, and the extra field's own head
+    info.extra = struct.pack("<HH", 0x5143, -data_start % ALIGNMENT) + bytes(-data_start % ALIGNMENT)
+    return info
+
+
+def _all_tensors(graph: Graph) -> list[torch.Tensor]:
+    return [*graph.constants.values()]
+
+
+def _unshared(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return the tensors with memory of their own, as safetensors demands, in the order of their names."""
+    return {name: tensors[name].detach().clone() for name in sorted(tensors)}
+
+
+def _numbered(tensors: Mapping[str, torch.Tensor], word: str) -> list[torch.Tensor]:
+    return [tensors[f"{word}.{i}"] for i in range(sum(name.startswith(f"{word}.") for name in tensors))]

@@ -1,0 +1,46 @@
+"""Example inputs for a graph whose user gave none."""
+
+from __future__ import annotations
+
+import torch
+import torch.fx as fx
+
+from qcompile.graph.graph import Graph
+from qcompile.graph.text import bound_arguments, operator_name
+from qcompile.graph.types import short_dtype
+from qcompile.errors import Refused
+
+FIRST_SIZE, OTHER_SIZE = 1, 16  # a batch of one, and short sequences
+
+
+def make_examples(graph: Graph, seed: int = 0) -> tuple[torch.Tensor, ...]:
+    """Return one seeded batch: normal floats, integers that every table they index can take, masks of ones."""
+    generator = torch.Generator().manual_seed(seed)
+    sizes = {name: _size(graph, name) for name in graph.symbols.ranges}
+    examples = []
+    for node, type in zip(graph.inputs, graph.input_types, strict=True):
+        shape = [sizes[size] if isinstance(size, str) else size for size in type.shape]
+        if type.dtype.is_floating_point:
+            examples.append(torch.randn(shape, generator=generator).to(type.dtype))
+        elif type.dtype == torch.bool:
+            examples.append(torch.ones(shape, dtype=torch.bool))
+        elif type.dtype in (torch.int64, torch.int32, torch.int8, torch.uint8, torch.int16):
+            examples.append(torch.randint(0, table_rows(graph, node), shape, generator=generator).to(type.dtype) if "mask" not in node.name else torch.ones(shape, dtype=type.dtype))
+        else:
+            raise Refused(f"no example can be made of {short_dtype(type.dtype)}", node=node.name, way_out="give example inputs")
+    return tuple(examples)
+
+
+def _size(graph: Graph, name: str) -> int:
+    leading = any(type.shape and type.shape[0] == name for type in graph.input_types)
+    low, high = graph.symbols.ranges[name]
+    return min(max(FIRST_SIZE if leading else OTHER_SIZE, low), high)
+
+
+def table_rows(graph: Graph, node: fx.Node) -> int:
+    """Return how many values an integer input may take: the rows of the smallest table it indexes, else 2."""
+    rows = [2**31]
+    for user in node.users:
+        if user.op == "call_function" and operator_name(user.target) in ("aten.embedding", "qc.embedding"):
+            rows.append(int(bound_arguments(user)["weight"].meta["val"].shape[0]))
+    return min(rows) if len(rows) > 1 else 2

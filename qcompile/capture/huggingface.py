@@ -1,0 +1,118 @@
+"""Capture of Hugging Face folders: encoders, classifiers and, as one function of the tokens, decoders.
+
+Only local files are read and no code from the folder is run.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qcompile.capture.torch_export import capture_module
+from qcompile.errors import Refused
+from qcompile.graph import Graph
+
+EXAMPLE_TOKENS = 16
+
+
+class _TokenModel(torch.nn.Module):
+    """Gives the model's first tensor, logits or last hidden state, as a function of tokens and mask."""
+
+    def __init__(self, model: Any, output: str) -> None:
+        super().__init__()
+        self.model, self.output = model, output
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        return self.model(input_ids=input_ids, attention_mask=attention_mask)[self.output]  # type: ignore[no-any-return]
+
+
+class _TokenModelWithTypes(_TokenModel):
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, token_type_ids: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        return self.model(input_ids=input_ids, attention_mask=attention_mask, token_type_ids=token_type_ids)[self.output]  # type: ignore[no-any-return]
+
+
+class _Decoder(torch.nn.Module):
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        return self.model(input_ids=input_ids, use_cache=False).logits  # type: ignore[no-any-return]
+
+
+class _ImageModel(torch.nn.Module):
+    def __init__(self, model: Any, output: str) -> None:
+        super().__init__()
+        self.model, self.output = model, output
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        return self.model(pixel_values=pixel_values)[self.output]  # type: ignore[no-any-return]
+
+
+def capture_folder(folder: Path) -> tuple[Graph, tuple[torch.Tensor, ...]]:
+    """Return graph and example inputs of the model in a Hugging Face folder.
+
+    Raises:
+        Refused: no configuration, an unknown architecture, missing or damaged weights.
+    """
+    config = _read_config(folder)
+    model, output = _load(folder, config)
+    if config.get("image_size") and "vocab_size" not in config:
+        side = config["image_size"]
+        pixels = torch.randn(1, config.get("num_channels", 3), side, side, generator=torch.Generator().manual_seed(0))
+        return capture_module(_ImageModel(model, output), (pixels,), [{0: "batch"}]), (pixels,)
+    tokens = torch.randint(0, min(1000, config.get("vocab_size", 1000)), (1, EXAMPLE_TOKENS), generator=torch.Generator().manual_seed(0))
+    if output == "logits" and _is_decoder(config):
+        return capture_module(_Decoder(model), (tokens,), [{0: "batch", 1: "seq"}]), (tokens,)
+    examples: tuple[torch.Tensor, ...] = (tokens, torch.ones_like(tokens))
+    kind = _TokenModel
+    if output == "logits" and config.get("type_vocab_size", 0) > 1:  # sentence pairs
+        kind, examples = _TokenModelWithTypes, (*examples, torch.zeros_like(tokens))
+    # Traced with two rows: a batch of one would be taken for a constant.
+    traced = tuple(example.repeat(2, 1) for example in examples)
+    return capture_module(kind(model, output), traced, [{0: "batch", 1: "seq"}] * len(examples)), examples
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    path = folder / "config.json"
+    if not path.is_file():
+        raise Refused("the folder holds no config.json", node=str(folder), way_out="give a Hugging Face model folder")
+    try:
+        config = json.loads(path.read_text())
+    except ValueError as error:
+        raise Refused(f"the file is no JSON: {error}", node=str(path)) from error
+    if not isinstance(config, dict) or "model_type" not in config:
+        raise Refused("the configuration names no model_type", node=str(path))
+    return config
+
+
+def _is_decoder(config: dict[str, Any]) -> bool:
+    return any("CausalLM" in name or "LMHead" in name for name in config.get("architectures") or [])
+
+
+def _load(folder: Path, config: dict[str, Any]) -> tuple[torch.nn.Module, str]:
+    try:
+        import transformers
+    except ImportError as error:
+        raise Refused("reading Hugging Face folders needs transformers", way_out="pip install qcompile[hf]") from error
+    architecture = (config.get("architectures") or [""])[0]
+    kind, output = transformers.AutoModel, "last_hidden_state"
+    if architecture.endswith("ForSequenceClassification"):
+        kind, output = transformers.AutoModelForSequenceClassification, "logits"
+    elif architecture.endswith("ForImageClassification"):
+        kind, output = transformers.AutoModelForImageClassification, "logits"
+    elif _is_decoder(config):
+        kind, output = transformers.AutoModelForCausalLM, "logits"
+    verbosity = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    try:
+        model = kind.from_pretrained(folder, local_files_only=True, trust_remote_code=False, dtype=torch.float32, attn_implementation="sdpa")
+    except Exception as error:
+        raise Refused(f"the model cannot be loaded: {type(error).__name__}: {' '.join(str(error).split())[:200]}", node=str(folder)) from error
+    finally:
+        transformers.logging.set_verbosity(verbosity)
+    return model.eval(), output

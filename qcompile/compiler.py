@@ -1,0 +1,244 @@
+"""The compile driver: capture, pipeline with checkpoints, report, artifact."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qcompile.artifact import Artifact
+from qcompile.calibration import Calibration, as_calibration, random_calibration
+from qcompile.capture import Captured, capture
+from qcompile.capture.torch_export import DynamicShapes
+from qcompile.checkpoint import Checkpoints
+from qcompile.errors import Refused
+from qcompile.files import cache_folder, write_atomic
+from qcompile.graph import Graph, Stage, print_graph
+from qcompile.pipeline import Context, Observer, Pass, Pipeline, Step
+from qcompile.recipe import Recipe, load_recipe
+from qcompile.registry import find_target
+from qcompile.report import build_report, layer_errors
+from qcompile.target import Target
+
+VERSIONED = ("qcompile", "torch", "apache-tvm", "onnx", "onnxruntime")
+
+
+@dataclass
+class Options:
+    """How to compile, beside what.
+
+    Attributes:
+        output: where the artifact will be written; with it, checkpoints are kept beside it until it is.
+        resume: go on with the checkpoints of a killed compile.
+        check: hold every pass to its promise on the example inputs.
+        dump: folder that gets the graph's text after every pass.
+        stop_after: name of the pass after which the pipeline ends.
+        progress: called with a line of text as work goes on.
+        observers: see ``Pipeline.run``.
+        kernel_times: the table of measured kernel times to use and extend, by default the one in the cache folder.
+    """
+
+    output: Path | None = None
+    resume: bool = False
+    check: bool = False
+    dump: Path | None = None
+    stop_after: str = ""
+    progress: Callable[[str], None] | None = None
+    observers: tuple[Observer, ...] = ()
+    kernel_times: Path | None = None
+
+
+@dataclass
+class Compilation:
+    """What a compile knew and did: for the command line, where the artifact alone says too little."""
+
+    artifact: Artifact
+    steps: list[Step]
+    context: Context
+    pipeline: Pipeline
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+def compile(
+    model: Any,
+    example_inputs: Any = None,
+    *,
+    recipe: str | Path | Recipe = "w8a8",
+    target: str = "cpu",
+    calibration: Any = None,
+    dynamic_shapes: DynamicShapes | None = None,
+) -> Artifact:
+    """Compile a model to a quantized artifact.
+
+    Args:
+        model: a torch module, an exported program, an ONNX ModelProto, or a path: ``.onnx``, ``.pt2``, a Hugging Face folder, or
+            ``python:FILE_OR_MODULE:FUNCTION``.
+        example_inputs: one batch as a tuple or dict of tensors; needed for a module.
+        recipe: a name (see ``qcompile recipes``), a YAML file, a Recipe, or pipeline text.
+        target: a name, see ``qcompile targets``.
+        calibration: an iterable of batches (tuples or dicts), or text: a file, ``text:FILE``, ``images:FOLDER?..``, ``random``.
+        dynamic_shapes: for each input a map from axis to the name of its symbolic size, for a module.
+
+    Returns:
+        The artifact: call it, save it, read its ``report``.
+
+    Raises:
+        Refused: naming node, operator, reason and way out.
+    """
+    return run_compile(model, example_inputs, recipe=recipe, target=target, calibration=calibration, dynamic_shapes=dynamic_shapes).artifact
+
+
+def run_compile(
+    model: Any,
+    example_inputs: Any = None,
+    *,
+    recipe: str | Path | Recipe = "w8a8",
+    target: str = "cpu",
+    calibration: Any = None,
+    dynamic_shapes: DynamicShapes | None = None,
+    options: Options | None = None,
+) -> Compilation:
+    """Compile as ``compile`` does, with options, and return what happened on the way."""
+    options = options or Options()
+    chosen, place = load_recipe(recipe), find_target(target)
+    pipeline = _stopped(chosen.parsed_pipeline(), options.stop_after)
+    captured = capture(model, example_inputs, dynamic_shapes)
+    check_finite(captured.graph)
+    data = _calibration(calibration, captured, chosen, pipeline, options)
+    context = Context(place, chosen, data, captured.example_inputs, cache=cache_folder())
+    context.kernel_times = options.kernel_times
+    graph, steps, errors = _run_pipeline(captured, pipeline, context, options)
+    artifact = _make_artifact(captured, graph, pipeline, context, errors)
+    return Compilation(artifact, steps, context, pipeline)
+
+
+def check_finite(graph: Graph) -> None:
+    """Raise Refused naming the first constant that holds NaN or infinity."""
+    for name, tensor in graph.constants.items():
+        # Masks use infinities by design; weights have more than one element for each row.
+        if tensor.is_floating_point() and torch.isnan(tensor).any():
+            raise Refused("the weight holds NaN", node=name, way_out="repair or retrain the model")
+        if tensor.is_floating_point() and tensor.ndim > 0 and torch.isposinf(tensor).any():
+            raise Refused("the weight holds infinity", node=name, way_out="repair or retrain the model")
+
+
+def _stopped(pipeline: Pipeline, name: str) -> Pipeline:
+    if not name:
+        return pipeline
+    names = [item.name() for item in pipeline.passes]
+    if name not in names:
+        raise Refused(f"the pipeline has no pass '{name}'", way_out=f"it has {', '.join(names)}")
+    return Pipeline(pipeline.passes[: names.index(name) + 1])
+
+
+def _calibration(given: Any, captured: Captured, recipe: Recipe, pipeline: Pipeline, options: Options) -> Calibration | None:
+    if given is not None:
+        return as_calibration(given, captured.graph, captured.example_inputs, captured.folder, limit=recipe.calibration_samples)
+    if not recipe.needs_data:
+        return None
+    warnings.warn(f"recipe {recipe.name} reads calibration data and none was given: random inputs are used, expect lower accuracy", stacklevel=4)
+    return random_calibration(captured.graph, captured.example_inputs, limit=min(recipe.calibration_samples, 16))
+
+
+def _key(captured: Captured, pipeline: Pipeline, context: Context) -> str:
+    """Digest of everything the artifact depends on."""
+    parts = [captured.graph.digest, str(pipeline), context.recipe.canonical() if context.recipe else "", context.target.name]
+    parts += [context.calibration.digest if context.calibration else "", json.dumps(versions(), sort_keys=True)]
+    parts += [hashlib.sha256(t.contiguous().numpy().tobytes()).hexdigest() for t in captured.example_inputs]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of the packages that decide what comes out."""
+    return {name: version(name) for name in VERSIONED}
+
+
+def _run_pipeline(captured: Captured, pipeline: Pipeline, context: Context, options: Options) -> tuple[Graph, list[Step], dict[str, float]]:
+    graph, state, first = captured.graph, _State(), 0
+    checkpoints = None
+    if options.output:
+        checkpoints = Checkpoints(options.output, _key(captured, pipeline, context), resume=options.resume)
+        if checkpoints.done:
+            first = checkpoints.done - 1
+            graph = checkpoints.load(first)
+            state = _State.restore(checkpoints.journal["state"], checkpoints, graph, context)
+        else:
+            checkpoints.save(graph, "capture", state.dump(context))
+    if options.dump:
+        options.dump.mkdir(parents=True, exist_ok=True)
+        _dump(options.dump, 0, "capture", graph)
+
+    def before(number: int, item: Pass) -> None:
+        if item.stage == Stage.FLOAT and item.gives == Stage.SIMULATED:
+            state.float_graph, state.float_number = graph.copy(), number
+        if item.stage == Stage.SIMULATED and item.gives == Stage.INTEGER and state.float_graph is not None:
+            state.errors = layer_errors(state.float_graph, graph, captured.example_inputs)
+            state.float_graph = None
+        if options.progress:
+            options.progress(f"[{number + 1}/{len(pipeline.passes)}] {item}")
+
+    def after(number: int, item: Pass, changed: Graph, step: Step) -> None:
+        if checkpoints:
+            checkpoints.save(changed, step.text, state.dump(context))
+        if options.dump:
+            _dump(options.dump, number + 1, item.name(), changed)
+
+    check = [captured.example_inputs] if options.check else []
+    steps = pipeline.run(graph, context, first=first, check=check, observers=(after, *options.observers), before=before)
+    return graph, steps, state.errors
+
+
+def _dump(folder: Path, number: int, name: str, graph: Graph) -> None:
+    write_atomic(folder / f"{number:03}_{name.replace('-', '_')}.txt", print_graph(graph).encode())
+
+
+@dataclass
+class _State:
+    """What the driver carries from pass to pass and a resumed compile needs again."""
+
+    errors: dict[str, float] = field(default_factory=dict)
+    float_graph: Graph | None = None
+    float_number: int | None = None
+
+    def dump(self, context: Context) -> dict[str, Any]:
+        return {"errors": self.errors, "float_number": self.float_number if self.float_graph is not None else None,
+                "notes": context.notes, "reasons": context.log.reasons}  # fmt: skip
+
+    @classmethod
+    def restore(cls, saved: Mapping[str, Any], checkpoints: Checkpoints, graph: Graph, context: Context) -> _State:
+        context.notes += [tuple(note) for note in saved["notes"]]
+        context.log.reasons.update(saved["reasons"])
+        number = saved["float_number"]
+        return cls(dict(saved["errors"]), checkpoints.load(number) if number is not None else None, number)
+
+
+def _make_artifact(captured: Captured, graph: Graph, pipeline: Pipeline, context: Context, errors: Mapping[str, float]) -> Artifact:
+    assert context.recipe is not None
+    tokenizer = captured.folder / "tokenizer.json" if captured.folder else None
+    examples = [example.contiguous() for example in captured.example_inputs]
+    return Artifact(
+        graph,
+        recipe=context.recipe.canonical(),
+        pipeline=str(pipeline),
+        target=context.target.name,
+        golden_inputs=examples,
+        golden_outputs=[output.contiguous() for output in graph(*examples)],
+        report=build_report(graph, context, errors),
+        versions=versions(),
+        tokenizer=tokenizer.read_bytes() if tokenizer and tokenizer.is_file() else None,
+    )
+
+
+def finish(artifact: Artifact, output: Path) -> int:
+    """Write the artifact, then remove the checkpoints that led to it; return its bytes."""
+    size = artifact.save(output)
+    Checkpoints.discard(output)
+    return size

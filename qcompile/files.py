@@ -1,0 +1,59 @@
+"""Writing files so that a reader never sees half of one, and the folder of cached work."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+from qcompile.errors import Refused
+
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[BinaryIO]:
+    """Open a temporary file beside ``path``; on success it is flushed to disk and renamed, on failure removed."""
+    try:
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    except OSError as error:
+        raise Refused(f"cannot write here: {error.strerror}", node=str(path.parent)) from error
+    temporary = Path(name)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.chmod(0o644)
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)  # the rename itself must survive a power cut
+    finally:
+        os.close(folder)
+
+
+def write_atomic(path: Path, content: bytes) -> None:
+    """Write a whole file or nothing."""
+    with atomic_file(path) as file:
+        file.write(content)
+
+
+def remove_strays(path: Path) -> None:
+    """Remove temporary files that a killed process left beside ``path``."""
+    for stray in path.parent.glob(f".{path.name}.*.tmp"):
+        stray.unlink(missing_ok=True)
+
+
+def cache_folder() -> Path:
+    """Return the folder for cached work: ``$QCOMPILE_CACHE``, or ``qcompile`` in the user's cache folder; only the user can read it."""
+    base = os.environ.get("QCOMPILE_CACHE") or os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "qcompile")
+    folder = Path(base)
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    if folder.stat().st_uid != os.getuid():
+        raise Refused("the cache folder belongs to another user", node=str(folder), way_out="set QCOMPILE_CACHE to a folder of yours")
+    return folder

@@ -1,0 +1,302 @@
+"""The ``qc`` dialect: operators over quantized tensors, each with an exact meaning in plain PyTorch.
+
+These functions define what every kernel computes. Integer codes and accumulators agree bit for bit; float parts follow the
+written order of operations, each one rounded to float32 by itself (no fused multiply-add).
+
+Conventions shared by all operators:
+
+- a quantized value is (codes, scale, zero_point) and a scheme text; ``zero_point`` is None for symmetric schemes, else int32;
+- weights are stored packed (``qcompile.formats.packing``), so an operator with a weight also states its last size;
+- every product ``x * w`` is accumulated exactly in int32 over ``(x_code - x_zero) * (w_code - w_zero)``;
+- the epilogue after an accumulator is, in this order:
+
+      acc = acc + bias                        if bias is int32 (its scale is x_scale * weight_scale, CNN contract)
+      y = (float32(acc) * weight_scale) * x_scale
+      y = y + bias                            if bias is float32
+      y = activation(y)
+      y = y + residual                        if there is one
+      y = activation(y)                       for an ``add_`` activation (``add_relu`` acts after the residual, not before)
+      codes = clamp(round_half_even(y / out_scale) + out_zero_point)     if there is an out scheme
+
+- with weight groups along the input, ``y`` is the sum in ascending group order of ``float32(acc_g) * weight_scale_g``,
+  then times x_scale.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+
+from qcompile.formats import Group, Scheme, dequantize, parse_scheme, quantize, quantize_dynamic, unpack
+
+LIBRARY = torch.library.Library("qc", "DEF")
+
+ACTIVATIONS = {
+    "none": lambda y: y,
+    "relu": torch.relu,
+    "relu6": lambda y: y.clamp(0, 6),
+    "gelu": F.gelu,
+    "gelu_tanh": lambda y: F.gelu(y, approximate="tanh"),
+    "silu": F.silu,
+    "tanh": torch.tanh,
+    "sigmoid": torch.sigmoid,
+    "hardswish": F.hardswish,
+    "add_relu": torch.relu,
+    "add_relu6": lambda y: y.clamp(0, 6),
+}
+
+
+def _define(schema: str, meaning, shape) -> None:
+    """Register one operator: its schema, its meaning, and the rule that gives the meta result."""
+    name = schema.partition("(")[0]
+    LIBRARY.define(schema)
+    LIBRARY.impl(name, meaning, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"qc::{name}", shape, lib=LIBRARY)
+
+
+def _code_dtype(scheme: str) -> torch.dtype:
+    return parse_scheme(scheme).format.storage
+
+
+# ---- quantize, dequantize -------------------------------------------------------------------------------------------------
+
+
+def _quantize(x, scale, zero_point, scheme):
+    return quantize(x, scale, zero_point, parse_scheme(scheme))
+
+
+_define(
+    "quantize(Tensor x, Tensor scale, Tensor? zero_point, str scheme) -> Tensor",
+    _quantize,
+    lambda x, scale, zero_point, scheme: x.new_empty(x.shape, dtype=_code_dtype(scheme)),
+)
+
+
+def _quantize_dynamic(x, scheme):
+    """Return codes, scale and zero point (int32, zeros where the scheme is symmetric)."""
+    codes, scale, zero_point = quantize_dynamic(x, parse_scheme(scheme))
+    return codes, scale, torch.zeros_like(scale, dtype=torch.int32) if zero_point is None else zero_point
+
+
+def _quantize_dynamic_shape(x, scheme):
+    shape = parse_scheme(scheme).granularity.scale_shape(tuple(x.shape))
+    return x.new_empty(x.shape, dtype=_code_dtype(scheme)), x.new_empty(shape), x.new_empty(shape, dtype=torch.int32)
+
+
+_define("quantize_dynamic(Tensor x, str scheme) -> (Tensor, Tensor, Tensor)", _quantize_dynamic, _quantize_dynamic_shape)
+
+
+def _codes(codes: torch.Tensor, scheme: Scheme, size: int | None) -> torch.Tensor:
+    """Return one code per element; ``size`` is the unpacked length of the last axis, None for codes that are not packed."""
+    return codes if size is None else unpack(codes, scheme.bits, scheme.format.lowest < 0, size)
+
+
+def _dequantize(codes, scale, zero_point, scheme, size=None):
+    parsed = parse_scheme(scheme)
+    return dequantize(_codes(codes, parsed, size), scale, zero_point, parsed)
+
+
+def _dequantize_shape(codes, scale, zero_point, scheme, size=None):
+    return codes.new_empty((*codes.shape[:-1], size) if size is not None else codes.shape, dtype=scale.dtype)
+
+
+_define("dequantize(Tensor codes, Tensor scale, Tensor? zero_point, str scheme, int? size=None) -> Tensor", _dequantize, _dequantize_shape)
+
+
+# ---- products -------------------------------------------------------------------------------------------------------------
+
+
+def _centered(codes: torch.Tensor, zero_point: torch.Tensor | None, scheme: Scheme) -> torch.Tensor:
+    """Return decode(codes) - zero_point as float64 integers: products and sums of them below 2**53 are exact."""
+    values = scheme.format.decode(codes, torch.float64)
+    if zero_point is None:
+        return values
+    return values - scheme.granularity.expand(zero_point, tuple(codes.shape)).to(torch.float64)
+
+
+def _epilogue(y, bias, activation, residual, out_scale, out_zero_point, out_scheme):
+    if bias is not None and bias.dtype.is_floating_point:
+        y = y + bias
+    if not activation.startswith("add_"):
+        y = ACTIVATIONS[activation](y)
+    if residual is not None:
+        y = y + residual
+    if activation.startswith("add_"):
+        y = ACTIVATIONS[activation](y)
+    return y if not out_scheme else quantize(y, out_scale, out_zero_point, parse_scheme(out_scheme))
+
+
+def _linear(x, x_scale, x_zero_point, weight, weight_scale, weight_zero_point, bias, residual, out_scale, out_zero_point,
+            x_scheme, weight_scheme, in_features, activation="none", out_scheme=""):  # fmt: skip
+    scheme = parse_scheme(weight_scheme)
+    codes = _codes(weight, scheme, in_features)
+    if not x_scheme:  # float activations: the weight is dequantized, then an ordinary product
+        y = F.linear(x, dequantize(codes, weight_scale, weight_zero_point, scheme))
+        return _epilogue(y, bias, activation, residual, out_scale, out_zero_point, out_scheme)
+    a = _centered(x, x_zero_point, parse_scheme(x_scheme))  # [.., in]
+    w = _centered(codes, weight_zero_point, scheme)  # [out, in]
+    if isinstance(scheme.granularity, Group):
+        size = scheme.granularity.size
+        y = torch.zeros((*x.shape[:-1], w.shape[0]), dtype=torch.float32)
+        for g in range(weight_scale.shape[1]):
+            part = slice(g * size, (g + 1) * size)
+            y = y + F.linear(a[..., part], w[:, part]).to(torch.float32) * weight_scale[:, g]
+    else:
+        acc = F.linear(a, w)
+        acc = acc + bias if bias is not None and not bias.dtype.is_floating_point else acc
+        y = acc.to(torch.float32) * weight_scale
+    return _epilogue(y * x_scale, bias, activation, residual, out_scale, out_zero_point, out_scheme)
+
+
+def _result(x, shape, out_scheme):
+    return x.new_empty(shape, dtype=_code_dtype(out_scheme) if out_scheme else torch.float32)
+
+
+def _linear_shape(x, x_scale, x_zero_point, weight, weight_scale, weight_zero_point, bias, residual, out_scale, out_zero_point,
+                  x_scheme, weight_scheme, in_features, activation="none", out_scheme=""):  # fmt: skip
+    torch._check(x.shape[-1] == in_features, lambda: f"qc.linear reads {in_features} features, its input has {x.shape[-1]}")
+    return _result(x, (*x.shape[:-1], weight.shape[0]), out_scheme)
+
+
+_define(
+    "linear(Tensor x, Tensor? x_scale, Tensor? x_zero_point, Tensor weight, Tensor weight_scale, Tensor? weight_zero_point, "
+    "Tensor? bias, Tensor? residual, Tensor? out_scale, Tensor? out_zero_point, str x_scheme, str weight_scheme, "
+    'int in_features, str activation="none", str out_scheme="") -> Tensor',
+    _linear,
+    _linear_shape,
+)
+
+
+def _conv2d(x, x_scale, x_zero_point, weight, weight_scale, weight_zero_point, bias, residual, out_scale, out_zero_point,
+            x_scheme, weight_scheme, kernel_width, stride, padding, dilation, groups, activation="none", out_scheme=""):  # fmt: skip
+    """Convolution over NCHW; padding adds the real value zero, that is the code zero_point."""
+    scheme = parse_scheme(weight_scheme)
+    codes = _codes(weight, scheme, kernel_width)
+    if not x_scheme:
+        w = dequantize(codes, weight_scale, weight_zero_point, scheme)
+        y = F.conv2d(x, w, None, stride, padding, dilation, groups)
+    else:
+        a = _centered(x, x_zero_point, parse_scheme(x_scheme))
+        w = _centered(codes, weight_zero_point, scheme)
+        acc = F.conv2d(a, w, None, stride, padding, dilation, groups)
+        if bias is not None and not bias.dtype.is_floating_point:
+            acc = acc + bias.view(-1, 1, 1)
+        per_channel = weight_scale.reshape(-1, 1, 1) if weight_scale.ndim else weight_scale
+        y = (acc.to(torch.float32) * per_channel) * x_scale
+    bias = bias.view(-1, 1, 1) if bias is not None else None
+    return _epilogue(y, bias, activation, residual, out_scale, out_zero_point, out_scheme)
+
+
+def _conv2d_shape(x, x_scale, x_zero_point, weight, weight_scale, weight_zero_point, bias, residual, out_scale, out_zero_point,
+                  x_scheme, weight_scheme, kernel_width, stride, padding, dilation, groups, activation="none", out_scheme=""):  # fmt: skip
+    kernel = (weight.shape[-2], kernel_width)
+    size = [(x.shape[2 + d] + 2 * padding[d] - dilation[d] * (kernel[d] - 1) - 1) // stride[d] + 1 for d in range(2)]
+    return _result(x, (x.shape[0], weight.shape[0], *size), out_scheme)
+
+
+_define(
+    "conv2d(Tensor x, Tensor? x_scale, Tensor? x_zero_point, Tensor weight, Tensor weight_scale, Tensor? weight_zero_point, "
+    "Tensor? bias, Tensor? residual, Tensor? out_scale, Tensor? out_zero_point, str x_scheme, str weight_scheme, "
+    "int kernel_width, int[] stride, int[] padding, int[] dilation, int groups, "
+    'str activation="none", str out_scheme="") -> Tensor',
+    _conv2d,
+    _conv2d_shape,
+)
+
+
+def _matmul(a, a_scale, a_zero_point, b, b_scale, b_zero_point, out_scale, out_zero_point, a_scheme, b_scheme, out_scheme=""):
+    """Batched product of two activations with one scale each: ``y = (float32(acc) * b_scale) * a_scale``."""
+    acc = _centered(a, a_zero_point, parse_scheme(a_scheme)) @ _centered(b, b_zero_point, parse_scheme(b_scheme))
+    y = (acc.to(torch.float32) * b_scale) * a_scale
+    return _epilogue(y, None, "none", None, out_scale, out_zero_point, out_scheme)
+
+
+def _matmul_shape(a, a_scale, a_zero_point, b, b_scale, b_zero_point, out_scale, out_zero_point, a_scheme, b_scheme, out_scheme=""):
+    return _result(a, torch.matmul(a.to(torch.float32), b.to(torch.float32)).shape, out_scheme)
+
+
+_define(
+    "matmul(Tensor a, Tensor a_scale, Tensor? a_zero_point, Tensor b, Tensor b_scale, Tensor? b_zero_point, "
+    'Tensor? out_scale, Tensor? out_zero_point, str a_scheme, str b_scheme, str out_scheme="") -> Tensor',
+    _matmul,
+    _matmul_shape,
+)
+
+
+# ---- embedding, addition, rotation, attention -----------------------------------------------------------------------------
+
+
+def _embedding(indices, weight, scale, zero_point, scheme, size):
+    """Gather rows of a packed table [rows, ceil(size * bits / 8)] and dequantize them; scales are per row, group or tensor."""
+    parsed = parse_scheme(scheme)
+    # Gather first: dequantizing the rows that are read gives the same as reading rows of the dequantized table.
+    rows, place = indices.unique(return_inverse=True)
+    scale, zero_point = (t[rows] if t is not None and t.ndim else t for t in (scale, zero_point))
+    return dequantize(_codes(weight[rows], parsed, size), scale, zero_point, parsed)[place]
+
+
+_define(
+    "embedding(Tensor indices, Tensor weight, Tensor scale, Tensor? zero_point, str scheme, int size) -> Tensor",
+    _embedding,
+    lambda indices, weight, scale, zero_point, scheme, size: indices.new_empty((*indices.shape, size), dtype=torch.float32),
+)
+
+
+def _add(a, a_scale, a_zero_point, b, b_scale, b_zero_point, out_scale, out_zero_point, a_scheme, b_scheme, out_scheme, activation="none"):
+    """Sum of two quantized tensors on a third grid: dequantize both, add, activate, quantize."""
+    y = dequantize(a, a_scale, a_zero_point, parse_scheme(a_scheme)) + dequantize(b, b_scale, b_zero_point, parse_scheme(b_scheme))
+    return quantize(ACTIVATIONS[activation](y), out_scale, out_zero_point, parse_scheme(out_scheme))
+
+
+_define(
+    "add(Tensor a, Tensor a_scale, Tensor? a_zero_point, Tensor b, Tensor b_scale, Tensor? b_zero_point, "
+    'Tensor out_scale, Tensor? out_zero_point, str a_scheme, str b_scheme, str out_scheme, str activation="none") -> Tensor',
+    _add,
+    lambda a, a_scale, a_zero_point, b, b_scale, b_zero_point, out_scale, out_zero_point, a_scheme, b_scheme, out_scheme,
+    activation="none": a.new_empty(torch.broadcast_shapes(a.shape, b.shape), dtype=_code_dtype(out_scheme)),
+)  # fmt: skip
+
+
+def hadamard_matrix(size: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """Return the normalised Sylvester-Hadamard matrix [size, size], size a power of two."""
+    h = torch.ones(1, 1, dtype=torch.float64)
+    while h.shape[0] < size:
+        h = torch.cat([torch.cat([h, h], 1), torch.cat([h, -h], 1)], 0)
+    return (h / math.sqrt(size)).to(dtype)
+
+
+def _hadamard(x, block):
+    """Multiply each run of ``block`` (a power of two) elements of the last axis by the normalised Hadamard matrix."""
+    return (x.unflatten(-1, (-1, block)) @ hadamard_matrix(block, x.dtype)).flatten(-2)
+
+
+_define("hadamard(Tensor x, int block) -> Tensor", _hadamard, lambda x, block: torch.empty_like(x))
+
+
+def _attention(q, k, v, key_mask, heads, kv_heads, scale, causal):
+    """Multi-head attention over q [batch, tokens, heads * d], k and v [batch, keys, kv_heads * d].
+
+    ``key_mask`` [batch, keys] is True where a key may be seen. ``causal`` hides keys after the query, counted from the
+    end as for a cache: query i sees key j when ``j <= i + keys - tokens``. A query that sees no key gives zeros.
+    """
+    batch, tokens, width = q.shape
+    keys, d = k.shape[1], width // heads
+    q = q.unflatten(-1, (heads, d)).transpose(1, 2)
+    k, v = (t.unflatten(-1, (kv_heads, d)).transpose(1, 2).repeat_interleave(heads // kv_heads, 1) for t in (k, v))
+    scores = (q @ k.transpose(-1, -2)) * scale
+    seen = torch.ones(batch, 1, tokens, keys, dtype=torch.bool)
+    if key_mask is not None:
+        seen = seen & key_mask.view(batch, 1, 1, keys)
+    if causal:
+        seen = seen & (torch.arange(keys) <= torch.arange(tokens).unsqueeze(1) + keys - tokens)
+    weights = torch.softmax(scores.masked_fill(~seen, -torch.inf), -1).nan_to_num(0.0)
+    return (weights @ v).transpose(1, 2).flatten(2)
+
+
+_define(
+    "attention(Tensor q, Tensor k, Tensor v, Tensor? key_mask, int heads, int kv_heads, float scale, bool causal) -> Tensor",
+    _attention,
+    lambda q, k, v, key_mask, heads, kv_heads, scale, causal: torch.empty_like(q),
+)

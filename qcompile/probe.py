@@ -1,0 +1,81 @@
+"""Probes: for every integer layer, seeded codes in, exact products out. The same digests on every target, or ``verify`` names the layer.
+
+A probe runs the layer's own weights and scales without its float epilogue (no activation, residual or float bias), so its float32 result is determined
+to the bit by the dialect: ``(float32(acc) * weight_scale) * x_scale``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+import numpy as np
+import torch
+import torch.fx as fx
+
+from qcompile.formats import parse_scheme
+from qcompile.graph.graph import Graph, build_module, tensor_digest
+from qcompile.graph.stage import Stage
+from qcompile.graph.text import bound_arguments, operator_name
+from qcompile.graph.types import TensorType
+
+ROWS = 5  # odd, so that no kernel's row block divides it
+
+
+def probe_graph(graph: Graph) -> tuple[Graph | None, list[torch.Tensor], list[str]]:
+    """Return a graph with one output for each integer layer of static scheme, its inputs, and the layers' names; None where there is no such layer."""
+    nodes = [node for node in graph.nodes if _is_probed(graph, node)]
+    if not nodes:
+        return None, [], []
+    made = fx.Graph()
+    codes = [_codes(node) for node in nodes]
+    placeholders = [made.placeholder(f"codes_{i}") for i in range(len(nodes))]
+    constants: dict[str, torch.Tensor] = {}
+    outputs = []
+    for node, placeholder in zip(nodes, placeholders, strict=True):
+        arguments = bound_arguments(node) | {"x": placeholder, "activation": "none", "residual": None, "out_scale": None, "out_zero_point": None, "out_scheme": ""}
+        bias = graph.constant(arguments["bias"])
+        arguments["bias"] = arguments["bias"] if bias is not None and not bias.is_floating_point() else None
+        for key, value in arguments.items():
+            if isinstance(value, fx.Node) and value is not placeholder:
+                tensor = graph.constant(value)
+                assert tensor is not None
+                constants[str(value.target)] = tensor
+                arguments[key] = made.get_attr(str(value.target))
+        names = [a.name for a in node.target._schema.arguments]  # type: ignore[union-attr]
+        outputs.append(made.call_function(node.target, tuple(arguments[name] for name in names)))  # type: ignore[arg-type]
+    made.output(tuple(outputs))
+    types = [TensorType(code.dtype, tuple(code.shape)) for code in codes]
+    return Graph(build_module(constants, {}, made), types, stage=Stage.INTEGER), codes, [node.name for node in nodes]
+
+
+def _is_probed(graph: Graph, node: fx.Node) -> bool:
+    if node.op != "call_function" or operator_name(node.target) not in ("qc.linear", "qc.conv2d"):
+        return False
+    arguments = bound_arguments(node)
+    return bool(arguments["x_scheme"]) and graph.constant(arguments["x_scale"]) is not None
+
+
+def _codes(node: fx.Node) -> torch.Tensor:
+    """Return codes drawn by the node's name, over the whole range of the format, extremes included."""
+    arguments = bound_arguments(node)
+    format = parse_scheme(arguments["x_scheme"]).format
+    seed = int.from_bytes(hashlib.sha256(node.name.encode()).digest()[:8], "little")
+    if operator_name(node.target) == "qc.linear":
+        shape: tuple[int, ...] = (ROWS, arguments["in_features"])
+    else:
+        weight = arguments["weight"].meta["val"]
+        kernel = (weight.shape[2], arguments["kernel_width"])
+        side = [max(2 * stride + dilation * (k - 1) + 1, 3) for k, stride, dilation in zip(kernel, arguments["stride"], arguments["dilation"], strict=True)]
+        shape = (1, int(weight.shape[1]) * arguments["groups"], *side)
+    drawn = np.random.Generator(np.random.PCG64(seed)).integers(int(format.lowest), int(format.highest) + 1, shape)
+    return torch.from_numpy(drawn).to(format.storage)
+
+
+def probe_digests(graph: Graph, run: Any = None) -> dict[str, str]:
+    """Return the digest of each layer's probe result; ``run(graph, inputs)`` computes them, by default the reference."""
+    probe, inputs, names = probe_graph(graph)
+    if probe is None:
+        return {}
+    outputs = run(probe, inputs) if run else probe(*inputs)
+    return {name: tensor_digest(output.contiguous()) for name, output in zip(names, outputs, strict=True)}

@@ -1,0 +1,89 @@
+"""Finding passes, targets, solvers and recipes by name, without importing the others.
+
+Built-in ones are modules of the packages ``qcompile.passes``, ``qcompile.backends``, ``qcompile.solvers``: the name ``fold-batch-norm`` is the
+module ``fold_batch_norm`` with the class ``FoldBatchNorm``. Others plug in by entry points of the groups ``qcompile.passes``,
+``qcompile.targets`` and ``qcompile.solvers``; a name that exists already is an error.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib.metadata import EntryPoint, entry_points
+from typing import TYPE_CHECKING, Any
+
+from qcompile.errors import Refused
+from qcompile.nearest import nearest_name
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from qcompile.pipeline import Pass
+    from qcompile.target import Target
+
+
+@dataclass(frozen=True)
+class _Kind:
+    word: str  # "pass", for messages
+    package: str  # where the built-in ones live
+    group: str  # entry-point group
+    folders: bool = False  # one folder each (backends), or one module each
+
+_KINDS = {
+    "pass": _Kind("pass", "qcompile.passes", "qcompile.passes"),
+    "target": _Kind("target", "qcompile.backends", "qcompile.targets", folders=True),
+    "solver": _Kind("solver", "qcompile.solvers", "qcompile.solvers"),
+}
+
+
+@lru_cache(maxsize=None)
+def _known(kind: str) -> dict[str, str | EntryPoint]:
+    """Map each name to the module that holds it, or to its entry point."""
+    spec = _KINDS[kind]
+    package = importlib.import_module(spec.package)
+    found: dict[str, str | EntryPoint] = {
+        module.name.replace("_", "-"): f"{spec.package}.{module.name}"
+        for module in pkgutil.iter_modules(package.__path__)
+        if not module.name.startswith("_") and module.ispkg == spec.folders and module.name != "lowering"
+    }
+    for point in entry_points(group=spec.group):
+        if point.name in found:
+            raise Refused(f"two {spec.word} plug-ins have the name '{point.name}'", node=str(point.value), way_out="uninstall or rename one")
+        found[point.name] = point
+    return found
+
+
+def names(kind: str) -> list[str]:
+    """Return all names of a kind: ``pass``, ``target`` or ``solver``."""
+    return sorted(_known(kind))
+
+
+def _load(kind: str, name: str, attribute: Callable[[str], str]) -> Any:
+    known = _known(kind)
+    if name not in known:
+        raise Refused(f"unknown {_KINDS[kind].word} '{name}'", way_out=nearest_name(name, known))
+    place = known[name]
+    if isinstance(place, EntryPoint):
+        return place.load()
+    return getattr(importlib.import_module(place), attribute(name))
+
+
+def find_pass(name: str) -> type[Pass]:
+    """Return the pass of this text name.
+
+    Raises:
+        Refused: there is none; the message gives the nearest name.
+    """
+    return _load("pass", name, lambda n: "".join(part.capitalize() for part in n.split("-")))  # type: ignore[no-any-return]
+
+
+def find_target(name: str) -> Target:
+    """Return the target of this name, such as ``cpu``."""
+    return _load("target", name, lambda n: "TARGET")  # type: ignore[no-any-return]
+
+
+def find_solver(name: str) -> Callable[..., Any]:
+    """Return the ``solve`` function of this solver, such as ``gptq``."""
+    return _load("solver", name, lambda n: "solve")  # type: ignore[no-any-return]

@@ -1,0 +1,178 @@
+"""Ranges of activations from the model alone: batch normalization says how its outputs are spread (Nagel et al. 2019, DFQ, section 4.2).
+
+A convolution that batch normalization was folded into carries the notes ``bn_mean`` (beta) and ``bn_std`` (gamma): each of its channels is taken
+for a normal distribution. Means, deviations and ranges are carried through the operators after it, channels taken as independent.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.fx as fx
+
+from qcompile.errors import Refused
+from qcompile.graph.graph import Graph
+from qcompile.graph.text import bound_arguments, operator_name
+
+DEVIATIONS = 6.0  # beta +- 6 gamma, as in the paper
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Mean, standard deviation and range of each channel (axis 1) of a value, float64 [channels]."""
+
+    mean: torch.Tensor
+    std: torch.Tensor
+    low: torch.Tensor
+    high: torch.Tensor
+
+    @classmethod
+    def normal(cls, mean: torch.Tensor, std: torch.Tensor) -> Spread:
+        """Return a normal distribution with its range at DEVIATIONS."""
+        return cls(mean, std, mean - DEVIATIONS * std, mean + DEVIATIONS * std)
+
+    def clamp(self, low: float, high: float) -> Spread:
+        """Return the distribution of clamp(x, low, high) for x normal with this mean and deviation."""
+        mean, std = clamped_normal(self.mean, self.std, low, high)
+        return Spread(mean, std, self.low.clamp(low, high), self.high.clamp(low, high))
+
+    def map(self, change) -> Spread:  # type: ignore[no-untyped-def]
+        return Spread(*(change(part) for part in (self.mean, self.std, self.low, self.high)))
+
+
+def clamped_normal(mean: torch.Tensor, std: torch.Tensor, low: float, high: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return mean and standard deviation of clamp(x, low, high), x ~ N(mean, std^2); for low 0 and high inf this is the rectified normal."""
+    std = std.clamp(min=1e-12)
+
+    def cdf(z: torch.Tensor) -> torch.Tensor:
+        return 0.5 * (1 + torch.erf(z / math.sqrt(2)))
+
+    def pdf(z: torch.Tensor) -> torch.Tensor:
+        return torch.exp(-0.5 * z.square()) / math.sqrt(2 * math.pi)
+
+    a, b = (low - mean) / std, (high - mean) / std
+    inside = cdf(b) - cdf(a)
+    edge_a = torch.nan_to_num(a * pdf(a))  # the limit of z * pdf(z) at infinity is 0
+    edge_b = torch.nan_to_num(b * pdf(b))
+    first = mean * inside + std * (pdf(a) - pdf(b))
+    second = (mean.square() + std.square()) * inside + 2 * mean * std * (pdf(a) - pdf(b)) + std.square() * (edge_a - edge_b)
+    if math.isfinite(low):
+        first, second = first + low * cdf(a), second + low**2 * cdf(a)
+    if math.isfinite(high):
+        first, second = first + high * (1 - cdf(b)), second + high**2 * (1 - cdf(b))
+    return first, (second - first.square()).clamp(min=0).sqrt()
+
+
+_SAME = frozenset(
+    {"aten.max_pool2d", "aten.avg_pool2d", "aten.adaptive_avg_pool2d", "aten.mean.dim", "aten.view", "aten.flatten.using_ints",
+     "aten.dropout", "aten.clone", "aten.squeeze.dim", "aten.squeeze.dims", "aten.unsqueeze", "aten.constant_pad_nd", "aten.slice.Tensor"}
+)  # fmt: skip
+
+
+class ModelRanges:
+    """Spreads of all values of a float or simulated graph of convolutions.
+
+    Args:
+        graph: convolutions carry the notes of folded batch normalization.
+        example_inputs: one batch; an input's range is that of its example.
+    """
+
+    def __init__(self, graph: Graph, example_inputs: Sequence[torch.Tensor]) -> None:
+        self.graph = graph
+        self.spreads: dict[fx.Node, Spread] = {}
+        examples = dict(zip(graph.inputs, example_inputs, strict=False))
+        for node in graph.nodes:
+            spread = self._input(node, examples) if node.op == "placeholder" else self._carry(node)
+            if spread is not None:
+                self.spreads[node] = spread
+
+    def range(self, node: fx.Node) -> tuple[float, float]:
+        """Return the smallest and largest value expected over all channels.
+
+        Raises:
+            Refused: the model does not say.
+        """
+        spread = self.spreads.get(node)
+        if spread is None:
+            raise Refused(
+                "its range cannot be found without data",
+                node=node.name,
+                operator=str(node.target),
+                way_out="give calibration data and a range such as minmax",
+            )
+        return float(spread.low.min()), float(spread.high.max())
+
+    def _input(self, node: fx.Node, examples: dict[fx.Node, torch.Tensor]) -> Spread | None:
+        x = examples.get(node)
+        if x is None or not x.is_floating_point() or x.ndim < 2:
+            return None
+        channels = x.movedim(1, 0).flatten(1).to(torch.float64)
+        return Spread(channels.mean(1), channels.std(1, correction=0), channels.amin(1), channels.amax(1))
+
+    def _carry(self, node: fx.Node) -> Spread | None:
+        if self.graph.quantizer(node):
+            return self.spreads.get(node.args[0])  # type: ignore[arg-type]
+        if node.op != "call_function":
+            return None
+        name, arguments = operator_name(node.target), None
+        if name in ("aten.conv2d", "aten.linear"):
+            return self._product(node)
+        if name == "py.getitem":
+            return None
+        arguments = bound_arguments(node)
+        source = self.spreads.get(arguments.get("self"))  # type: ignore[arg-type]
+        if name == "aten.cat":
+            parts = [self.spreads.get(t) for t in arguments["tensors"]]
+            whole = all(part is not None for part in parts) and arguments["dim"] == 1
+            return Spread(*(torch.cat([getattr(p, f) for p in parts]) for f in ("mean", "std", "low", "high"))) if whole else None
+        if source is None:
+            return None
+        if name in ("aten.relu", "aten.relu6", "aten.hardtanh", "aten.clamp"):
+            return source.clamp(*_limits(name, arguments))
+        if name == "aten.add.Tensor":
+            other = self.spreads.get(arguments["other"])
+            return _sum(source, other) if other is not None else None
+        if name in _SAME:
+            channels = node.meta["val"].shape[1] if node.meta["val"].ndim > 1 else 0
+            repeat = channels // len(source.mean) if isinstance(channels, int) and len(source.mean) else 0
+            return source.map(lambda part: part.repeat_interleave(repeat)) if repeat >= 1 else None
+        return None
+
+    def _product(self, node: fx.Node) -> Spread | None:
+        notes = node.meta.get("notes", {})
+        if "bn_mean" in notes:
+            return Spread.normal(notes["bn_mean"].to(torch.float64), notes["bn_std"].to(torch.float64))
+        arguments = bound_arguments(node)
+        source = self.spreads.get(arguments["input"])
+        weight = self._weight(arguments["weight"])
+        if source is None or weight is None:
+            return None
+        groups = arguments.get("groups", 1)
+        w = weight.to(torch.float64).flatten(2) if weight.ndim > 2 else weight.to(torch.float64).unsqueeze(-1)
+        mean, var = (
+            part.view(groups, 1, -1).expand(groups, w.shape[0] // groups, -1).flatten(0, 1) for part in (source.mean, source.std.square())
+        )
+        bias = self.graph.constant(arguments["bias"])
+        out_mean = (w.sum(-1) * mean).sum(1) + (0 if bias is None else bias.to(torch.float64))
+        return Spread.normal(out_mean, (w.square().sum(-1) * var).sum(1).sqrt())
+
+    def _weight(self, node: fx.Node) -> torch.Tensor | None:
+        quantizer = self.graph.quantizer(node)
+        return self.graph.constant(node.args[0] if quantizer else node)
+
+
+def _limits(name: str, arguments: dict) -> tuple[float, float]:  # type: ignore[type-arg]
+    if name == "aten.relu":
+        return 0.0, math.inf
+    if name == "aten.relu6":
+        return 0.0, 6.0
+    low, high = (arguments["min_val"], arguments["max_val"]) if name == "aten.hardtanh" else (arguments["min"], arguments["max"])
+    return -math.inf if low is None else float(low), math.inf if high is None else float(high)
+
+
+def _sum(a: Spread, b: Spread) -> Spread:
+    normal = Spread.normal(a.mean + b.mean, (a.std.square() + b.std.square()).sqrt())
+    return Spread(normal.mean, normal.std, torch.maximum(normal.low, a.low + b.low), torch.minimum(normal.high, a.high + b.high))

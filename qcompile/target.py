@@ -1,0 +1,94 @@
+"""What a target is: the schemes it has kernels for, where quantizers are placed for it, and how it builds and runs a graph."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from qcompile.formats import LayerScheme, Scheme
+from qcompile.graph.graph import Graph
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One line of a target's support table: an operator and the schemes its kernel takes.
+
+    Attributes:
+        operator: the integer-stage operator, such as ``qc.linear``.
+        weight_bits: bit widths of the weight, empty for operators without one.
+        weight_granularity: names of granularities (``tensor``, ``channel``, ``group``) of the weight.
+        activation: ``static``, ``dynamic`` or ``float``.
+        summary: one line for the docs' table.
+    """
+
+    operator: str
+    weight_bits: tuple[int, ...]
+    weight_granularity: tuple[str, ...]
+    activation: str
+    summary: str = ""
+
+
+def activation_kind(scheme: Scheme | None) -> str:
+    """Return ``float``, ``static`` or ``dynamic``."""
+    return "float" if scheme is None else "dynamic" if scheme.dynamic else "static"
+
+
+class Executable(Protocol):
+    """A built graph: call it with one tensor for each input, get one for each output."""
+
+    def __call__(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]: ...
+
+
+class Target(ABC):
+    """A place to run. Subclasses are declarations; building loads the compiler only when it is called.
+
+    Attributes:
+        name: the name on the command line.
+        summary: one line for ``qcompile targets``.
+        kernels: the support table.
+        exact: the target computes the qc operators by their meaning, so every legal graph runs.
+    """
+
+    name: str
+    summary: str
+    kernels: tuple[Kernel, ...] = ()
+
+    def supports(self, operator: str, scheme: LayerScheme) -> str | None:
+        """Return None if there is a kernel for this operator and scheme, else the reason with the nearest scheme that runs."""
+        if scheme.weight is None and scheme.activation is None:
+            return None
+        rows = [kernel for kernel in self.kernels if kernel.operator == operator]
+        if not rows:
+            return f"{self.name} has no low-bit kernel for {operator}"
+        kind = activation_kind(scheme.activation)
+        granularity = str(scheme.weight.granularity).split("=")[0] if scheme.weight else ""
+        fits = [
+            row
+            for row in rows
+            if row.activation == kind
+            and (scheme.weight is None or (scheme.weight.bits in row.weight_bits and granularity in row.weight_granularity))
+        ]
+        if fits:
+            return None
+        near = min(rows, key=lambda row: (row.activation != kind, min(abs(b - (scheme.weight.bits if scheme.weight else 8)) for b in row.weight_bits or (8,))))
+        return (
+            f"{self.name} has no kernel for {operator} with {scheme}; the nearest that runs: weights of "
+            f"{'/'.join(map(str, near.weight_bits))} bits by {'/'.join(near.weight_granularity)}, {near.activation} activations"
+        )
+
+    @abstractmethod
+    def build(self, graph: Graph, *, threads: int | None = None) -> Executable:
+        """Lower an integer-stage (or float) graph and return it ready to run on this machine.
+
+        Args:
+            graph: is not changed.
+            threads: worker threads, by default every physical core this process may use.
+        """
+
+    def leftovers(self, graph: Graph) -> list[tuple[str, str, str]]:
+        """Return (node, operator, reason) of every operator that no kernel of this target runs in low bits."""
+        return []
