@@ -139,7 +139,7 @@ def _run(graph: Graph, cone: list[fx.Node], inputs: Mapping[fx.Node, torch.Tenso
                 known[node] = graph.constant(node)
             else:
                 args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: known[n])
-                known[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+                known[node] = node.target(*args, **kwargs)
     return known
 
 

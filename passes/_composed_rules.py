@@ -131,7 +131,7 @@ NATIVE_RULES = (
 def _linear_weight(graph: Graph, node: fx.Node, before: fx.Node) -> fx.Node:
     """Return the constant [out, in] of a matrix [in, out]: the constant it is the transpose of, or its own transpose."""
     if graph.constant(node) is None:
-        return bound_arguments(node)["self"]  # type: ignore[no-any-return]
+        return bound_arguments(node)["self"]
     value = graph.constant(node)
     assert value is not None
     # Beside the original, so that the two have one place in the listing.
@@ -418,7 +418,7 @@ def _evaluate(graph: Graph, root: fx.Node, x: fx.Node) -> torch.Tensor | None:
             if number is not None:
                 known[node] = torch.tensor(number, dtype=torch.float64)
             elif _is_pointwise(node):
-                known[node] = node.target(*fx.map_arg(node.args, value), **fx.map_arg(node.kwargs, value))  # type: ignore[operator]
+                known[node] = node.target(*fx.map_arg(node.args, value), **fx.map_arg(node.kwargs, value))
             else:
                 raise LookupError(node_name(node))
         return known[node]

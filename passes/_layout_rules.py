@@ -136,7 +136,7 @@ def _is_unsorted(graph: Graph, m: Match) -> str | None:
 def _sort_axes(graph: Graph, m: Match) -> fx.Node:
     a = bound_arguments(m.root)
     if a["dim0"] % rank(m["x"]) == a["dim1"] % rank(m["x"]):
-        return m["x"]  # type: ignore[no-any-return]
+        return m["x"]
     return _transpose(graph, m["x"], a["dim0"], a["dim1"], m.root)
 
 
@@ -157,7 +157,7 @@ def _permute(graph: Graph, x: fx.Node, axes: list[int], before: fx.Node) -> fx.N
     if not moved:
         return x
     if len(moved) == 2:
-        return _transpose(graph, x, *moved, before)
+        return _transpose(graph, x, moved[0], moved[1], before)
     return graph.call(aten.permute.default, x, axes, before=before)
 
 

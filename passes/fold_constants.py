@@ -49,7 +49,7 @@ class FoldConstants(Pass):
                     continue
                 args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: known[n])
                 with torch.no_grad():
-                    known[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+                    known[node] = node.target(*args, **kwargs)
                 computed.append(node)
         # Only values that something unknown reads are stored; those between are gone with their users.
         stored = [node for node in computed if isinstance(known[node], torch.Tensor) and any(user not in known for user in node.users)]

@@ -163,7 +163,7 @@ def _read_divisor(graph: Graph, a: dict[str, Any], found: Attention) -> fx.Node 
     if not number:
         return None
     found.scale /= number
-    return a["self"]  # type: ignore[no-any-return]
+    return a["self"]
 
 
 def _read_sum(graph: Graph, a: dict[str, Any], found: Attention) -> fx.Node | None:
@@ -172,7 +172,7 @@ def _read_sum(graph: Graph, a: dict[str, Any], found: Attention) -> fx.Node | No
     for x, mask in ((a["self"], a["other"]), (a["other"], a["self"])):
         if isinstance(mask, fx.Node) and _leads_to_product(x):
             found.masks.append((mask, False))
-            return x  # type: ignore[no-any-return]
+            return x
     return None
 
 
@@ -187,7 +187,7 @@ def _read_masked_fill(graph: Graph, a: dict[str, Any], found: Attention) -> fx.N
     if value is None or value > HIDES:
         return None
     found.masks.append((a["mask"], True))
-    return a["self"]  # type: ignore[no-any-return]
+    return a["self"]
 
 
 def _read_where(graph: Graph, a: dict[str, Any], found: Attention) -> fx.Node | None:
@@ -301,7 +301,7 @@ def _before_repeat(graph: Graph, node: fx.Node) -> fx.Node:
     while _is(inner, "aten.view", "aten.reshape", "aten.clone"):
         inner = inner.args[0]
     if _is(node, "aten.repeat_interleave.self_int") and bound_arguments(node)["dim"] in (1, -3):
-        return node.args[0]  # type: ignore[return-value]
+        return node.args[0]
     if not _is(inner, "aten.expand") or not _is(inner.args[0], "aten.unsqueeze") or rank(inner) != 5:
         return node
     source = inner.args[0].args[0]

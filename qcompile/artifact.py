@@ -287,7 +287,7 @@ def _aligned_header(name: str, offset: int) -> zipfile.ZipInfo:
 
 
 def _all_tensors(graph: Graph) -> list[torch.Tensor]:
-    return [*graph.constants.values()]
+    return graph.tensors
 
 
 def _unshared(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -50,7 +50,7 @@ class Checkpoints:
 
     def save(self, graph: Graph, text: str, state: Mapping[str, Any]) -> None:
         """Record that one more pass (or the capture) is finished; ``state`` is kept for the one that resumes."""
-        for tensor in graph.constants.values():
+        for tensor in graph.tensors:
             path = self._constant(tensor_digest(tensor)[:DIGEST_LENGTH])
             if not path.exists():
                 write_atomic(path, safetensors.torch.save({"value": tensor.detach().clone().contiguous()}))

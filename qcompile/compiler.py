@@ -5,8 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any
 import torch
 
 from qcompile.artifact import Artifact
-from qcompile.calibration import Calibration, as_calibration, random_calibration
+from qcompile.calibration import Calibration, from_iterable, parse_calibration
 from qcompile.capture import Captured, capture
 from qcompile.capture.torch_export import DynamicShapes
 from qcompile.checkpoint import Checkpoints
@@ -28,6 +27,7 @@ from qcompile.registry import find_target
 from qcompile.report import build_report, layer_errors
 from qcompile.target import Target
 
+RANDOM_SAMPLES = 16  # noise tells little; more of it tells no more
 VERSIONED = ("qcompile", "torch", "apache-tvm", "onnx", "onnxruntime")
 
 
@@ -43,6 +43,7 @@ class Options:
         stop_after: name of the pass after which the pipeline ends.
         progress: called with a line of text as work goes on.
         observers: see ``Pipeline.run``.
+        hold_promises: refuse the pass that breaks its promise under ``check``; False only measures (bisection).
         kernel_times: the table of measured kernel times to use and extend, by default the one in the cache folder.
     """
 
@@ -54,6 +55,7 @@ class Options:
     progress: Callable[[str], None] | None = None
     observers: tuple[Observer, ...] = ()
     kernel_times: Path | None = None
+    hold_promises: bool = True
 
 
 @dataclass
@@ -112,7 +114,7 @@ def run_compile(
     pipeline = _stopped(chosen.parsed_pipeline(), options.stop_after)
     captured = capture(model, example_inputs, dynamic_shapes)
     check_finite(captured.graph)
-    data = _calibration(calibration, captured, chosen, pipeline, options)
+    data = _calibration(calibration, captured, chosen, options)
     context = Context(place, chosen, data, captured.example_inputs, cache=cache_folder())
     context.kernel_times = options.kernel_times
     graph, steps, errors = _run_pipeline(captured, pipeline, context, options)
@@ -139,13 +141,20 @@ def _stopped(pipeline: Pipeline, name: str) -> Pipeline:
     return Pipeline(pipeline.passes[: names.index(name) + 1])
 
 
-def _calibration(given: Any, captured: Captured, recipe: Recipe, pipeline: Pipeline, options: Options) -> Calibration | None:
+def _calibration(given: Any, captured: Captured, recipe: Recipe, options: Options) -> Calibration | None:
+    if isinstance(given, Calibration):
+        return given
+    if isinstance(given, (str, os.PathLike)):
+        return parse_calibration(
+            os.fspath(given), example_inputs=captured.example_inputs, tokenizer_folder=captured.folder, limit=recipe.calibration_samples
+        )
     if given is not None:
-        return as_calibration(given, captured.graph, captured.example_inputs, captured.folder, limit=recipe.calibration_samples)
+        return from_iterable(given, limit=recipe.calibration_samples)
     if not recipe.needs_data:
         return None
-    warnings.warn(f"recipe {recipe.name} reads calibration data and none was given: random inputs are used, expect lower accuracy", stacklevel=4)
-    return random_calibration(captured.graph, captured.example_inputs, limit=min(recipe.calibration_samples, 16))
+    if options.progress:
+        options.progress(f"recipe {recipe.name} reads calibration data and none was given: random inputs are used, expect lower accuracy")
+    return parse_calibration("random", example_inputs=captured.example_inputs, limit=min(recipe.calibration_samples, RANDOM_SAMPLES))
 
 
 def _key(captured: Captured, pipeline: Pipeline, context: Context) -> str:
@@ -192,7 +201,9 @@ def _run_pipeline(captured: Captured, pipeline: Pipeline, context: Context, opti
             _dump(options.dump, number + 1, item.name(), changed)
 
     check = [captured.example_inputs] if options.check else []
-    steps = pipeline.run(graph, context, first=first, check=check, observers=(after, *options.observers), before=before)
+    steps = pipeline.run(
+        graph, context, first=first, check=check, hold=options.hold_promises, observers=(after, *options.observers), before=before
+    )
     return graph, steps, state.errors
 
 

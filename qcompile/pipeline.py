@@ -232,6 +232,7 @@ class Pipeline:
         *,
         first: int = 0,
         check: Sequence[Sequence[torch.Tensor]] = (),
+        hold: bool = True,
         observers: Iterable[Observer] = (),
         before: Callable[[int, Pass], None] | None = None,
     ) -> list[Step]:
@@ -242,6 +243,7 @@ class Pipeline:
             context: given to every pass.
             first: number of passes that are already done (resume).
             check: batches on which every pass is held to its ``keeps``.
+            hold: refuse a pass that breaks its promise; False only measures.
             observers: called after each pass with its number, the pass, the graph and the step.
             before: called before each pass (progress).
 
@@ -256,7 +258,7 @@ class Pipeline:
             start = time.perf_counter()
             changes = self._run_one(number, item, graph, context)
             seconds = time.perf_counter() - start
-            quality = self._check_promise(number, item, graph, check, reference) if check else None
+            quality = self._check_promise(number, item, graph, check, reference, hold) if check else None
             reference = [graph(*batch) for batch in check]
             steps.append(Step(str(item), changes, seconds, quality))
             for observe in observers:
@@ -289,11 +291,11 @@ class Pipeline:
             raise Refused(f"{item.name()} needs calibration data", way_out="give --calibrate DATA, or use a recipe without data such as dfq")
         return collect(graph, requests, context.calibration, cache=context.cache)
 
-    def _check_promise(self, number, item, graph, check, reference) -> float:  # type: ignore[no-untyped-def]
+    def _check_promise(self, number, item, graph, check, reference, hold) -> float:  # type: ignore[no-untyped-def]
         pairs = [(a, b) for batch, old in zip(check, reference, strict=True) for a, b in zip(old, graph(*batch), strict=True)]
         quality = min(sqnr_db(a, b) for a, b in pairs)
         promised = item.keeps.min_sqnr_db
-        if promised is not None and quality < promised:
+        if hold and promised is not None and quality < promised:
             raise Refused(
                 f"pass {item.name()} promises {item.keeps} ({promised:g} dB) and keeps {quality:.1f} dB",
                 node=f"pass {number + 1} after {', '.join(graph.history[:-1])}",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -56,7 +55,7 @@ def build_report(graph: Graph, context: Context, errors: Mapping[str, float]) ->
     """Return the report as plain data; it holds no times and no paths, so that equal compiles give equal reports."""
     layers = [_layer(graph, node, errors) for node in graph.nodes if _is_layer(node)]
     leftovers = context.target.leftovers(graph)
-    float_ops = [{"node": node, "op": op, "reason": reason} for node, op, reason in (*_float_ops(graph), *leftovers)]
+    float_ops = [{"node": node, "op": op, "reason": reason} for node, op, reason in (*float_operators(graph), *leftovers)]
     stored = {tensor_digest(t): t.numel() * t.element_size() for t in graph.constants.values()}
     bits = sum(layer["stored_bits"] for layer in layers)
     elements = sum(layer["elements"] for layer in layers)
@@ -121,7 +120,7 @@ def _layer(graph: Graph, node: fx.Node, errors: Mapping[str, float]) -> dict[str
     }  # fmt: skip
 
 
-def _float_ops(graph: Graph) -> list[tuple[str, str, str]]:
+def float_operators(graph: Graph) -> list[tuple[str, str, str]]:
     """Return (node, operator, reason) of float operators that compute: the audit of what stayed float."""
     found = []
     for node in graph.nodes:
@@ -133,8 +132,3 @@ def _float_ops(graph: Graph) -> list[tuple[str, str, str]]:
         reason = node.meta.get("notes", {}).get("reason") or "no integer form in the dialect; computed in float32"
         found.append((node.name, operator, reason))
     return found
-
-
-def digest_bytes(data: bytes) -> str:
-    """Return the SHA-256 of bytes in hex."""
-    return hashlib.sha256(data).hexdigest()

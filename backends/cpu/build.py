@@ -11,19 +11,20 @@ from qcompile.backends.lowering.shapes import dtype_name
 from qcompile.backends.lowering.translate import translate
 
 
-def build(graph_module: fx.GraphModule, *, threads: int | None = None, taps: tuple[str, ...] = ()) -> Executable:
+def build(graph_module: fx.GraphModule, *, threads: int | None = None, taps: tuple[str, ...] = (), kernels: bool = True) -> Executable:
     """Compile a graph of ATen core and qc operators for the machine this runs on.
 
     Args:
         graph_module: constants are ``get_attr`` nodes, every node carries ``meta["val"]``.
         threads: threads of one call; None takes every processor this process may use.
         taps: names of nodes whose values are returned after the outputs, see ``Executable.tapped``.
+        kernels: False leaves the target's kernels out: the slow, plain lowering, to compare with.
 
     Raises:
         Refused: naming the node and the operator that cannot be lowered.
     """
     with pipeline.COMPILE_LOCK:  # building Relax runs TVM's passes too
-        lowered = translate(graph_module, legalize=LEGALIZE, taps=taps)
+        lowered = translate(graph_module, legalize=LEGALIZE if kernels else {}, taps=taps)
     executable = pipeline.compile_module(lowered.module, threads)
     placeholders = [node for node in graph_module.graph.nodes if node.op == "placeholder"]
     inputs = tuple(Port(node.name, dtype_name(node.meta["val"].dtype), _shape(node)) for node in placeholders)

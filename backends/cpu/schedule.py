@@ -22,7 +22,7 @@ def schedule(function: tirx.PrimFunc) -> tirx.PrimFunc:
     """Return the function with its loops scheduled; a function marked ``SCHEDULED`` or not made of blocks is returned as it is."""
     if not isinstance(function, tirx.PrimFunc) or SCHEDULED in (function.attrs or {}):
         return function
-    if not isinstance(function.body, s_tir.SBlockRealize):
+    if not isinstance(function.body, s_tir.SBlockRealize) or function.body.block.name_hint != "root":
         return function
     plan = s_tir.Schedule(tvm.IRModule({"main": function}))
     _inline(plan)

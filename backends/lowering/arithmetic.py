@@ -66,10 +66,10 @@ def _constant(value: Any, like: Any) -> Any:
 
 for _name, _function in {
     "neg": op.negative, "sqrt": op.sqrt, "rsqrt": op.rsqrt, "exp": op.exp, "log": op.log, "erf": op.erf, "abs": op.abs,
-    "tanh": op.tanh, "sigmoid": op.sigmoid, "sin": op.sin, "cos": op.cos, "tan": op.tan, "floor": op.floor, "ceil": op.ceil,
+    "tanh": op.tanh, "sigmoid": op.sigmoid, "sin": op.sin, "cos": op.cos, "floor": op.floor, "ceil": op.ceil,
     "trunc": op.trunc, "relu": op.nn.relu, "silu": op.nn.silu, "sign": op.sign, "bitwise_not": op.bitwise_not,
     "reciprocal": lambda x: op.divide(_constant(1, x), x), "square": lambda x: op.multiply(x, x),
-    "sinh": op.sinh, "cosh": op.cosh, "asin": op.asin, "acos": op.acos, "atan": op.atan, "log2": lambda x: op.multiply(op.log(x), _constant(1 / math.log(2), x)),
+    "log2": lambda x: op.multiply(op.log(x), _constant(1 / math.log(2), x)),
     "log1p": lambda x: op.log(op.add(x, _constant(1, x))), "relu6": op.nn.relu6,
     "hardsigmoid": lambda x: op.clip(op.divide(op.add(x, _constant(3, x)), _constant(6, x)), 0, 1),
     "hardswish": lambda x: op.divide(op.multiply(x, op.clip(op.add(x, _constant(3, x)), 0, 6)), _constant(6, x)),
@@ -98,7 +98,7 @@ def _binary(function: Any, integer_to_float: bool = False) -> Any:
 for _name, _function in {
     "minimum": op.minimum, "maximum": op.maximum, "eq": op.equal, "ne": op.not_equal, "lt": op.less, "le": op.less_equal,
     "gt": op.greater, "ge": op.greater_equal, "bitwise_and": op.bitwise_and, "bitwise_or": op.bitwise_or,
-    "bitwise_xor": op.bitwise_xor, "mul": op.multiply, "remainder": op.floor_mod, "fmod": op.mod, "atan2": op.atan2,
+    "bitwise_xor": op.bitwise_xor, "mul": op.multiply, "remainder": op.floor_mod, "fmod": op.mod,
     "max.other": op.maximum, "min.other": op.minimum, "__and__": op.bitwise_and, "__or__": op.bitwise_or,
 }.items():  # fmt: skip
     converts(f"aten.{_name}", order=POINTWISE)(_binary(_function))

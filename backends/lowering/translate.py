@@ -139,6 +139,8 @@ class Walk:
         shape = list(shape)
         if len(shape) == len(value.ty.shape) and all(_same(a, b) for a, b in zip(shape, value.ty.shape, strict=True)):
             return value
+        if isinstance(value, relax.Constant) and all(isinstance(size, int | tirx.IntImm) for size in shape):
+            return relax.const(value.data.numpy().reshape([int(size) for size in shape]), str(value.ty.dtype))
         # A view of a view is a view of the first; going back to the first shape needs no view at all.
         base = self._views.get(value, value)
         if base is not value:
@@ -250,7 +252,7 @@ class Walk:
                 for node in self.graph_module.graph.nodes:
                     self._translate(node)
                 outputs = self._outputs(self._taps)
-                result = self.builder.emit_output(relax.Tuple([self._result(node) for node in outputs]))
+                result = self.builder.emit_output(relax.Tuple([self.plain(node) for node in outputs]))
             self.builder.emit_func_output(result, [*inputs, *(self._parameters[name] for name in self.constants)])
         module, constants = _bundle_constants(self.builder.finalize(), inputs, {name: self._parameters[name] for name in self.constants})
         kept = {name: self.constants[name] for name in constants}
@@ -299,11 +301,6 @@ class Walk:
             if not isinstance(node, fx.Node) or not isinstance(self.fake(node), torch.Tensor):
                 raise Refused(f"the graph returns {node}, which is not a tensor", way_out="return tensors only")
         return nodes
-
-    def _result(self, node: fx.Node) -> Any:
-        value = self.plain(node)
-        # A parameter or an input returned as it is would alias the caller's memory: hand out a copy.
-        return value
 
 
 def translate(graph_module: fx.GraphModule, *, legalize: dict[str, Legalizer] | None = None, taps: tuple[str, ...] = ()) -> Lowered:

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 import torch.fx as fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch.utils.weak import WeakIdKeyDictionary
 
 from qcompile.errors import Refused
@@ -131,6 +132,12 @@ class Graph:
             if quantizer := self.quantizer(node):
                 found |= {f"{node.target}.{key}": value for key, value in quantizer.named_buffers()}
         return found
+
+    @property
+    def tensors(self) -> list[torch.Tensor]:
+        """Every tensor that the text form names by its digest: all constants, and those that stand in notes."""
+        notes = (value for node in self.module.graph.nodes for value in node.meta.get("notes", {}).values())
+        return [*self.constants.values(), *(value for value in notes if isinstance(value, torch.Tensor))]
 
     @property
     def digest(self) -> str:
@@ -267,7 +274,8 @@ class Graph:
         elif node.op == "call_function":
             args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
             try:
-                with self.symbols.mode:
+                # With the dispatcher in Python: some operators' C++ rules (baddbmm) do not take symbolic sizes.
+                with self.symbols.mode, enable_python_dispatcher():
                     node.meta["val"] = node.target(*args, **kwargs)
             except Exception as error:
                 first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -1,4 +1,4 @@
-"""Least squared error: the range of each granule is shrunk by the factor that loses least, then every weight is rounded to the nearest code.
+"""Least squared error: each granule's range is shrunk by the factor that loses least, then weights go to the nearest code.
 
 Clipping a few large weights pays where it makes the step of all others smaller. With a Gram matrix of the layer's input the error of
 input i counts ``gram[i, i]`` times: the diagonal of the layer's own objective tr(E H E^T).
@@ -13,6 +13,8 @@ import torch
 from qcompile.formats import Quantized, Scheme
 from qcompile.formats.granularity import Block, Channel, Granularity, Group, Tensor
 from qcompile.formats.quantize import choose_scale, dequantize, quantize
+
+USES = ("gram",)  # statistics that the solver takes where there is data
 
 
 def solve(
@@ -34,12 +36,12 @@ def solve(
         steps: how many shrink factors are tried, evenly spaced from ``smallest`` to 1.
         smallest: the least shrink factor.
     """
-    importance = _importance(weight, statistics) if weighted else None
+    importance = input_importance(weight, statistics) if weighted else None
     scale, zero_point = search_scale(weight, scheme, importance, steps=steps, smallest=smallest)
     return Quantized(quantize(weight, scale, zero_point, scheme), scale, zero_point, scheme)
 
 
-def _importance(weight: torch.Tensor, statistics: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
+def input_importance(weight: torch.Tensor, statistics: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
     """Return what the squared error of each weight counts, float64 broadcastable to [out, in], or None."""
     gram = statistics.get("gram")
     if gram is None:

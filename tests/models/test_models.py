@@ -38,13 +38,13 @@ def top1(net: torch.nn.Module, batches: Iterator[tuple[torch.Tensor, torch.Tenso
     return right, count
 
 
-# The whole sample gives 68.9 %: of 100 pictures 55 to 82 are within three standard errors. Wrong channel order, no
-# normalisation or another epsilon of the batch normalisation leave that range.
+# The whole sample gives 68.9 %, every tenth class 68; two pictures either way are left to ties on other processors. Swapped colours
+# give 49, no normalisation 44, an epsilon of 1e-3 in batch normalisation 59.
 def test_mcunet_names_pictures(models: dict[str, ModuleType], data_folder: Path) -> None:
     net, _ = models["mcunet"].mcunet()
     right, count = top1(net, models["data"].imagenet_batches(step=10))
     assert count == 100
-    assert 55 <= right <= 82
+    assert 66 <= right <= 70
 
 
 # The whole test set gives 81.0 %; three standard errors at 500 pictures are 5.3 %.
@@ -118,10 +118,15 @@ def test_readers_cut_what_they_are_asked_for(models: dict[str, ModuleType], data
     assert scores.max() == 5
 
 
-def test_random_net_is_the_same_each_time_and_neither_dead_nor_exploding(models: dict[str, ModuleType]) -> None:
-    (first, inputs), (second, _) = models["random_nets"].mobilenet_v2(), models["random_nets"].mobilenet_v2()
+# Without statistics of its own batch normalisation would leave 1.4 and 670.
+@pytest.mark.parametrize(("name", "parameters"), [("mobilenet_v2", 3_504_872), ("resnet50", 25_557_032)])
+def test_random_net_is_the_same_each_time_and_has_a_trained_nets_magnitude(
+    models: dict[str, ModuleType], name: str, parameters: int
+) -> None:
+    make = getattr(models["random_nets"], name)
+    (first, inputs), (second, _) = make(), make()
     with torch.no_grad():
         output = first(*inputs)
         assert torch.equal(output, second(*inputs))
-    assert sum(p.numel() for p in first.parameters()) == 3_504_872
-    assert 0.01 < float(output.std()) < 100
+    assert sum(p.numel() for p in first.parameters()) == parameters
+    assert 0.05 < float(output.std()) < 1

@@ -1,8 +1,9 @@
 """Depthwise convolution over NHWC images as one TIR kernel, int8 or float32, then the dialect's epilogue.
 
-Lanes are channels. For int8, the pixels under four taps are interleaved byte by byte, so that one ``vpdpbusd`` multiplies and adds four
-taps of sixteen channels; 64 channels are interleaved together, which halves the shuffles. Channels are cut into chunks of 64, then
-of 16; the last chunk overlaps the one before instead of reaching past the end. A task is one output row.
+Lanes are channels, in chunks; the last chunk overlaps the one before instead of reaching past the end. A task is one output row: for each
+chunk it copies the input rows under the kernel, padded, into a local buffer (a few per cent of the time), so that the sums know no border.
+For int8, the pixels under four taps are interleaved byte by byte, and one ``vpdpbusd`` multiplies and adds four taps of sixteen
+channels; chunks of 64 channels are interleaved together, which halves the shuffles.
 """
 
 from __future__ import annotations
@@ -78,9 +79,9 @@ def _channels(values: Array, dtype: Any) -> Array:
     return padded
 
 
-def _chunks(channels: int) -> list[tuple[int, int]]:
-    """Return (first channel, channels) of each chunk; fewer than 16 channels are one chunk of 16, partly empty."""
-    wide = channels // _WIDE
+def _chunks(spec: Convolution) -> list[tuple[int, int]]:
+    """Return (first channel, channels) of each chunk, 64 for int8, then 16; fewer than 16 channels are one chunk, partly empty."""
+    channels, wide = spec.channels, spec.channels // _WIDE if spec.integer else 0
     chunks = [(i * _WIDE, _WIDE) for i in range(wide)]
     chunks += [(first, LANES) for first in range(wide * _WIDE, channels - LANES + 1, LANES)]
     return chunks if channels % LANES == 0 else [*chunks, (max(0, channels - LANES), LANES)]
@@ -96,7 +97,7 @@ def _pack_taps(spec: Convolution, taps: Array) -> Array:
     groups, parts = _groups(spec), []
     padded = np.zeros((max(LANES, spec.channels), groups * spec.word), np.int8 if spec.integer else np.float32)
     padded[: spec.channels, : spec.taps] = taps
-    for first, width in _chunks(spec.channels):
+    for first, width in _chunks(spec):
         chunk = padded[first : first + width].reshape(width, groups, spec.word).transpose(1, 0, 2)  # [group, channel, tap]
         if width == _WIDE and spec.integer:  # channels in the order that ``_interleave`` leaves them: see there
             chunk = chunk.reshape(groups, 4, 4, 4, spec.word).transpose(0, 2, 1, 3, 4)
@@ -108,102 +109,89 @@ class _Kernel(Arguments):
     """The arguments of one depthwise convolution and the statements of its tasks."""
 
     def __init__(self, spec: Convolution) -> None:
-        elements = sum(width for _, width in _chunks(spec.channels)) * _groups(spec) * spec.word
+        elements = sum(width for _, width in _chunks(spec)) * _groups(spec) * spec.word
         super().__init__(spec, (elements,), max(LANES, spec.channels))
 
     def task(self, index: Index) -> None:
         """Compute one output row, chunk of channels by chunk."""
-        spec = self.spec
+        spec, chunks = self.spec, _chunks(self.spec)
         self.begin_task()
-        image, row = T.Bind(index // spec.out_height), T.Bind(index % spec.out_height)
-        top = T.Bind(row * spec.stride[0] - spec.padding[0])
-        inside = T.Bind(tirx.all(top >= 0, top + spec.dilation[0] * (spec.kernel[0] - 1) < spec.height))
-        wide = spec.channels // _WIDE
-        if wide:
-            with T.serial(wide) as chunk:
-                self._chunk((image, row, top, inside), T.Bind(T.cast(chunk * _WIDE, "int64")), _WIDE)
-        for first, width in _chunks(spec.channels)[wide:]:
-            self._chunk((image, row, top, inside), T.int64(first), width, self._weight_start(first))
+        place = (T.Bind(index // spec.out_height), T.Bind(index % spec.out_height))
+        for width in (_WIDE, LANES):
+            run = [first for first, w in chunks if w == width]
+            if run:
+                with T.serial(len(run)) as i:
+                    packed = T.Bind(T.cast(i * width + run[0] // width * width, "int64"))
+                    first = T.Bind(T.min(packed, T.int64(max(0, spec.channels - LANES))) if run[-1] % LANES else packed)
+                    self._chunk(place, first, packed * (_groups(spec) * spec.word), width)
 
-    def _weight_start(self, first: int) -> int:
-        before = _chunks(self.spec.channels)
-        return sum(width for _, width in before[: [c for c, _ in before].index(first)]) * _groups(self.spec) * self.spec.word
-
-    def _chunk(self, place: tuple[Index, ...], first: Index, width: int, weights: Index | None = None) -> None:
-        """Compute one row of outputs for one chunk of channels."""
+    def _chunk(self, place: tuple[Index, ...], first: Index, weights: Index, width: int) -> None:
+        """Compute one row of outputs for the channels from ``first`` on; their weights start at ``weights``."""
         spec = self.spec
-        image, row, top, inside = place
-        weights = first * (_groups(spec) * spec.word) if weights is None else weights
+        image, row = place
         starts = [T.Bind(self.start(ramp(first + j * LANES))) for j in range(width // LANES)]
-        reach = spec.dilation[1] * (spec.kernel[1] - 1)
         mask = below(spec.channels) if spec.channels < LANES else None
+        rows = self._copy_rows(image, row, first, width)
         with T.serial(spec.out_width) as column:
-            left = T.Bind(column * spec.stride[1] - spec.padding[1])
             spot = T.Bind(((image * spec.out_height + row) * spec.out_width + column) * spec.channels + first)
+            base = T.Bind(T.cast(column * (spec.stride[1] * width), "int64"))
+            for j, total in enumerate(self._sums((rows, base), first, starts, weights, width)):
+                lanes = ramp(first + j * LANES)
+                self.store_result(T.Bind(self.scaled(total, lanes)), lanes, spot + j * LANES, mask)
 
-            def pixel(border: bool) -> None:
-                corner = (image, top, left, first)  # noqa: B023 - called at once
-                for j, total in enumerate(self._sums(corner, starts, weights, width, border)):
-                    lanes = ramp(first + j * LANES)
-                    self.store_result(T.Bind(self.scaled(total, lanes)), lanes, spot + j * LANES, mask)  # noqa: B023 - called at once
-
-            if not any(spec.padding):
-                pixel(border=False)
-                return
-            with T.If(tirx.all(inside, left >= 0, left + reach < spec.width)):
-                with T.Then():
-                    pixel(border=False)
-                with T.Else():
-                    pixel(border=True)
-
-    def _read(self, corner: tuple[Index, ...], tap: int, offset: int, lanes: int, border: bool) -> Any:
-        """Return the unsigned codes (or floats) under one tap, of ``lanes`` channels from the chunk's first plus ``offset`` on."""
+    def _copy_rows(self, image: Index, row: Index, first: Index, width: int) -> Any:
+        """Return a buffer [kernel row][padded column][channel of the chunk] with the unsigned codes (or floats) under one output row."""
         spec = self.spec
-        image, top, left, first = corner
-        y = top + tap // spec.kernel[1] * spec.dilation[0]
-        x = left + tap % spec.kernel[1] * spec.dilation[1]
-        # At the border an address outside the image is held to it, and the value replaced.
-        held = (T.max(T.min(y, T.int64(spec.height - 1)), T.int64(0)), T.max(T.min(x, T.int64(spec.width - 1)), T.int64(0)))
-        row, column = held if border else (y, x)
-        where = ramp(((image * spec.height + row) * spec.width + column) * spec.channels + first + offset, lanes)
-        value = self.flat_x[where] if spec.channels >= LANES else load_part(self.flat_x, below(spec.channels), where)
-        if spec.x == "int8":
-            value = T.bitwise_xor(T.reinterpret(vector_type("uint8", lanes), value), spread(T.uint8(128), lanes))
-        if border:
-            seen = tirx.all(y >= 0, y < spec.height, x >= 0, x < spec.width)
-            value = tirx.Select(splat(seen, lanes), value, splat(self.zero(), lanes))
-        return T.Bind(value)
+        columns = spec.width + 2 * spec.padding[1]
+        rows = T.alloc_buffer((spec.kernel[0] * columns * width,), "uint8" if spec.integer else "float32")
+        with T.serial(spec.kernel[0]) as tap:
+            y = T.Bind(row * spec.stride[0] - spec.padding[0] + tap * spec.dilation[0])
+            inside = T.Bind(tirx.all(y >= 0, y < spec.height))
+            base = T.Bind(T.cast(tap * (columns * width), "int64"))
+            for column in (*range(spec.padding[1]), *range(columns - spec.padding[1], columns)):
+                store(rows, splat(self.zero(), width), ramp(base + column * width, width))
+            start = T.Bind(base + spec.padding[1] * width)
+            with T.If(inside):
+                with T.Then(), T.serial(spec.width) as x:
+                    where = ramp(((image * spec.height + y) * spec.width + x) * spec.channels + first, width)
+                    store(rows, self._read(where, width), ramp(start + x * width, width))
+                with T.Else(), T.serial(spec.width) as x:
+                    store(rows, splat(self.zero(), width), ramp(start + x * width, width))
+        return rows
 
-    def _sums(self, corner: tuple[Index, ...], starts: list[Any], weights: Index, width: int, border: bool) -> list[Any]:
+    def _read(self, where: Any, width: int) -> Any:
+        value = self.flat_x[where] if self.spec.channels >= LANES else load_part(self.flat_x, below(self.spec.channels), where)
+        if self.spec.x != "int8":
+            return value
+        return T.bitwise_xor(T.reinterpret(vector_type("uint8", width), value), spread(T.uint8(128), width))
+
+    def _under(self, place: tuple[Any, Index], tap: int, width: int) -> Any:
+        """Return the chunk's channels under one tap."""
+        spec = self.spec
+        columns = spec.width + 2 * spec.padding[1]
+        offset = tap // spec.kernel[1] * columns + tap % spec.kernel[1] * spec.dilation[1]
+        return T.Bind(place[0][ramp(place[1] + offset * width, width)])
+
+    def _sums(self, place: tuple[Any, Index], first: Index, starts: list[Any], weights: Index, width: int) -> list[Any]:
         """Return the finished sums of one pixel and chunk, vectors of sixteen channels in order."""
-        if not self.spec.integer:
-            return self._float_sums(corner, starts, weights, border)
         spec, vectors = self.spec, width // LANES
         totals, sums = _transpose_lanes(starts), [splat(T.int32(0))] * vectors
         for group in range(_groups(spec)):
-            taps = range(group * 4, min(spec.taps, group * 4 + 4))
-            pixels = [self._read(corner, tap, 0, width, border) for tap in taps]
+            taps = range(group * spec.word, min(spec.taps, (group + 1) * spec.word))
+            pixels = [self._under(place, tap, width) for tap in taps]
             # Taps that only fill the group have zero weights: any pixel serves.
-            words = _interleave([*pixels, *[pixels[0]] * (4 - len(pixels))], width)
-            ones = T.reinterpret("int8x64", splat(T.int32(sum(1 << 8 * i for i in range(len(taps))))))
+            words = _interleave([*pixels, *[pixels[0]] * (4 - len(pixels))], width) if spec.integer else pixels
             for j, word in enumerate(words):
-                weight = self.weight[ramp(weights + (group * vectors + j) * 64, 64)]
+                weight = self.weight[ramp(weights + (group * vectors + j) * (LANES * spec.word), LANES * spec.word)]
                 totals[j] = T.Bind(multiply_add(totals[j], word, weight, spec.isa))
                 if self.weight_zero is not None:
+                    ones = T.reinterpret("int8x64", splat(T.int32(sum(1 << 8 * i for i in range(len(taps))))))
                     sums[j] = T.Bind(multiply_add(sums[j], word, ones, spec.isa))
         totals = _transpose_lanes(totals)
         if self.weight_zero is None:
             return totals
-        zeros = [self.weight_zero[ramp(corner[-1] + j * LANES)] for j in range(vectors)]
-        return [total - pixel_sum * zero for total, pixel_sum, zero in zip(totals, _transpose_lanes(sums), zeros, strict=True)]
-
-    def _float_sums(self, corner: tuple[Index, ...], starts: list[Any], weights: Index, border: bool) -> list[Any]:
-        totals = list(starts)
-        for tap in range(self.spec.taps):
-            for j in range(len(totals)):
-                weight = self.weight[ramp(weights + (tap * len(totals) + j) * LANES)]
-                totals[j] = T.Bind(totals[j] + self._read(corner, tap, j * LANES, LANES, border) * weight)
-        return totals
+        zeros = [self.weight_zero[ramp(first + j * LANES)] for j in range(vectors)]
+        return [total - pixels * zero for total, pixels, zero in zip(totals, _transpose_lanes(sums), zeros, strict=True)]
 
 
 def _interleave(pixels: list[Any], width: int) -> list[Any]:

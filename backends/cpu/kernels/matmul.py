@@ -18,7 +18,7 @@ from tvm.script.ir_builder import tirx as T
 
 from qcompile.backends.cpu.kernels.isa import AVX512_VNNI
 from qcompile.backends.cpu.kernels.matmul_spec import CHUNK, LANES, Linear
-from qcompile.backends.cpu.kernels.vector import Expr, hold, rounded, spread
+from qcompile.backends.cpu.kernels.vector import Expr, hold, register, rounded, spread
 
 _ROW_STEP = 4  # rows of a task are a multiple: the register block has a variant for such a remainder
 _FEW_OPERATIONS = 2 << 20  # below this many multiply-adds, waking another thread costs more than it saves
@@ -230,11 +230,13 @@ def _emit_product(
 ) -> None:  # fmt: skip
     """Add (``keep``) or store the product of ``count`` rows by one panel, over ``words`` words of k, to ``sums``."""
     tile, dtype = spec.tile, "int32" if spec.integer else "float32"
-    acc = T.alloc_buffer((count * spec.columns,), dtype, scope="local")
-    spots = [(i, j, T.ramp(i * spec.columns + j * LANES, 1, LANES)) for i in range(count) for j in range(tile.vectors)]
-    for i, j, spot in spots:
-        zero = T.broadcast(T.int32(0) if spec.integer else T.float32(0), LANES)
-        T.buffer_store(acc, sums[T.ramp(first_sum + i * spec.columns + j * LANES, 1, LANES)] if keep else zero, [spot])
+    lanes, zero = T.ramp(0, 1, LANES), spread(T.int32(0) if spec.integer else T.float32(0), LANES)
+    acc = [[register(dtype, LANES) for _ in range(tile.vectors)] for _ in range(count)]
+    places = [
+        (acc[i][j], T.ramp(first_sum + i * spec.columns + j * LANES, 1, LANES)) for i in range(count) for j in range(tile.vectors)
+    ]
+    for total, place in places:
+        T.buffer_store(total, sums[place] if keep else zero, [lanes])
     row_stride = tile.rows * CHUNK
     start = hold(block * (spec.chunks * row_stride) + T.truncdiv(first_word, CHUNK) * row_stride)
 
@@ -246,8 +248,7 @@ def _emit_product(
         for i in range(count):
             value = T.Bind(spread(packed[start + chunk * row_stride + i * CHUNK + w], LANES))
             for j in range(tile.vectors):
-                spot = spots[i * tile.vectors + j][2]
-                T.buffer_store(acc, _multiply_add(spec, acc[spot], value, panel[j]), [spot])
+                T.buffer_store(acc[i][j], _multiply_add(spec, acc[i][j][lanes], value, panel[j]), [lanes])
 
     with T.serial(0, T.truncdiv(words, CHUNK)) as chunk:
         with T.serial(0, CHUNK) as w:
@@ -255,8 +256,8 @@ def _emit_product(
     if spec.words % CHUNK:
         with T.serial(0, T.truncmod(words, CHUNK)) as w:
             step(T.truncdiv(words, CHUNK), w)
-    for i, j, spot in spots:
-        T.buffer_store(sums, acc[spot], [T.ramp(first_sum + i * spec.columns + j * LANES, 1, LANES)])
+    for total, place in places:
+        T.buffer_store(sums, total[lanes], [place])
 
 
 def _panel_vector(spec: Linear, arguments: _Arguments, column_block: Expr, word: Expr, j: int) -> Expr:
@@ -324,11 +325,11 @@ def _store(spec: Linear, arguments: _Arguments, total: Expr, row: Expr, column: 
 
 def _store_ragged(spec: Linear, arguments: _Arguments, total: Expr, row: Expr, column: Expr) -> None:
     """Store the last, partly filled vector of a row, element by element."""
-    y = T.alloc_buffer((LANES,), spec.epilogue.output, scope="local")
+    y = register(spec.epilogue.output, LANES)
     inside = spec.out_features - column
     residual, lanes = None, T.ramp(0, 1, LANES)
     if arguments.residual is not None:
-        found = T.alloc_buffer((LANES,), "float32", scope="local")
+        found = register("float32", LANES)
         T.buffer_store(found, spread(T.float32(0), LANES), [lanes])
         with T.serial(0, inside) as i:
             T.buffer_store(found, arguments.residual[row, column + i], [i])

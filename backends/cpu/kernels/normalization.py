@@ -12,18 +12,20 @@ from typing import Any
 from tvm import tirx
 from tvm.tirx.script.builder import ir as T
 
+from qcompile.backends.cpu.kernels.code_rounding import RANGES, CodeRounding
+from qcompile.backends.cpu.kernels.isa import detect
 from qcompile.backends.cpu.kernels.registers import (
     LANES, Index, argument, each_row, each_vector, function, load, local, ramp, reduce, size, splat, store, store_row,
 )  # fmt: skip
-from qcompile.backends.cpu.kernels.vector import rounded, to_codes
+from qcompile.backends.cpu.kernels.vector import rounded
 
-_RANGES = {"int8": (-128, 127), "uint8": (0, 255)}
 _SLOTS = 4  # independent partial sums: the latency of an addition
 
 
 def layer_norm(
-    width: int, epsilon: float, *, affine: bool = True, rms: bool = False, residual: bool = False, codes: str = "", total: bool = False
-) -> tirx.PrimFunc:
+    width: int, epsilon: float, *, affine: bool = True, rms: bool = False, residual: bool = False, codes: str = "", total: bool = False,
+    isa: str | None = None,
+) -> tirx.PrimFunc:  # fmt: skip
     """Build ``f(x[, residual][, weight[, bias]][, scale, zero_point], out[, codes][, total])``.
 
     x, residual, out float32 [rows, width]; weight and bias float32 [width], both where ``affine`` (``rms`` has a weight only).
@@ -35,7 +37,7 @@ def layer_norm(
     """
     with function("rms_norm" if rms else "layer_norm") as builder:
         norm = _Norm(width, epsilon, affine, rms, residual, codes, total)
-        each_row(norm.rows, width, norm.row)
+        each_row(norm.rows, width, norm.row, begin=lambda: norm.begin(codes, isa or detect()))
     return builder.get()
 
 
@@ -43,7 +45,7 @@ class _Norm:
     """The arguments of one normalization and the statements of a row."""
 
     def __init__(self, width: int, epsilon: float, affine: bool, rms: bool, residual: bool, codes: str, total: bool) -> None:
-        self.width, self.epsilon, self.rms, self.range = width, epsilon, rms, _RANGES.get(codes)
+        self.width, self.epsilon, self.rms, self.rounding = width, epsilon, rms, None
         self.rows = size("rows")
         shape = (self.rows, width)
         self.x = argument("x", shape)
@@ -55,6 +57,11 @@ class _Norm:
         self.out = argument("out", shape)
         self.codes = argument("codes", shape, codes) if codes else None
         self.total = argument("total", shape) if total else None
+
+    def begin(self, codes: str, isa: str) -> None:
+        """Compute what all rows of a task share."""
+        if codes:
+            self.rounding = CodeRounding(self.scale[0], self.zero_point[0], *RANGES[codes], isa=isa)
 
     def row(self, row: Index) -> None:
         """Normalize one row."""
@@ -96,7 +103,7 @@ class _Norm:
             value = T.Bind(rounded(value))
             store_row(self.out, value, mask, row, start)
             if self.codes is not None:
-                code = to_codes(value, self.scale[0], self.zero_point[0], *self.range)
+                code = self.rounding.codes(value)
                 store_row(self.codes, T.cast(code, f"{self.codes.dtype}x{LANES}"), mask, row, start)
 
         each_vector(self.width, write, _SLOTS)

@@ -11,11 +11,13 @@ from typing import Any
 from tvm import tirx
 from tvm.tirx.script.builder import ir as T
 
+from qcompile.backends.cpu.kernels.code_rounding import CodeRounding
+from qcompile.backends.cpu.kernels.isa import detect
 from qcompile.backends.cpu.kernels.registers import (
     LANES, Index, argument, below, each_element, each_row, each_vector, function, load, load_part, local, ramp, reduce, size, splat, store,
     store_row,
 )  # fmt: skip
-from qcompile.backends.cpu.kernels.vector import rounded, to_codes
+from qcompile.backends.cpu.kernels.vector import ACTIVATIONS, rounded
 from qcompile.formats import Scheme
 from qcompile.formats.quantize import SMALLEST_SCALE
 
@@ -30,22 +32,38 @@ def code_range(scheme: Scheme) -> tuple[int, int]:
     return int(scheme.format.lowest), int(scheme.format.highest)
 
 
-def quantize_static(scheme: Scheme) -> tirx.PrimFunc:
-    """Build ``f(x, scale, zero_point, codes)``: x float32 [count], scale float32 [1], zero_point int32 [1], codes int8 or uint8 [count]."""
+class _Rounding:
+    """Rounding to the codes of one scale and zero point, whose constants each task computes for itself."""
+
+    def __init__(self, scale: Any, zero_point: Any, scheme: Scheme, isa: str | None) -> None:
+        self.arguments, self.isa = (scale, zero_point, *code_range(scheme)), isa or detect()
+
+    def begin(self) -> None:
+        scale, zero_point, lowest, highest = self.arguments
+        self.codes = CodeRounding(scale[0], zero_point[0], lowest, highest, isa=self.isa).codes
+
+
+def quantize_static(scheme: Scheme, isa: str | None = None) -> tirx.PrimFunc:
+    """Build ``f(x, scale, zero_point, codes)``: x float32 [count], scale float32 [1], zero_point int32 [1], codes int8 or uint8 [count].
+
+    ``isa`` is a name of ``qcompile.backends.cpu.kernels.isa.KNOWN``, by default this machine's.
+    """
     with function("quantize_static") as builder:
         count = size("count")
         x, scale, zero = argument("x", (count,)), argument("scale", (1,)), argument("zero_point", (1,), "int32")
         codes = argument("codes", (count,), code_dtype(scheme))
 
+        rounding = _Rounding(scale, zero, scheme, isa)
+
         def body(start: Index, mask: Any) -> None:
-            code = to_codes(load(x, mask, start), scale[0], zero[0], *code_range(scheme))
+            code = rounding.codes(load(x, mask, start))
             store_row(codes, T.cast(code, f"{codes.dtype}x{LANES}"), mask, start)
 
-        each_element(count, body)
+        each_element(count, body, begin=rounding.begin)
     return builder.get()
 
 
-def quantize_dynamic(width: int, scheme: Scheme) -> tirx.PrimFunc:
+def quantize_dynamic(width: int, scheme: Scheme, isa: str | None = None) -> tirx.PrimFunc:
     """Build ``f(x, codes, scale, zero_point)``: x float32 [rows, width], codes [rows, width], scale float32 [rows], zero_point int32 [rows].
 
     Each row (token) takes its scale from its own range, as ``choose_scale``; symmetric schemes write zero points of 0.
@@ -66,9 +84,10 @@ def quantize_dynamic(width: int, scheme: Scheme) -> tirx.PrimFunc:
             scale, zero = _row_scale(x, row, width, scheme)
             store(scales, scale, row)
             store(zeros, zero, row)
+            rounding = CodeRounding(scale, zero, lowest, highest, isa=isa or detect())
 
             def write(start: Index, mask: Any, slot: int) -> None:
-                code = to_codes(load(x, mask, row, start), scale, zero, lowest, highest)
+                code = rounding.codes(load(x, mask, row, start))
                 store_row(codes, T.cast(code, f"{codes.dtype}x{LANES}"), mask, row, start)
 
             each_vector(width, write)
@@ -201,3 +220,34 @@ def _unpacked(weight: Any, row: Index, start: Index, mask: Any, bits: int, signe
     if signed:
         return T.shift_right(top, splat(T.int32(32 - bits)))
     return T.bitwise_and(T.shift_right(top, splat(T.int32(32 - bits))), splat(T.int32((1 << bits) - 1)))
+
+
+# ---- sums of quantized tensors --------------------------------------------------------------------------------------------
+
+
+def quantized_add(a: str, b: str, out: Scheme, activation: str = "none", isa: str | None = None) -> tirx.PrimFunc:
+    """Build ``f(a, a_scale, a_zero_point, b, b_scale, b_zero_point, out_scale, out_zero_point, codes)`` (dialect ``qc.add``).
+
+    a, b and codes are flat [count] of one layout; the first two have the dtypes named ("int8" or "uint8"), codes that of ``out``.
+    Scales float32 [1], zero points int32 [1]. Dequantize both, add, activate, quantize.
+    """
+    with function("quantized_add") as builder:
+        count = size("count")
+        terms = []
+        for name, dtype in (("a", a), ("b", b)):
+            codes, scale = argument(name, (count,), dtype), argument(f"{name}_scale", (1,))
+            terms.append((codes, scale, argument(f"{name}_zero_point", (1,), "int32")))
+        out_scale, out_zero = argument("out_scale", (1,)), argument("out_zero_point", (1,), "int32")
+        result = argument("codes", (count,), code_dtype(out))
+        rounding = _Rounding(out_scale, out_zero, out, isa)
+
+        def body(start: Index, mask: Any) -> None:
+            values = [
+                rounded(T.cast(T.cast(load(codes, mask, start), f"int32x{LANES}") - splat(zero[0]), f"float32x{LANES}") * splat(scale[0]))
+                for codes, scale, zero in terms
+            ]
+            code = rounding.codes(rounded(ACTIVATIONS[activation](values[0] + values[1])))
+            store_row(result, T.cast(code, f"{code_dtype(out)}x{LANES}"), mask, start)
+
+        each_element(count, body, begin=rounding.begin)
+    return builder.get()

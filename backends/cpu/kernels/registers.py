@@ -137,10 +137,17 @@ def store_row(buffer: Any, value: Expression, mask: Expression | None, *index: I
         store_part(buffer, value, mask, *where)
 
 
-def each_row(rows: Index, width: int, body: Callable[[Index], None], per_task: int = 8, threshold: int = 1 << 17) -> None:
-    """Emit ``body(row)`` for all rows of ``width`` elements, in tasks of a few rows; on all threads above ``threshold`` elements."""
+def each_row(
+    rows: Index, width: int, body: Callable[[Index], None], *, begin: Callable[[], None] = lambda: None, threshold: int = 1 << 17
+) -> None:
+    """Emit ``body(row)`` for all rows of ``width`` elements, in tasks of a few rows; on all threads above ``threshold`` elements.
+
+    ``begin`` emits what every task computes first.
+    """
+    per_task = 8
 
     def task(index: Index) -> None:
+        begin()
         first = T.Bind(index * per_task)
         with T.serial(T.min(rows - first, long(per_task))) as i:
             body(T.Bind(first + i))
@@ -148,10 +155,14 @@ def each_row(rows: Index, width: int, body: Callable[[Index], None], per_task: i
     serial_or_parallel((rows + per_task - 1) // per_task, rows * width, task, threshold)
 
 
-def each_element(count: Index, body: Callable[[Index, Expression | None], None], per_task: int = 8192, threshold: int = 1 << 17) -> None:
-    """Emit ``body(start, mask)`` for all vectors of a flat array, in tasks of ``per_task`` elements."""
+def each_element(
+    count: Index, body: Callable[[Index, Expression | None], None], *, begin: Callable[[], None] = lambda: None, threshold: int = 1 << 17
+) -> None:
+    """Emit ``body(start, mask)`` for all vectors of a flat array, in tasks that ``begin`` opens; on all threads above ``threshold``."""
+    per_task = 8192
 
     def task(index: Index) -> None:
+        begin()
         first = T.Bind(index * per_task)
         last = T.Bind(T.min(first + per_task, count))
         whole = T.Bind((last - first) // (4 * LANES))
@@ -177,7 +188,8 @@ def serial_or_parallel(extent: Index, work: Index, body: Callable[[Index], None]
 def exp2(value: Expression, lanes: int = LANES) -> Expression:
     """Return 2**value for value <= 0 within 2 ulp; exactly zero below -126.
 
-    Round to an integer by adding 1.5 * 2**23, evaluate the rest on [-1/2, 1/2] by a Taylor polynomial of degree 6, add the integer to the exponent.
+    Round to an integer by adding 1.5 * 2**23, evaluate the rest on [-1/2, 1/2] by a Taylor polynomial of degree 6, add the integer
+    to the exponent.
     """
     x = T.Bind(T.max(value, splat(-126.0, lanes)))
     shifted = T.Bind(rounded(x + splat(12582912.0, lanes)))

@@ -53,13 +53,22 @@ def let(value: Expr, body: Callable[[Expr], Expr]) -> Expr:
     return tirx.Let(name, value, body(name))
 
 
+def register(dtype: str, lanes: int = 1) -> Expr:
+    """Return a buffer of some lanes that stays on the stack, where LLVM makes it a register.
+
+    TVM keeps only ``global`` buffers of at most 1 KiB there: ``local`` ones come from its heap, a call each, and LLVM must store
+    every change to them unless nothing in the loop might read it.
+    """
+    return T.alloc_buffer((lanes,), dtype)
+
+
 def hold(value: Expr) -> Expr:
     """Return a scalar or vector kept in a local variable that TVM's simplifier does not see through.
 
     It follows bound names, and a dozen nested minima and quotients then cost it minutes; LLVM makes the variable a register.
     """
     lanes = lanes_of(value)
-    kept = T.alloc_buffer((lanes,), value.ty.dtype.rsplit("x", 1)[0] if lanes > 1 else value.ty.dtype, scope="local")
+    kept = register(str(value.ty.dtype.with_lanes(1)), lanes)
     spot = 0 if lanes == 1 else T.ramp(0, 1, lanes)
     T.buffer_store(kept, value, [spot])
     return kept[spot]

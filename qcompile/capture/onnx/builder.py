@@ -26,6 +26,14 @@ LARGEST_CONSTANT = 1 << 29
 aten = torch.ops.aten
 
 
+class RangeTooWide(Exception):
+    """A dynamic size may be larger than the model allows: import must start again with a smaller range."""
+
+    def __init__(self, symbol: str, largest: int) -> None:
+        super().__init__(symbol)
+        self.symbol, self.largest = symbol, largest
+
+
 @dataclass(frozen=True, eq=False)
 class Sizes:
     """An integer tensor whose elements are sizes, known or symbolic: what Shape gives, and arithmetic on it."""
@@ -61,6 +69,7 @@ class Builder:
         self._derived: dict[tuple[int, str], torch.Tensor] = {}
         self._sizes: dict[tuple[fx.Node, int], fx.Node] = {}
         self._prefixes: set[str] = set()
+        self._symbol_names: dict[str, str] = {}
         self.narrow: dict[int, str] = {}  # format of constants below 8 bits, by identity
 
     # ---- values -----------------------------------------------------------------------------------------------------------
@@ -68,7 +77,20 @@ class Builder:
     def placeholder(self, name: str, type: TensorType) -> fx.Node:
         node = self.graph.placeholder(re.sub(r"\W", "_", name) or "input")
         node.meta |= {"val": self.symbols.fake(type), "made_by": "capture"}
+        for wanted, size in zip(type.shape, node.meta["val"].shape, strict=True):
+            if isinstance(wanted, str):
+                self._symbol_names[str(size.node.expr)] = wanted
         return node
+
+    def limit(self, size: Size, largest: int) -> None:
+        """Say that the model works only where this size is at most ``largest``: a table of positions ends there.
+
+        Raises:
+            RangeTooWide: the size is a symbol whose range goes further.
+        """
+        name = self._symbol_names.get(str(size.meta["val"].node.expr)) if isinstance(size, fx.Node) else None
+        if name is not None and self.symbols.ranges[name][1] > largest >= 1:
+            raise RangeTooWide(name, largest)
 
     def name_constant(self, value: torch.Tensor, name: str) -> torch.Tensor:
         """Remember the name that a constant gets if a call reads it; the first name stays."""

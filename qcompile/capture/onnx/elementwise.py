@@ -1,4 +1,4 @@
-"""Elementwise operators: arithmetic, comparisons, logic, activations, casts."""
+"""Elementwise operators: arithmetic, comparisons, logic, casts."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ import onnx_ir as ir
 import torch
 import torch.fx as fx
 
+from qcompile.capture.onnx.activation import recognize_product
 from qcompile.capture.onnx.builder import Value
 from qcompile.capture.onnx.load import torch_dtype
+from qcompile.capture.onnx.matrix import add_bias
 from qcompile.capture.onnx.operators import Call, Result, operator
 from qcompile.errors import Refused
 
@@ -51,15 +53,14 @@ def _binary(target: Any, call: Call, a: Value, b: Value) -> Any:
 
 @operator("Add")
 def add(call: Call) -> Result:
-    from qcompile.capture.onnx.matrix import add_bias
-
     fused = add_bias(call)
     return fused if fused is not None else commutative(call, aten.add)
 
 
 @operator("Mul")
 def mul(call: Call) -> Result:
-    return commutative(call, aten.mul)
+    activation = recognize_product(call)
+    return activation if activation is not None else commutative(call, aten.mul)
 
 
 def commutative(call: Call, target: Any) -> Any:
@@ -147,102 +148,6 @@ def bit_shift(call: Call) -> Result:
     left = call.string("direction") == "LEFT"
     target = aten.bitwise_left_shift if left else aten.bitwise_right_shift
     return call.call(target.Tensor, call[0], call[1])  # type: ignore[no-any-return]
-
-
-# ---- activations ----------------------------------------------------------------------------------------------------------
-
-
-@operator("LeakyRelu")
-def leaky_relu(call: Call) -> Result:
-    return call.call(aten.leaky_relu.default, call[0], call.float("alpha", 0.01))  # type: ignore[no-any-return]
-
-
-@operator("Elu", "Celu")
-def elu(call: Call) -> Result:
-    alpha = call.float("alpha", 1.0)
-    if call.node.op_type == "Celu":
-        return call.call(aten.elu.default, call[0], alpha, 1.0, 1.0 / alpha)  # type: ignore[no-any-return]
-    return call.call(aten.elu.default, call[0], alpha)  # type: ignore[no-any-return]
-
-
-@operator("Selu")
-def selu(call: Call) -> Result:
-    alpha, gamma = call.float("alpha", 1.67326319217681884765625), call.float("gamma", 1.05070102214813232421875)
-    return call.call(aten.elu.default, call[0], alpha, gamma)  # type: ignore[no-any-return]
-
-
-@operator("ThresholdedRelu")
-def thresholded_relu(call: Call) -> Result:
-    return call.call(aten.threshold.default, call[0], call.float("alpha", 1.0), 0)  # type: ignore[no-any-return]
-
-
-@operator("Shrink")
-def shrink(call: Call) -> Result:
-    x, limit, bias = call[0], call.float("lambd", 0.5), call.float("bias", 0.0)
-    zero = call.call(aten.zeros_like.default, x)
-    above = call.call(aten.where.self, call.call(aten.gt.Scalar, x, limit), call.call(aten.sub.Tensor, x, bias), zero)
-    return call.call(aten.where.self, call.call(aten.lt.Scalar, x, -limit), call.call(aten.add.Tensor, x, bias), above)  # type: ignore[no-any-return]
-
-
-@operator("Softsign")
-def softsign(call: Call) -> Result:
-    return call.call(aten.div.Tensor, call[0], call.call(aten.add.Tensor, call.call(aten.abs.default, call[0]), 1))  # type: ignore[no-any-return]
-
-
-@operator("HardSigmoid")
-def hard_sigmoid(call: Call) -> Result:
-    alpha, beta = call.float("alpha", 0.2), call.float("beta", 0.5)
-    if abs(alpha - 1 / 6) < 1e-6 and beta == 0.5:
-        return call.call(aten.hardsigmoid.default, call[0])  # type: ignore[no-any-return]
-    line = call.call(aten.add.Tensor, call.call(aten.mul.Tensor, call[0], alpha), beta)
-    return call.call(aten.clamp.default, line, 0, 1)  # type: ignore[no-any-return]
-
-
-@operator("Gelu")
-def gelu(call: Call) -> Result:
-    return call.call(aten.gelu.default, call[0], approximate=call.string("approximate", "none"))  # type: ignore[no-any-return]
-
-
-@operator("Swish")
-def swish(call: Call) -> Result:
-    alpha = call.float("alpha", 1.0)
-    if alpha == 1.0:
-        return call.call(aten.silu.default, call[0])  # type: ignore[no-any-return]
-    return call.call(aten.mul.Tensor, call[0], call.call(aten.sigmoid.default, call.call(aten.mul.Tensor, call[0], alpha)))  # type: ignore[no-any-return]
-
-
-@operator("PRelu")
-def prelu(call: Call) -> Result:
-    x, slope = call[0], call[1]
-    shape = call.build.shape(x)
-    if isinstance(slope, torch.Tensor) and isinstance(x, fx.Node) and len(shape) > 1:
-        # torch's slope runs along axis 1; ONNX's broadcasts from the right.
-        full = (1,) * (len(shape) - slope.ndim) + tuple(slope.shape)
-        if len(full) == len(shape) and all(size == 1 for axis, size in enumerate(full) if axis != 1) and full[1] in (1, shape[1]):
-            return call.call(aten.prelu.default, x, call.build.derive(slope, "flat", lambda t: t.reshape(-1)))  # type: ignore[no-any-return]
-    negative = call.call(aten.mul.Tensor, x, slope)
-    return call.call(aten.where.self, call.call(aten.lt.Scalar, x, 0), negative, x)  # type: ignore[no-any-return]
-
-
-@operator("Clip")
-def clip(call: Call) -> Result:
-    """Clamp to constant or computed limits; the pairs that torch names become relu and relu6."""
-    if call.version < 11:
-        low = torch.tensor(call.float("min")) if call.has("min") else None
-        high = torch.tensor(call.float("max")) if call.has("max") else None
-    else:
-        low, high = call.get(1), call.get(2)  # type: ignore[assignment]
-    limits = [value for value in (low, high) if value is not None]
-    if not limits:
-        return call[0]
-    if not all(isinstance(value, torch.Tensor) for value in limits):
-        return call.call(aten.clamp.Tensor, call[0], low, high)  # type: ignore[no-any-return]
-    numbers = [None if value is None else value.reshape(()).item() for value in (low, high)]
-    if numbers == [0, 6] and call.build.dtype(call[0]).is_floating_point:
-        return call.call(aten.relu6.default, call[0])  # type: ignore[no-any-return]
-    if numbers == [0, None] and call.build.dtype(call[0]).is_floating_point:
-        return call.call(aten.relu.default, call[0])  # type: ignore[no-any-return]
-    return call.call(aten.clamp.default, call[0], *numbers)  # type: ignore[no-any-return]
 
 
 # ---- types ----------------------------------------------------------------------------------------------------------------

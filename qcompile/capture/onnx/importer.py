@@ -13,6 +13,7 @@ import torch
 import torch.fx as fx
 
 from qcompile.capture.onnx import (  # noqa: F401  (each of these files enters its operators in the table)
+    activation,
     convolution,
     elementwise,
     indexing,
@@ -24,7 +25,7 @@ from qcompile.capture.onnx import (  # noqa: F401  (each of these files enters i
     resize,
     shape,
 )
-from qcompile.capture.onnx.builder import Builder, Sizes, Value
+from qcompile.capture.onnx.builder import Builder, RangeTooWide, Sizes, Value
 from qcompile.capture.onnx.load import NARROW_DTYPES, load_model, printable, read_tensor, torch_dtype
 from qcompile.capture.onnx.operators import Call, Result, find_operator
 from qcompile.capture.onnx.sizes import compute_sizes
@@ -52,8 +53,13 @@ def capture_onnx(source: str | os.PathLike[str] | bytes | onnx.ModelProto) -> Gr
     logger = logging.getLogger("torch._subclasses.fake_tensor")
     level = logger.level
     logger.setLevel(logging.CRITICAL)  # torch logs a traceback for each call it refuses; Refused says it in one line
+    largest: dict[str, int] = {}
     try:
-        return _Import(model, folder).run()
+        while True:
+            try:
+                return _Import(model, folder, largest).run()
+            except RangeTooWide as error:  # at most once for each table of the model that a size runs along
+                largest[error.symbol] = error.largest
     finally:
         logger.setLevel(level)
 
@@ -61,8 +67,8 @@ def capture_onnx(source: str | os.PathLike[str] | bytes | onnx.ModelProto) -> Gr
 class _Import:
     """One import: values by name, and the walk in topological order."""
 
-    def __init__(self, model: ir.Model, folder: Path | None) -> None:
-        self.model, self.folder = model, folder
+    def __init__(self, model: ir.Model, folder: Path | None, largest: dict[str, int]) -> None:
+        self.model, self.folder, self.largest = model, folder, largest
         self.versions = {("" if domain == "ai.onnx" else domain): version for domain, version in model.opset_imports.items()}
         self.values: dict[str, Value] = {}
         self.ranges: dict[str, tuple[int, int]] = {}
@@ -122,7 +128,7 @@ class _Import:
                 number += 1
                 free = f"{legal}_{number}"
             self.symbol_of[wanted] = free
-            self.ranges[free] = (1, LARGEST_SIZE)
+            self.ranges[free] = (1, self.largest.get(free, LARGEST_SIZE))
         return self.symbol_of[wanted]
 
     def _read_initializer(self, name: str, value: ir.Value) -> None:
@@ -161,6 +167,8 @@ class _Import:
             call.read_tensor = lambda tensor, label: read_tensor(tensor, label, self.folder)
             result: Result | None = compute_sizes(call)
             result = function(call) if result is None else result
+        except RangeTooWide:
+            raise
         except Refused as error:
             raise Refused(error.reason, node=error.node or name, operator=error.operator or operator, way_out=error.way_out) from error
         except Exception as error:

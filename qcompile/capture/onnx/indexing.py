@@ -40,6 +40,8 @@ def _slice(call: Call, starts: list[Size], ends: list[Size], axes: list[int], st
             size = call.build.shape(x)[axis]
             if isinstance(start, int) and start == 0 and isinstance(end, int) and step == 1 and (end >= (1 << 31) - 1 or end == size):
                 continue
+            if isinstance(size, int):
+                call.build.limit(end, size)
             x = call.call(aten.slice.Tensor, x, axis, start, min(end, _LARGEST) if isinstance(end, int) else end, step)
         else:
             size = call.build.static_shape(x, [axis])[0]

@@ -1,0 +1,5 @@
+"""Entry for ``python -m qcompile.cli``."""
+
+from qcompile.cli.main import main
+
+main()

@@ -1,0 +1,149 @@
+"""``qcompile compile``."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+
+from qcompile.cli.main import as_json, print_json
+from qcompile.errors import Refused
+
+
+@click.command()
+@click.argument("model")
+@click.option("--recipe", default="w8a8", show_default=True, help="Name, YAML file, or pipeline text.")
+@click.option("--target", default="cpu", show_default=True, help="See 'qcompile targets'.")
+@click.option("--calibrate", metavar="DATA", help="FILE.npz, FILE.npy, text:FILE, images:FOLDER?resize=..&crop=.., or random.")
+@click.option("-o", "--output", type=click.Path(path_type=Path, dir_okay=False), help="The artifact to write [MODEL's name with .qc].")
+@click.option("--resume", is_flag=True, help="Go on where a killed compile stopped.")
+@click.option("--check", is_flag=True, help="Hold every pass to what it says it keeps.")
+@click.option("--dump", type=click.Path(path_type=Path, file_okay=False), help="Write the graph's text after every pass to this folder.")
+@click.option("--diff", "diff_", is_flag=True, help="Print what every pass changed in the graph's text.")
+@click.option("--print-after", metavar="PASS", help="Print the graph after this pass.")
+@click.option("--stop-after", metavar="PASS", default="", help="End the pipeline after this pass.")
+@click.option("--time", "time_", is_flag=True, help="Print the time of every pass and rule.")
+@click.option("--why-not", metavar="NODE", help="Print why rules did not fire at this node.")
+@click.option("--dry-run", is_flag=True, help="Print predicted size, memory, kernels and float leftovers; write nothing.")
+@click.option("--bisect", is_flag=True, help="Name the pass that loses most of the model's outputs; write nothing.")
+@click.option("--kernel-times", type=click.Path(path_type=Path, dir_okay=False), help="Table of measured kernel times to use and extend.")
+@as_json()
+def compile(model: str, recipe: str, target: str, calibrate: str | None, output: Path | None, **flags: Any) -> None:
+    """Compile MODEL (.onnx, .pt2, Hugging Face folder, python:FILE_OR_MODULE:FUNCTION) to an artifact."""
+    from qcompile.compiler import Options, finish, run_compile
+
+    start = time.perf_counter()
+    if flags["dry_run"]:
+        from qcompile.plan import plan
+
+        return _print_plan(plan(model, recipe=recipe, target=target), flags["json_"])
+    output = output or Path(_default_name(model))
+    writes = not flags["bisect"] and not flags["stop_after"]
+    _check_folder(output)
+    tracer = _Tracer(flags)
+    options = Options(
+        output=output if writes else None, resume=flags["resume"], check=flags["check"] or flags["bisect"], dump=flags["dump"],
+        stop_after=flags["stop_after"], progress=None if flags["json_"] else lambda line: click.echo(line, err=True),
+        observers=(tracer,), kernel_times=flags["kernel_times"], hold_promises=not flags["bisect"],
+    )  # fmt: skip
+    done = run_compile(model, recipe=recipe, target=target, calibration=calibrate, options=options)
+    if flags["why_not"]:
+        for line in done.context.log.why_not(flags["why_not"]) or [f"no rule was tried at {flags['why_not']}"]:
+            click.echo(line, err=flags["json_"])
+    if flags["time_"] or flags["bisect"]:
+        _print_steps(done, flags)
+    if not writes:
+        return None
+    size = finish(done.artifact, output)
+    _remember(output, model)
+    return _print_done(done, output, size, time.perf_counter() - start, flags["json_"])
+
+
+def _default_name(model: str) -> str:
+    stem = model.rsplit(":", 1)[-1] if model.startswith("python:") else Path(model).name
+    return f"{Path(stem).stem or 'model'}.qc"
+
+
+def _check_folder(output: Path) -> None:
+    if not output.parent.is_dir():
+        raise Refused("there is no such folder", node=str(output.parent))
+    if not os.access(output.parent, os.W_OK):
+        raise Refused("the folder cannot be written", node=str(output.parent))
+
+
+class _Tracer:
+    """Prints texts and differences as the passes run."""
+
+    def __init__(self, flags: dict[str, Any]) -> None:
+        self.flags, self.before = flags, ""
+
+    def __call__(self, number: int, item: Any, graph: Any, step: Any) -> None:
+        wanted = self.flags["print_after"] == item.name()
+        if not wanted and not self.flags["diff_"]:
+            return
+        from qcompile.graph import print_graph
+
+        text = print_graph(graph)
+        if wanted:
+            click.echo(text, err=self.flags["json_"])
+        if self.flags["diff_"] and self.before:
+            import difflib
+
+            for line in difflib.unified_diff(self.before.splitlines(), text.splitlines(), "before", item.name(), lineterm="", n=0):
+                click.echo(line, err=self.flags["json_"])
+        self.before = text
+
+
+def _print_steps(done: Any, flags: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("pass", "changes", "seconds", "keeps (dB)", box=None)
+    for step in done.steps:
+        table.add_row(step.text, str(step.changes), f"{step.seconds:.3f}", "" if step.sqnr_db is None else f"{step.sqnr_db:.1f}")
+    console = Console(stderr=flags["json_"])
+    console.print(table)
+    if flags["time_"]:
+        rules = Table("rule", "tried", "matched", "seconds", box=None)
+        for name, tried in sorted(done.context.log.tried.items(), key=lambda item: -done.context.log.seconds[item[0]]):
+            rules.add_row(name, str(tried), str(done.context.log.matched[name]), f"{done.context.log.seconds[name]:.3f}")
+        console.print(rules)
+    measured = [step for step in done.steps if step.sqnr_db is not None]
+    if flags["bisect"] and measured:
+        worst = min(measured, key=lambda step: step.sqnr_db)
+        click.echo(f"the pass that loses most is {worst.text}: it keeps {worst.sqnr_db:.1f} dB", err=flags["json_"])
+
+
+def _print_plan(plan: dict[str, Any], json_: bool) -> None:
+    if json_:
+        return print_json(plan)
+    click.echo(f"artifact     about {plan['bytes'] / 1e6:.1f} MB ({plan['bits_per_weight']:.2f} bits per weight; float {plan['float_bytes'] / 1e6:.1f} MB)")
+    click.echo(f"memory       about {plan['peak_memory_bytes'] / 1e6:.0f} MB while compiling")
+    for kernel in plan["kernels"]:
+        click.echo(f"kernel       {kernel['count']:3d} x {kernel['op']} {kernel['weight']} / {kernel['activation']}")
+    click.echo(f"float        {len(plan['float_ops'])} operators stay float: {', '.join(sorted({item['op'] for item in plan['float_ops']}))}")
+    return None
+
+
+def _print_done(done: Any, output: Path, size: int, seconds: float, json_: bool) -> None:
+    report = done.artifact.report
+    if json_:
+        return print_json(
+            {"artifact": str(output), "bytes": size, "seconds": round(seconds, 3), "recipe": done.context.recipe.name, "target": done.artifact.target,
+             "bits_per_weight": report["bits_per_weight"], "weight_bytes": report["bytes"], "float_bytes": report["float_bytes"]}
+        )  # fmt: skip
+    low = sum(layer["bits_per_weight"] < 16 for layer in report["layers"])
+    click.echo(f"{output}: {size / 1e6:.2f} MB in {seconds:.1f} s, recipe {done.context.recipe.name}, target {done.artifact.target}")
+    click.echo(f"{low} of {len(report['layers'])} layers in low bits, {report['bits_per_weight']:.2f} bits per weight, "
+               f"constants {100 * report['bytes'] / max(report['float_bytes'], 1):.1f} % of float32")  # fmt: skip
+    return None
+
+
+def _remember(output: Path, model: str) -> None:
+    """Note where the float model lies, so that bench and evaluate find it; the artifact itself names no path."""
+    from qcompile.source_notes import remember_source
+
+    remember_source(output, model)

@@ -1,0 +1,92 @@
+"""``qcompile inspect`` and ``qcompile diff``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from qcompile.cli.main import as_json, print_json, threads_option
+
+
+@click.command()
+@click.argument("artifact", type=click.Path(path_type=Path))
+@click.option("--times/--no-times", default=True, help="Measure the time of every layer's kernel on the golden inputs.")
+@click.option("--graph", "graph_", is_flag=True, help="Print the graph's text instead.")
+@threads_option()
+@as_json()
+def inspect(artifact: Path, times: bool, graph_: bool, threads: int | None, json_: bool) -> None:
+    """Show for each layer of ARTIFACT its scheme, bits, error, time and the reason where it stayed float."""
+    from qcompile.artifact import load
+    from qcompile.graph import print_graph
+
+    model = load(artifact, threads=threads)
+    if graph_:
+        return click.echo(print_graph(model.graph))
+    measured = _layer_times(model) if times else {}
+    layers = [{key: layer[key] for key in ("name", "op", "weight", "activation", "bits_per_weight", "sqnr_db", "reason")} | {"ms": measured.get(layer["node"])}
+              for layer in model.report["layers"]]  # fmt: skip
+    if json_:
+        return print_json({"layers": layers, "float_ops": model.report["float_ops"], "bits_per_weight": model.report["bits_per_weight"],
+                           "bytes": artifact.stat().st_size, "weight_bytes": model.report["bytes"], "float_bytes": model.report["float_bytes"],
+                           "recipe": model.recipe, "pipeline": model.pipeline, "target": model.target, "notes": model.report["notes"]})  # fmt: skip
+    return _print_layers(artifact, model, layers)
+
+
+def _layer_times(model: Any) -> dict[str, float]:
+    """Return milliseconds by node where the target can tell them apart."""
+    layer_times = getattr(model.executable, "layer_times", None)
+    return dict(layer_times(model.golden_inputs)) if layer_times else {}
+
+
+def _print_layers(artifact: Path, model: Any, layers: list[dict[str, Any]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("layer", "op", "weight", "activation", "bits", "SQNR dB", "ms", "reason", box=None)
+    for layer in layers:
+        sqnr, ms = layer["sqnr_db"], layer["ms"]
+        table.add_row(layer["name"], layer["op"], layer["weight"], layer["activation"], f"{layer['bits_per_weight']:.2f}",
+                      "" if sqnr is None else f"{sqnr:.1f}", "" if ms is None else f"{ms:.3f}", layer["reason"])  # fmt: skip
+    console = Console()
+    console.print(table)
+    kinds = sorted({item["op"] for item in model.report["float_ops"]})
+    console.print(f"{len(model.report['float_ops'])} float operators: {', '.join(kinds)}")
+    for node, text in model.report["notes"]:
+        console.print(f"note: {node}: {text}", markup=False)
+    console.print(f"{artifact}: {artifact.stat().st_size} bytes, {model.report['bits_per_weight']:.2f} bits per weight, target {model.target}, pipeline: {model.pipeline}")
+
+
+@click.command()
+@click.argument("left", type=click.Path(path_type=Path))
+@click.argument("right", type=click.Path(path_type=Path))
+@as_json()
+def diff(left: Path, right: Path, json_: bool) -> None:
+    """Compare the layers of two artifacts, and their outputs on the golden inputs of LEFT."""
+    from qcompile.artifact import load
+    from qcompile.pipeline import sqnr_db
+
+    a, b = load(left, target="reference"), load(right, target="reference")
+    rows = _differences(a.report["layers"], b.report["layers"])
+    same_inputs = [str(t) for t in a.graph.input_types] == [str(t) for t in b.graph.input_types]
+    quality = [sqnr_db(x, y) for x, y in zip(a.golden_outputs, b.graph(*a.golden_inputs), strict=False)] if same_inputs else []
+    content = {"layers": rows, "outputs_sqnr_db": [None if q == float("inf") else round(q, 2) for q in quality],
+               "bits_per_weight": [a.report["bits_per_weight"], b.report["bits_per_weight"]], "bytes": [left.stat().st_size, right.stat().st_size]}  # fmt: skip
+    if json_:
+        return print_json(content)
+    for row in rows:
+        click.echo(f"{row['name']}: {row['left']} -> {row['right']}")
+    click.echo(f"{len(rows)} layers differ; bits per weight {content['bits_per_weight'][0]} -> {content['bits_per_weight'][1]}; bytes {content['bytes'][0]} -> {content['bytes'][1]}")  # type: ignore[index]
+    for name, value in zip(a.graph.output_names, quality, strict=False):
+        click.echo(f"{name}: " + ("equal bit for bit" if value == float("inf") else f"{value:.1f} dB"))
+    return None
+
+
+def _differences(left: list[dict[str, Any]], right: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    def words(layer: dict[str, Any] | None) -> str:
+        return f"{layer['weight']} / {layer['activation']}" if layer else "absent"
+
+    a, b = {layer["name"]: layer for layer in left}, {layer["name"]: layer for layer in right}
+    names = list(dict.fromkeys([*a, *b]))
+    return [{"name": n, "left": words(a.get(n)), "right": words(b.get(n))} for n in names if words(a.get(n)) != words(b.get(n))]
