@@ -358,6 +358,7 @@ _ACTIVATIONS: tuple[tuple[Any, dict[str, Any]], ...] = (
     (aten.hardsigmoid.default, {}),
     (aten.sigmoid.default, {}),
 )
+_WHOLE = frozenset(target for target, _ in _ACTIVATIONS)
 
 # Exporters write sqrt(2) and 1/6 rounded to float32 or to a few digits; the two GELUs differ by 5e-4.
 _TOLERANCE = 2e-6
@@ -382,7 +383,7 @@ def _is_pointwise(node: Any) -> bool:
 
 def _find_activation(graph: Graph, root: fx.Node) -> tuple[Any, dict[str, Any], fx.Node] | None:
     for x in _candidates(graph, root):
-        values = _evaluate(graph, root, x)
+        values = None if x in root.all_input_nodes and root.target in _WHOLE else _evaluate(graph, root, x)
         if values is None:
             continue
         for target, options in _ACTIVATIONS:
@@ -403,8 +404,8 @@ def _candidates(graph: Graph, root: fx.Node, limit: int = 16) -> list[fx.Node]:
     if len(cone) < 2:
         return []
     found = list(leaves) if len(leaves) == 1 else []
-    # A chain of pointwise operators may begin before the activation does: then the activation starts at a value used twice.
-    found += [node for node in order[1:] if len(node.users) > 1]
+    # Other pointwise operators may stand above the activation: it may begin at any value of the cone.
+    found += order[1:]
     return [x for x in found if isinstance(x.meta["val"], torch.Tensor) and graph.type_text(x) == graph.type_text(root)]
 
 

@@ -8,37 +8,36 @@ A solver that knows the layer's input x minimises the error of the layer's outpu
 weight. x is what the layer reads in the graph as it stands: rounded, where a quantizer stands before the layer.
 
 ``sequential`` solves layers in the order in which they run, each on what the layers before it have become (Frantar et al. 2022, section 4):
-the sweep runs one product at a time, and twice where weights changed. Otherwise all layers see one sweep, in which every weight is rounded to
-the nearest code.
+the sweep runs one product at a time, and twice where weights changed. Otherwise all layers see one sweep, in which every weight is rounded
+to the nearest code.
 """
 
 from __future__ import annotations
 
 import inspect
 import sys
-from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
 import torch
 import torch.fx as fx
 
 from qcompile.errors import Refused
-from qcompile.formats import Quantized, Scheme
+from qcompile.formats import Quantized
 from qcompile.formats.granularity import Channel, Tensor
 from qcompile.formats.quantize import quantize_tensor
 from qcompile.graph.graph import Graph, node_name
+from qcompile.graph.quantizer import Quantizer
 from qcompile.graph.stage import Stage
 from qcompile.graph.text import bound_arguments, operator_name
 from qcompile.pipeline import Context, Keeps, Pass, approximately
 from qcompile.registry import find_solver
 from qcompile.solvers import mse
 from qcompile.solvers.gptq import row_errors
-from qcompile.statistics import Gram, Request, Statistics, collect_sequentially
+from qcompile.statistics import Gram, Request, collect_sequentially
+from qcompile.statistics.collectors import Result
 from qcompile.statistics.regions import product_count, split_regions
-
-Solver = Callable[..., Quantized]
 
 
 @dataclass(frozen=True)
@@ -66,65 +65,179 @@ class QuantizeWeights(Pass):
 
     def requests(self, graph: Graph, context: Context) -> Sequence[Request]:
         if self.sequential and context.calibration is not None:
-            return ()  # run() sweeps itself: what a layer reads is known only when the layers before it are solved
+            return ()  # run() sweeps itself: what a layer reads is known only once the layers before it are solved
         return [request for weight in self._weights(graph, context) for request in weight.requests]
 
     def run(self, graph: Graph, context: Context) -> int:
         weights = self._weights(graph, context)
-        install = self._installer(context)
-        waiting, gathered = list(weights), dict[Request, dict[str, torch.Tensor]](context.statistics or {})
+        solver = _Solver.of(self)
+        waiting = list(weights)
+        gathered: dict[Request, Result] = dict(context.statistics or {})
 
-        def visit(nodes: Sequence[fx.Node], statistics: Mapping[Request, dict[str, torch.Tensor]]) -> bool:
+        def solve_ready(nodes: Sequence[fx.Node], statistics: Mapping[Request, Result]) -> bool:
             gathered.update(statistics)
             ready = [weight for weight in waiting if all(request in gathered for request in weight.requests)]
             for weight in ready:
-                install(weight, [gathered[request] for request in weight.requests])
+                solver.install(weight, [gathered[request] for request in weight.requests], context)
                 waiting.remove(weight)
             for request in set(gathered) - {request for weight in waiting for request in weight.requests}:
                 del gathered[request]
             return bool(ready)
 
-        visit((), {})
-        if waiting and context.calibration is not None:
+        solve_ready((), {})
+        if waiting:
+            assert context.calibration is not None
             requests = [request for weight in waiting for request in weight.requests]
-            collect_sequentially(graph, requests, context.calibration, visit, regions=split_regions(graph, 1, product_count))
+            collect_sequentially(graph, requests, context.calibration, solve_ready, regions=split_regions(graph, 1, product_count))
         return len(weights)
 
     def _weights(self, graph: Graph, context: Context) -> list[_Weight]:
-        """Return the weights to solve, each with the statistics that the solver takes of it."""
-        module = sys.modules[find_solver(self.solver).__module__]
-        needed = "gram" in getattr(module, "NEEDS", ())
-        if needed and context.calibration is None and context.statistics is None and context.recipe is not None:
-            raise Refused(f"the solver {self.solver} needs calibration data", way_out="give --calibrate DATA, or choose the solver mse")
-        wanted = needed or ("gram" in getattr(module, "USES", ()) and context.calibration is not None)
-        return [_describe(graph, node, wanted) for node in graph.nodes if _is_open(graph, node)]
+        """Return the weights that still need codes, each with the statistics that the solver takes for it."""
+        takes_gram = "gram" in _statistics_of(find_solver(self.solver), optional=context.calibration is not None)
+        open_nodes = [
+            node for node in graph.nodes if (q := graph.quantizer(node)) and q.codes is None and graph.constant(node.args[0]) is not None
+        ]
+        return [_describe(graph, node, takes_gram) for node in open_nodes]
 
-    def _installer(self, context: Context) -> Callable[[_Weight, Sequence[Mapping[str, torch.Tensor]]], None]:
-        solve = find_solver(self.solver)
-        needs_gram = "gram" in getattr(sys.modules[solve.__module__], "NEEDS", ())
-        own = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("solver", "sequential")}
-        taken = inspect.signature(solve).parameters
-        unknown = [f.name for f in fields(self) if f.name in own and own[f.name] != f.default and f.name not in taken]
-        if unknown:
-            raise Refused(f"the solver {self.solver} has no option {unknown[0]}")
-        options = {name: value for name, value in own.items() if name in taken}
 
-        def install(weight: _Weight, results: Sequence[Mapping[str, torch.Tensor]]) -> None:
-            statistics = _merge(results)
-            say: dict[str, Any] = {}
-            if "say" in taken:
-                say = {"say": lambda text: context.notes.append((weight.layer, text))}
-            flat = weight.tensor.reshape(weight.tensor.shape[0], -1)
-            try:
-                if needs_gram and "gram" not in statistics:
-                    context.notes.append((weight.layer, f"weights by least squared error, not {self.solver}: {weight.obstacle}"))
-                    found = mse.solve(flat, {}, weight.scheme) if weight.is_flat else quantize_tensor(weight.tensor, weight.scheme)
-                else:
-                    found = solve(flat, statistics, weight.scheme, **options, **say) if weight.is_flat else quantize_tensor(weight.tensor, weight.scheme)
-            except (Refused, RuntimeError) as error:
-                raise Refused(str(error).splitlines()[0], node=weight.layer, operator=f"solver {self.solver}") from error
-            _note_gain(weight, flat, found, statistics, context)
-            weight.quantizer.scale, weight.quantizer.zero_point = found.scale, found.zero_point
-            weight.quantizer.codes = found.codes.reshape(weight.tensor.shape)
+def _statistics_of(solve: Callable[..., Quantized], *, optional: bool) -> tuple[str, ...]:
+    """Return the statistics that a solver needs, and those that it takes where there are any."""
+    module = sys.modules[solve.__module__]
+    return (*getattr(module, "NEEDS", ()), *(getattr(module, "USES", ()) if optional else ()))
 
-        return install
+
+# ---- weights and what reads them ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class _Weight:
+    """A weight to solve.
+
+    Attributes:
+        layer: name of the node that reads it.
+        quantizer: is given the codes.
+        value: the weight.
+        matrix: the same as [out, in], or None where its scales do not lie along that.
+        requests: for each product that reads it, the Gram matrix of the product's other operand.
+        obstacle: why there are none.
+    """
+
+    layer: str
+    quantizer: Quantizer
+    value: torch.Tensor
+    matrix: torch.Tensor | None
+    requests: tuple[Request, ...] = ()
+    obstacle: str = ""
+
+
+def _describe(graph: Graph, node: fx.Node, takes_gram: bool) -> _Weight:
+    quantizer, value = graph.quantizer(node), graph.constant(node.args[0])
+    assert quantizer is not None
+    assert value is not None
+    users = list(node.users)
+    layer = node_name(users[0]) if users else node_name(node)
+    whole_rows = value.ndim == 2 or isinstance(quantizer.scheme.granularity, (Tensor, Channel))
+    matrix = value.reshape(len(value), -1) if value.ndim >= 2 and whole_rows else None
+    if matrix is None:
+        return _Weight(
+            layer, quantizer, value, None, (), f"its scales ({quantizer.scheme.granularity}) do not lie along the kernel's inputs"
+        )
+    found = [_gram_request(user, node) for user in users] if takes_gram else []
+    requests = tuple(dict.fromkeys(request for request in found if isinstance(request, Gram)))
+    obstacle = next((reason for reason in found if isinstance(reason, str)), "nothing reads it" if takes_gram else "")
+    return _Weight(layer, quantizer, value, matrix, requests, "" if requests else obstacle)
+
+
+def _gram_request(user: fx.Node, weight: fx.Node) -> Gram | str:
+    """Return the request for what a product multiplies the weight with, or why there is none."""
+    name = operator_name(user.target) if user.op == "call_function" else user.op
+    if name not in ("aten.linear", "aten.conv2d"):
+        return f"{name} is no product with its rows"
+    arguments = bound_arguments(user)
+    x = arguments["input"]
+    if arguments["weight"] is not weight or not isinstance(x, fx.Node):
+        return "it is not the weight of the product"
+    if name == "aten.linear":
+        return Gram(node_name(x))
+    stride, padding, dilation = (_pair(arguments[key]) for key in ("stride", "padding", "dilation"))
+    kernel_height, kernel_width = weight.meta["val"].shape[-2:]
+    return Gram(node_name(x), (int(kernel_height), int(kernel_width), stride, padding, dilation, int(arguments["groups"])))
+
+
+def _pair(sizes: Sequence[int]) -> tuple[int, int]:
+    return (int(sizes[0]), int(sizes[-1]))
+
+
+# ---- solving --------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Solver:
+    """A solver with the options that it knows."""
+
+    name: str
+    solve: Callable[..., Quantized]
+    options: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, settings: QuantizeWeights) -> _Solver:
+        """Return the solver that a pass names.
+
+        Raises:
+            Refused: an option is set that this solver does not have.
+        """
+        solve = find_solver(settings.solver)
+        known = inspect.signature(solve).parameters
+        own = [f for f in fields(settings) if f.name not in ("solver", "sequential")]
+        for f in own:
+            if f.name not in known and getattr(settings, f.name) != f.default:
+                raise Refused(f"the solver {settings.solver} has no option {f.name}")
+        return cls(settings.solver, solve, {f.name: getattr(settings, f.name) for f in own if f.name in known})
+
+    def install(self, weight: _Weight, results: Sequence[Result], context: Context) -> None:
+        """Give a weight its codes and note what was gained over nearest rounding.
+
+        Raises:
+            Refused: the solver fails; the message names the layer.
+        """
+        statistics = _merge(results)
+        try:
+            found = self._solve(weight, statistics, context)
+        except (Refused, RuntimeError) as error:
+            raise Refused(f"{self.name} fails: {str(error).splitlines()[0]}", node=weight.layer) from error
+        weight.quantizer.scale, weight.quantizer.zero_point = found.scale, found.zero_point
+        weight.quantizer.codes = found.codes.reshape(weight.value.shape)
+
+    def _solve(self, weight: _Weight, statistics: Result, context: Context) -> Quantized:
+        scheme = weight.quantizer.scheme
+        if weight.matrix is None:
+            context.notes.append((weight.layer, f"weight rounded to nearest, not by {self.name}: {weight.obstacle}"))
+            return quantize_tensor(weight.value, scheme)
+        lacking = [name for name in _statistics_of(self.solve, optional=False) if name not in statistics]
+        if lacking:
+            context.notes.append((weight.layer, f"weight rounded with least squared error, not by {self.name}: {weight.obstacle}"))
+            return mse.solve(weight.matrix, {}, scheme)
+        options = dict(self.options)
+        if "say" in inspect.signature(self.solve).parameters:
+            options["say"] = lambda text: context.notes.append((weight.layer, text))
+        found = self.solve(weight.matrix, statistics, scheme, **options)
+        if self.name != "nearest":
+            context.notes.append(
+                (weight.layer, f"{self.name}: {_gain(weight.matrix, found, statistics):.3f} of the error of nearest rounding")
+            )
+        return found
+
+
+def _merge(results: Sequence[Result]) -> Result:
+    """Return the Gram matrix over the inputs of all products that read one weight."""
+    if not results or len({result["gram"].shape for result in results}) > 1:
+        return {}
+    rows = sum(result["rows"] for result in results)
+    return {"gram": sum((result["gram"] * (result["rows"] / rows) for result in results), torch.zeros(())), "rows": torch.as_tensor(rows)}
+
+
+def _gain(weight: torch.Tensor, found: Quantized, statistics: Result) -> float:
+    """Return the error of the layer's output (or of the weight, where its input is not known) against nearest rounding's."""
+    gram = statistics.get("gram", torch.eye(weight.shape[1], dtype=torch.float64))
+    errors = [float(row_errors(weight, q.dequantize(), gram).sum()) for q in (found, quantize_tensor(weight, found.scheme))]
+    return errors[0] / errors[1] if errors[1] > 0 else 1.0

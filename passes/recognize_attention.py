@@ -124,7 +124,8 @@ def _written_out(graph: Graph, node: fx.Node) -> Attention | str | None:
     product = bound_arguments(scores)
     found.q = product["self"]
     key = product["other"]
-    found.k = graph.call(aten.transpose.int, key, 2, 3, before=node, like=key)
+    turned = _is(key, "aten.transpose.int") and bound_arguments(key)["dim0"] == 2
+    found.k = bound_arguments(key)["self"] if turned else graph.call(aten.transpose.int, key, 2, 3, before=node, like=key)
     return found
 
 

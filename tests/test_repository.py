@@ -147,7 +147,8 @@ def test_import_loads_no_heavy_package() -> None:
 
 @pytest.mark.parametrize("arguments", [["--help"], ["compile", "--help"], ["evaluate", "--help"]])
 def test_help_loads_no_heavy_package(arguments: list[str]) -> None:
-    code = f"from qcompile.cli import main\ntry:\n    main({arguments!r})\nexcept SystemExit as end:\n    assert not end.code, end.code\n"
+    run = "try:\n    main()\nexcept SystemExit as end:\n    assert not end.code, end.code\n"
+    code = f"import sys\nfrom qcompile.cli import main\nsys.argv = {['qcompile', *arguments]!r}\n{run}"
     assert loaded_after(code) == set()
 
 

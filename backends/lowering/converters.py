@@ -81,7 +81,8 @@ def convert(walk: Walk, node: fx.Node) -> None:
             if value is not None:
                 walk.bind(node, value)
             return
-        walk.report(value)
+        if value:
+            walk.report(value)
     elif packet.startswith("qc."):
         walk.report("the target has no kernel for this operator")
     if entry is None:

@@ -23,6 +23,7 @@ import tvm.sym
 from torch import fx
 from tvm import relax, tirx
 from tvm.ir import IRModule
+from tvm.ir.expr import GenericConst
 
 from qcompile.backends.lowering.shapes import Size, Sizes, dtype_name
 from qcompile.errors import Refused
@@ -110,6 +111,7 @@ class Walk:
         self._constant_values: dict[fx.Node, Any] = {}
         self._constant_nodes = _nodes_of_constants_only(graph_module)
         self._parameters: dict[str, relax.Expr] = {}
+        self._groups: dict[tuple[Any, ...], list[Any]] = {}
         self._kernels: dict[Any, Any] = {}
         self._views: dict[Any, Any] = {}  # what each emitted reshape is a view of
 
@@ -139,8 +141,8 @@ class Walk:
         shape = list(shape)
         if len(shape) == len(value.ty.shape) and all(_same(a, b) for a, b in zip(shape, value.ty.shape, strict=True)):
             return value
-        if isinstance(value, relax.Constant) and all(isinstance(size, int | tirx.IntImm) for size in shape):
-            return relax.const(value.data.numpy().reshape([int(size) for size in shape]), str(value.ty.dtype))
+        if isinstance(value, GenericConst) and all(isinstance(size, int | tirx.IntImm) for size in shape):
+            return relax.const(value.value.numpy().reshape([int(size) for size in shape]), str(value.ty.dtype))
         # A view of a view is a view of the first; going back to the first shape needs no view at all.
         base = self._views.get(value, value)
         if base is not value:
@@ -179,6 +181,13 @@ class Walk:
                 self.constants[name] = tensor
                 self._parameters[name] = relax.Var(name, relax.TensorType(list(tensor.shape), dtype_name(tensor.dtype)))
         return self._parameters[name]
+
+    def packed_together(self, key: tuple[Any, ...], name: str, pack: Callable[[], list[torch.Tensor]]) -> list[Any]:
+        """Return the constants of a kernel; ``pack`` makes them all and runs once for each key, so shared layers share them."""
+        if key not in self._groups:
+            unique = f"{name}:{len(self._groups)}"
+            self._groups[key] = [self.parameter(f"{unique}.{i}", lambda t=tensor: t) for i, tensor in enumerate(pack())]  # type: ignore[misc]
+        return self._groups[key]
 
     def packed(self, node: fx.Node, order: str, pack: Callable[[torch.Tensor], torch.Tensor]) -> Any:
         """Return a constant in another order in memory; ``order`` names it, so equal requests share one copy."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.fx as fx
 
@@ -44,3 +46,27 @@ def table_rows(graph: Graph, node: fx.Node) -> int:
         if user.op == "call_function" and operator_name(user.target) in ("aten.embedding", "qc.embedding"):
             rows.append(int(bound_arguments(user)["weight"].meta["val"].shape[0]))
     return min(rows) if len(rows) > 1 else 2
+
+
+def resize_examples(graph: Graph, examples: Sequence[torch.Tensor], text: str) -> list[torch.Tensor]:
+    """Return the examples repeated or cut to other sizes of the symbols, ``batch=1,seq=128``.
+
+    Raises:
+        Refused: an unknown symbol, or a size out of its range.
+    """
+    wanted: dict[str, int] = {}
+    for part in filter(None, text.split(",")):
+        name, _, size = part.partition("=")
+        low, high = graph.symbols.ranges.get(name.strip(), (0, -1))
+        if not size.isdigit() or not low <= int(size) <= high:
+            raise Refused(f"'{part}' is no size of a symbol", way_out=f"symbols: {', '.join(f'{n} in {a}..{b}' for n, (a, b) in graph.symbols.ranges.items()) or 'none'}")
+        wanted[name.strip()] = int(size)
+    resized = []
+    for example, type in zip(examples, graph.input_types, strict=True):
+        for axis, size in enumerate(type.shape):
+            if isinstance(size, str) and size in wanted:
+                repeats = [1] * example.ndim
+                repeats[axis] = -(-wanted[size] // example.shape[axis])
+                example = example.repeat(repeats).narrow(axis, 0, wanted[size])
+        resized.append(example.contiguous())
+    return resized

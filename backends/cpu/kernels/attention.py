@@ -3,7 +3,8 @@
 A task is one (batch, head, block of query rows). Lanes are query rows: scores are kept transposed, [key][row], so that the softmax
 needs no horizontal step and both products read keys and values straight from the [batch, key, head * d] layout as broadcast
 scalars. Only the queries of a task and its result are transposed. Running maximum and sum (Milakov and Gimelshein 2018,
-Dao et al. 2022) let any number of keys pass through one small tile. With fewer queries than ``FEW_ROWS`` (decoding) lanes are channels instead.
+Dao et al. 2022) let any number of keys pass through one small tile. With fewer queries than ``FEW_ROWS`` (decoding) lanes are
+channels instead.
 
 Error against exact arithmetic for bounded inputs: products of d and s terms in float32 and an exp2 within 2 ulp.
 """
@@ -14,13 +15,27 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from qcompile.backends.cpu.kernels.registers import (
+    LANES,
+    Index,
+    argument,
+    below,
+    exp2,
+    function,
+    load_part,
+    local,
+    long,
+    ramp,
+    reduce,
+    serial_or_parallel,
+    size,
+    splat,
+    store,
+    store_part,
+    transpose,
+)  # fmt: skip
 from tvm import tirx
 from tvm.tirx.script.builder import ir as T
-
-from qcompile.backends.cpu.kernels.registers import (
-    LANES, Index, argument, below, exp2, fence, function, load_part, local, long, ramp, reduce, serial_or_parallel, size, splat, store,
-    store_part, transpose,
-)  # fmt: skip
 
 FEW_ROWS = 4  # below this a block of query rows would mostly compute padding
 LOWEST = -1.0e30  # first running maximum: below every score, and finite, so that a row that sees no key gives zeros

@@ -13,10 +13,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from tvm.tirx.script.builder import ir as T
-
 from qcompile.backends.cpu.kernels.isa import AVX512_VNNI
 from qcompile.backends.cpu.kernels.vector import lanes_of, rounded, spread, vector_type
+from tvm.tirx.script.builder import ir as T
 
 _ROUNDING = 1.5 * 2.0**23  # as in ``vector.round_to_int``
 _ROUNDING_BITS = 0x4B400000

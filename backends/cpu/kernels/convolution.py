@@ -12,21 +12,30 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from tvm import tirx
-from tvm.tirx.script.builder import ir as T
-
 from qcompile.backends.cpu.kernels.convolution_arguments import Arguments, multiply_add
 from qcompile.backends.cpu.kernels.convolution_spec import LANES, Convolution
 from qcompile.backends.cpu.kernels.registers import (
-    SERIAL_WORK, Index, below, function, long, ramp, serial_or_parallel, splat, store,
+    SERIAL_WORK,
+    Index,
+    below,
+    function,
+    long,
+    ramp,
+    serial_or_parallel,
+    splat,
+    store,
 )  # fmt: skip
 from qcompile.backends.cpu.kernels.vector import spread, vector_type
+from tvm import tirx
+from tvm.tirx.script.builder import ir as T
 
 Array = np.ndarray[Any, Any]
 
 
 def convolution(spec: Convolution) -> tirx.PrimFunc:
-    """Return the kernel; its arguments are, in this order and only where the layer has them:
+    """Return the kernel of a convolution of any groups.
+
+    Its arguments are, in this order and only where the layer has them:
 
     x [batch, height, width, channels]; x_scale float32 [1]; x_zero_point int32 [1] (``spec.x_affine``); the arrays of
     ``pack_convolution``; residual float32 [batch, out_height, out_width, out_channels]; out_scale float32 [1]; out_zero_point

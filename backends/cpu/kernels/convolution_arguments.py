@@ -5,13 +5,12 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from tvm.tirx.script.builder import ir as T
-
 from qcompile.backends.cpu.kernels.code_rounding import CodeRounding
 from qcompile.backends.cpu.kernels.convolution_spec import LANES, Convolution
 from qcompile.backends.cpu.kernels.isa import AVX512_VNNI
 from qcompile.backends.cpu.kernels.registers import Index, argument, load_part, ramp, size, splat, store, store_part
 from qcompile.backends.cpu.kernels.vector import rounded
+from tvm.tirx.script.builder import ir as T
 
 
 class Arguments:

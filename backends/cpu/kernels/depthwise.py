@@ -11,15 +11,22 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from tvm import tirx
-from tvm.tirx.script.builder import ir as T
-
 from qcompile.backends.cpu.kernels.convolution_arguments import Arguments, multiply_add
 from qcompile.backends.cpu.kernels.convolution_spec import LANES, Convolution
 from qcompile.backends.cpu.kernels.registers import (
-    SERIAL_WORK, Index, below, function, load_part, ramp, serial_or_parallel, splat, store,
+    SERIAL_WORK,
+    Index,
+    below,
+    function,
+    load_part,
+    ramp,
+    serial_or_parallel,
+    splat,
+    store,
 )  # fmt: skip
 from qcompile.backends.cpu.kernels.vector import spread, vector_type
+from tvm import tirx
+from tvm.tirx.script.builder import ir as T
 
 Array = np.ndarray[Any, Any]
 _WIDE = 64

@@ -9,12 +9,23 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from qcompile.backends.cpu.kernels.registers import (
+    LANES,
+    Index,
+    argument,
+    below,
+    each_row,
+    function,
+    load,
+    local,
+    ramp,
+    size,
+    splat,
+    store,
+    store_row,
+)  # fmt: skip
 from tvm import tirx
 from tvm.tirx.script.builder import ir as T
-
-from qcompile.backends.cpu.kernels.registers import (
-    LANES, Index, argument, each_row, function, load, local, ramp, size, splat, store, store_row, below,
-)  # fmt: skip
 
 
 def hadamard(width: int, block: int) -> tirx.PrimFunc:

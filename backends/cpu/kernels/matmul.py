@@ -16,7 +16,7 @@ from tvm import tirx
 from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as T
 
-from qcompile.backends.cpu.kernels.isa import AVX512_VNNI
+from qcompile.backends.cpu.kernels.matmul_panel import Arguments, Panel, make_panel, multiply_add
 from qcompile.backends.cpu.kernels.matmul_spec import CHUNK, LANES, Linear
 from qcompile.backends.cpu.kernels.vector import Expr, hold, register, rounded, spread
 
@@ -40,26 +40,7 @@ def linear(spec: Linear) -> tirx.PrimFunc:
     return builder.get()
 
 
-@dataclass
-class _Arguments:
-    """The buffers of a kernel; those that the layer does not have are None."""
-
-    m: Expr
-    x: Expr
-    weight: Expr
-    y: Expr
-    x_scale: Expr | None = None
-    x_zero: Expr | None = None
-    sums: Expr | None = None
-    scale: Expr | None = None
-    weight_zero: Expr | None = None
-    bias: Expr | None = None
-    residual: Expr | None = None
-    out_scale: Expr | None = None
-    out_zero: Expr | None = None
-
-
-def _declare(spec: Linear) -> _Arguments:
+def _declare(spec: Linear) -> Arguments:
     m = T.int64()
     IRBuilder.name("m", m)
 
@@ -79,9 +60,9 @@ def _declare(spec: Linear) -> _Arguments:
     if spec.has_sums:
         found["sums"] = buffer("weight_sums", per_column, "int32")
     if spec.bits < 32:
-        found["scale"] = buffer("weight_scale", per_column, "float32")
+        found["scale"] = buffer("weight_scale", spec.scale_shape, "float32")
     if spec.weight_affine:
-        found["weight_zero"] = buffer("weight_zero_point", per_column, "int32")
+        found["weight_zero"] = buffer("weight_zero_point", spec.scale_shape, "uint8")
     if spec.epilogue.bias != "none":
         found["bias"] = buffer("bias", per_column, spec.epilogue.bias)
     if spec.epilogue.residual:
@@ -90,7 +71,7 @@ def _declare(spec: Linear) -> _Arguments:
         found["out_scale"] = buffer("out_scale", (1,), "float32")
         found["out_zero"] = buffer("out_zero_point", (1,), "int32")
     found["y"] = buffer("y", (m, n), spec.epilogue.output)
-    return _Arguments(m, **found)
+    return Arguments(m, **found)
 
 
 # ---- tasks ----------------------------------------------------------------------------------------------------------------
@@ -100,7 +81,7 @@ def _ceildiv(a: Expr, b: Expr) -> Expr:
     return T.truncdiv(a + b - 1, b)
 
 
-def _emit_tasks(spec: Linear, arguments: _Arguments) -> None:
+def _emit_tasks(spec: Linear, arguments: Arguments) -> None:
     """Cut rows and columns into tasks, as many as a multiple of the threads, and emit the body of one."""
     tile, n_blocks = spec.tile, spec.column_blocks
     threads = tile.threads
@@ -123,23 +104,21 @@ def _emit_tasks(spec: Linear, arguments: _Arguments) -> None:
         _emit_task(spec, arguments, first_row, rows, first_block, blocks)
 
 
-def _emit_task(spec: Linear, arguments: _Arguments, first_row: Expr, rows: Expr, first_block: Expr, blocks: Expr) -> None:
+def _emit_task(spec: Linear, arguments: Arguments, first_row: Expr, rows: Expr, first_block: Expr, blocks: Expr) -> None:
     """Emit one task: pack its rows of x, then finish its blocks of columns one after another."""
-    tile = spec.tile
+    tile, stretch = spec.tile, spec.stretch
     packed = T.alloc_buffer((spec.task_rows * spec.chunks * CHUNK,), "int32" if spec.integer else "float32")
     _emit_pack(spec, arguments, packed, first_row, rows)
     row_blocks = hold(_ceildiv(rows, tile.rows))
-    whole = spec.words <= tile.words
-    sums = T.alloc_buffer(((tile.rows if whole else spec.task_rows) * spec.columns,), "int32" if spec.integer else "float32")
+    whole = spec.words <= stretch
+    sums = T.alloc_buffer(((tile.rows if whole else spec.task_rows) * spec.columns,), spec.sum_dtype)
+    panel = make_panel(spec, arguments)
 
     def row_block(block: Expr, column_block: Expr, first_word: Expr, words: Expr, keep: bool) -> None:
         left = hold(rows - block * tile.rows)
         first_sum = 0 if whole else block * (tile.rows * spec.columns)
-
-        def product(count: int) -> None:
-            _emit_product(spec, arguments, packed, sums, block, column_block, first_word, words, first_sum, count, keep)
-
-        _dispatch(left, spec.row_variants, product)
+        place = _Place(column_block, block, first_row + block * tile.rows, left, first_word, words, first_sum)
+        _dispatch(left, spec.row_variants, lambda count: _emit_product(spec, arguments, packed, panel, sums, place, count, keep))
 
     def finish(block: Expr, column_block: Expr) -> None:
         first_sum = 0 if whole else block * (tile.rows * spec.columns)
@@ -148,19 +127,23 @@ def _emit_task(spec: Linear, arguments: _Arguments, first_row: Expr, rows: Expr,
 
     with T.serial(0, blocks) as b:
         column_block = hold(first_block + b)
+        first_words = min(stretch, spec.words)
+        panel.fill(column_block, 0, first_words)
         if whole:
             with T.serial(0, row_blocks) as block:
                 row_block(block, column_block, 0, spec.words, keep=False)
                 finish(block, column_block)
-        else:
+            return
+        with T.serial(0, row_blocks) as block:
+            row_block(block, column_block, 0, stretch, keep=False)
+        with T.serial(1, -(-spec.words // stretch)) as part:
+            first = hold(part * stretch)
+            words = hold(T.min(stretch, spec.words - first))
+            panel.fill(column_block, first, words)
             with T.serial(0, row_blocks) as block:
-                row_block(block, column_block, 0, tile.words, keep=False)
-            with T.serial(1, -(-spec.words // tile.words)) as stretch:
-                first = hold(stretch * tile.words)
-                with T.serial(0, row_blocks) as block:
-                    row_block(block, column_block, first, T.min(tile.words, spec.words - first), keep=True)
-            with T.serial(0, row_blocks) as block:
-                finish(block, column_block)
+                row_block(block, column_block, first, words, keep=True)
+        with T.serial(0, row_blocks) as block:
+            finish(block, column_block)
 
 
 def _dispatch(left: Expr, variants: tuple[int, ...], emit: Callable[[int], None]) -> None:
@@ -175,7 +158,7 @@ def _dispatch(left: Expr, variants: tuple[int, ...], emit: Callable[[int], None]
             _dispatch(left, variants[:-1], emit)
 
 
-def _emit_pack(spec: Linear, arguments: _Arguments, packed: Expr, first_row: Expr, rows: Expr) -> None:
+def _emit_pack(spec: Linear, arguments: Arguments, packed: Expr, first_row: Expr, rows: Expr) -> None:
     """Copy rows of x into ``packed``; the last block repeats the last row up to a whole block."""
     tile_rows, size = spec.tile.rows, 4 // (1 if spec.integer else 4)
     whole, tail = divmod(spec.in_features, CHUNK * size)
@@ -186,11 +169,22 @@ def _emit_pack(spec: Linear, arguments: _Arguments, packed: Expr, first_row: Exp
             with T.serial(0, whole) as chunk:
                 value = arguments.x[row, T.ramp(chunk * (CHUNK * size), 1, CHUNK * size)]
                 T.buffer_store(packed, _as_words(spec, value), [T.ramp(start + chunk * (tile_rows * CHUNK), 1, CHUNK)])
+            _emit_zero_words(spec, packed, start)
             if tail:
                 _emit_pack_tail(spec, arguments, packed, row, start + whole * (tile_rows * CHUNK), whole * CHUNK * size, tail)
 
 
-def _emit_pack_tail(spec: Linear, arguments: _Arguments, packed: Expr, row: Expr, start: Expr, first: int, count: int) -> None:
+def _emit_zero_words(spec: Linear, packed: Expr, start: Expr) -> None:
+    """Clear the chunks from the first one that x does not fill up to the padded end of the row."""
+    first = spec.in_features // (CHUNK * (4 if spec.integer else 1))
+    if spec.words * (4 if spec.integer else 1) == spec.in_features:
+        return
+    zero = spread(T.int32(0) if spec.integer else T.float32(0), CHUNK)
+    for chunk in range(first, spec.chunks):
+        T.buffer_store(packed, zero, [T.ramp(start + chunk * (spec.tile.rows * CHUNK), 1, CHUNK)])
+
+
+def _emit_pack_tail(spec: Linear, arguments: Arguments, packed: Expr, row: Expr, start: Expr, first: int, count: int) -> None:
     """Copy the last ``count`` elements of a row, fewer than a vector, and fill the last word with zero codes."""
     if not spec.integer:
         with T.serial(0, count) as i:
@@ -224,48 +218,77 @@ def _as_words(spec: Linear, value: Expr) -> Expr:
 # ---- the register block ---------------------------------------------------------------------------------------------------
 
 
+@dataclass
+class _Place:
+    """Where a register block stands."""
+
+    column_block: Expr
+    block: Expr  # of rows
+    first_row: Expr
+    rows: Expr  # that are left from first_row on, perhaps more than the block holds
+    first_word: Expr
+    words: Expr
+    first_sum: Expr
+
+
 def _emit_product(
-    spec: Linear, arguments: _Arguments, packed: Expr, sums: Expr, block: Expr, column_block: Expr,
-    first_word: Expr, words: Expr, first_sum: Expr, count: int, keep: bool,
+    spec: Linear, arguments: Arguments, packed: Expr, panel: Panel, sums: Expr, place: _Place, count: int, keep: bool
 ) -> None:  # fmt: skip
-    """Add (``keep``) or store the product of ``count`` rows by one panel, over ``words`` words of k, to ``sums``."""
+    """Add (``keep``) or store the product of ``count`` rows by one panel to ``sums``."""
     tile, dtype = spec.tile, "int32" if spec.integer else "float32"
     lanes, zero = T.ramp(0, 1, LANES), spread(T.int32(0) if spec.integer else T.float32(0), LANES)
-    acc = [[register(dtype, LANES) for _ in range(tile.vectors)] for _ in range(count)]
-    places = [
-        (acc[i][j], T.ramp(first_sum + i * spec.columns + j * LANES, 1, LANES)) for i in range(count) for j in range(tile.vectors)
-    ]
-    for total, place in places:
-        T.buffer_store(total, sums[place] if keep else zero, [lanes])
+    total = [[register(dtype, LANES) for _ in range(tile.vectors)] for _ in range(count)]
+    spots = [(i, j, T.ramp(place.first_sum + i * spec.columns + j * LANES, 1, LANES)) for i in range(count) for j in range(tile.vectors)]
     row_stride = tile.rows * CHUNK
-    start = hold(block * (spec.chunks * row_stride) + T.truncdiv(first_word, CHUNK) * row_stride)
+    start = hold(place.block * (spec.chunks * row_stride) + T.truncdiv(place.first_word, CHUNK) * row_stride)
 
-    def step(chunk: Expr, w: Expr) -> None:
-        word = first_word + chunk * CHUNK + w
-        panel = [T.Bind(_panel_vector(spec, arguments, column_block, word, j)) for j in range(tile.vectors)]
-        if count == tile.rows:
-            _prefetch_next_panel(spec, arguments, column_block, word)
+    def step(offset: Expr, word: Expr) -> None:
+        weights = [T.Bind(panel.vector(place.column_block, place.first_word, word, j)) for j in range(tile.vectors)]
+        if count == tile.rows and not spec.unpacks:
+            _prefetch_next_panel(spec, arguments, place.column_block, place.first_word + word)
         for i in range(count):
-            value = T.Bind(spread(packed[start + chunk * row_stride + i * CHUNK + w], LANES))
+            value = T.Bind(spread(packed[start + offset + i * CHUNK], LANES))
             for j in range(tile.vectors):
-                T.buffer_store(acc[i][j], _multiply_add(spec, acc[i][j][lanes], value, panel[j]), [lanes])
+                T.buffer_store(total[i][j], multiply_add(spec, total[i][j][lanes], value, weights[j]), [lanes])
 
-    with T.serial(0, T.truncdiv(words, CHUNK)) as chunk:
-        with T.serial(0, CHUNK) as w:
-            step(chunk, w)
-    if spec.words % CHUNK:
-        with T.serial(0, T.truncmod(words, CHUNK)) as w:
-            step(T.truncdiv(words, CHUNK), w)
-    for total, place in places:
-        T.buffer_store(sums, total[lanes], [place])
+    def run(words: Expr, first: Expr, offset: Expr) -> None:
+        """Emit the steps over some words, the first one at ``offset`` in packed x."""
+        with T.serial(0, T.truncdiv(words, CHUNK)) as chunk:
+            with T.serial(0, CHUNK) as w:
+                step(offset + chunk * row_stride + w, first + chunk * CHUNK + w)
+        if spec.words % CHUNK:
+            with T.serial(0, T.truncmod(words, CHUNK)) as w:
+                step(offset + T.truncdiv(words, CHUNK) * row_stride + w, first + T.truncdiv(words, CHUNK) * CHUNK + w)
+
+    if not (spec.group and spec.integer):
+        for i, j, spot in spots:
+            T.buffer_store(total[i][j], sums[spot] if keep else zero, [lanes])
+        run(place.words, 0, 0)
+        for i, j, spot in spots:
+            T.buffer_store(sums, total[i][j][lanes], [spot])
+        return
+    if not keep:
+        for _, _, spot in spots:
+            T.buffer_store(sums, spread(T.float32(0), LANES), [spot])
+    size = spec.group_words
+    with T.serial(0, T.truncdiv(place.words, size)) as g:
+        for i, j, _ in spots:
+            T.buffer_store(total[i][j], zero, [lanes])
+        if size % CHUNK:  # several groups in one chunk
+            first = hold(g * size)
+            with T.serial(0, size) as w:
+                step(T.truncdiv(first, CHUNK) * row_stride + T.truncmod(first, CHUNK) + w, first + w)
+        else:
+            run(size, g * size, g * (size // CHUNK) * row_stride)
+        group = T.truncdiv(place.first_word, size) + g
+        for i, j, spot in spots:
+            granule = place.first_row + T.min(i, place.rows - 1) if spec.x_per_token else 0
+            exact = total[i][j][lanes] - panel.excess(g, j, granule) if spec.shifted else total[i][j][lanes]
+            scale = arguments.scale[place.column_block, group, T.ramp(j * LANES, 1, LANES)]
+            T.buffer_store(sums, sums[spot] + rounded(T.cast(exact, "float32x16") * scale), [spot])
 
 
-def _panel_vector(spec: Linear, arguments: _Arguments, column_block: Expr, word: Expr, j: int) -> Expr:
-    size = 64 if spec.integer else LANES
-    return arguments.weight[column_block, word, T.ramp(j * size, 1, size)]
-
-
-def _prefetch_next_panel(spec: Linear, arguments: _Arguments, column_block: Expr, word: Expr) -> None:
+def _prefetch_next_panel(spec: Linear, arguments: Arguments, column_block: Expr, word: Expr) -> None:
     """Ask for the word one panel ahead; panels lie one behind another, so this also reaches into the next block of columns.
 
     A first touch from memory would stall a fifth of the time at 128 rows. After the last panel the hint is void.
@@ -277,25 +300,10 @@ def _prefetch_next_panel(spec: Linear, arguments: _Arguments, column_block: Expr
         T.evaluate(T.call_llvm_intrin("void", prefetch, address, T.int32(0), T.int32(2), T.int32(1)))
 
 
-def _multiply_add(spec: Linear, total: Expr, x: Expr, weight: Expr) -> Expr:
-    """Return total + x * weight for 16 columns: x 16 equal words, weight 16 words."""
-    if not spec.integer:
-        return total + x * weight
-    if spec.isa == AVX512_VNNI:
-        dot = T.llvm_lookup_intrinsic_id("llvm.x86.avx512.vpdpbusd.512")
-        return T.call_llvm_pure_intrin("int32x16", dot, total, T.reinterpret("uint8x64", x), weight)
-    weight = T.reinterpret("int32x16", weight)
-    for j in range(4):
-        unsigned = T.bitwise_and(T.shift_right(x, spread(T.int32(8 * j), LANES)), spread(T.int32(255), LANES))
-        signed = T.shift_right(T.shift_left(weight, spread(T.int32(24 - 8 * j), LANES)), spread(T.int32(24), LANES))
-        total = total + unsigned * signed
-    return total
-
-
 # ---- the end of a row block -----------------------------------------------------------------------------------------------
 
 
-def _finish(spec: Linear, arguments: _Arguments, sums: Expr, first_sum: Expr, row: Expr, column_block: Expr) -> None:
+def _finish(spec: Linear, arguments: Arguments, sums: Expr, first_sum: Expr, row: Expr, column_block: Expr) -> None:
     """Turn the finished sums of one row and one block of columns into results."""
     n = spec.out_features
     row64 = hold(T.cast(row, "int64"))
@@ -317,13 +325,13 @@ def _finish(spec: Linear, arguments: _Arguments, sums: Expr, first_sum: Expr, ro
                 _store_ragged(spec, arguments, total, row64, column)
 
 
-def _store(spec: Linear, arguments: _Arguments, total: Expr, row: Expr, column: Expr) -> None:
+def _store(spec: Linear, arguments: Arguments, total: Expr, row: Expr, column: Expr) -> None:
     lanes = T.ramp(column, 1, LANES)
     residual = arguments.residual[row, lanes] if arguments.residual is not None else None
     T.buffer_store(arguments.y, _result(spec, arguments, total, residual, row, column), [row, lanes])
 
 
-def _store_ragged(spec: Linear, arguments: _Arguments, total: Expr, row: Expr, column: Expr) -> None:
+def _store_ragged(spec: Linear, arguments: Arguments, total: Expr, row: Expr, column: Expr) -> None:
     """Store the last, partly filled vector of a row, element by element."""
     y = register(spec.epilogue.output, LANES)
     inside = spec.out_features - column
@@ -339,23 +347,26 @@ def _store_ragged(spec: Linear, arguments: _Arguments, total: Expr, row: Expr, c
         T.buffer_store(arguments.y, y[i], [row, column + i])
 
 
-def _result(spec: Linear, arguments: _Arguments, total: Expr, residual: Expr | None, row: Expr, column: Expr) -> Expr:
+def _result(spec: Linear, arguments: Arguments, total: Expr, residual: Expr | None, row: Expr, column: Expr) -> Expr:
     """Return 16 results from 16 finished sums."""
     lanes = T.ramp(column, 1, LANES)
     granule = row if spec.x_per_token else 0
     epilogue, bias = spec.epilogue, arguments.bias[lanes] if arguments.bias is not None else None
     y = total
+    if spec.integer and not spec.group:
+        total = T.cast(_exact_sum(spec, arguments, total, granule, lanes), "float32x16")
+    if spec.bits < 32 and not spec.group:
+        y = rounded(total * arguments.scale[lanes])
     if spec.integer:
-        y = rounded(T.cast(_exact_sum(spec, arguments, total, granule, lanes), "float32x16") * arguments.scale[lanes])
         y = rounded(y * spread(arguments.x_scale[granule], LANES))
     out_scale, out_zero = (arguments.out_scale[0], arguments.out_zero[0]) if epilogue.codes else (None, None)
     return epilogue.apply(y, None if epilogue.bias == "int32" else bias, residual, out_scale, out_zero)
 
 
-def _exact_sum(spec: Linear, arguments: _Arguments, total: Expr, granule: Expr, lanes: Expr) -> Expr:
+def _exact_sum(spec: Linear, arguments: Arguments, total: Expr, granule: Expr, lanes: Expr) -> Expr:
     """Return the sum over k of (x - x_zero)(w - w_zero), from the sum over the bytes that were multiplied.
 
-    Sum (x + s - (x_zero + s)) w = total - (x_zero + s) sum w, with s = 128 where x is int8 and the columns' sums of w packed.
+    Sum over k of (x + s - (x_zero + s)) w = total - (x_zero + s) sum w, with s = 128 where x is int8 and the columns' sums of w packed.
     """
     shift = T.int32(128 if spec.x == "int8" else 0)
     if spec.x_affine:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass, field
 
 from qcompile.backends.cpu.kernels import isa as instruction_sets
@@ -31,7 +30,7 @@ class Tile:
     threads: int = field(default_factory=instruction_sets.thread_count)
 
 
-TILES = {instruction_sets.AVX512_VNNI: Tile(12, 2, 256), instruction_sets.PORTABLE: Tile(4, 1, 256)}
+TILES = {instruction_sets.AVX512_VNNI: Tile(8, 3, 128), instruction_sets.PORTABLE: Tile(4, 1, 128)}
 
 
 @dataclass(frozen=True)
@@ -44,8 +43,9 @@ class Linear:
         x_per_token: scale and zero point of the codes are [m], not [1].
         x_affine: the codes have a zero point (an argument); without, it is 0.
         bits: of one weight code, 1 to 8, or 32 for a float32 weight.
-        group: inputs that share a weight scale, a multiple of 16 (of 32 at 3, 5, 6 and 7 bits... see ``pack``); 0: the whole row.
-        weight_affine: weight codes have zero points.
+        group: inputs that share a weight scale: 16 (4-, 2- and 6-bit codes), 32, or a multiple of 64; 0: the whole row.
+        weight_signed: codes are two's complement; else unsigned.
+        weight_affine: weight codes have zero points, one for each scale (below 8 bits, where code - zero fits a byte).
         epilogue: what follows the sum.
         isa: a name of ``qcompile.backends.cpu.kernels.isa.KNOWN``.
         tile: block sizes; None: those measured best for the instruction set.
@@ -58,6 +58,7 @@ class Linear:
     x_affine: bool = True
     bits: int = 8
     group: int = 0
+    weight_signed: bool = True
     weight_affine: bool = False
     epilogue: Epilogue = Epilogue()
     isa: str = field(default_factory=instruction_sets.detect)
@@ -71,6 +72,12 @@ class Linear:
             raise ValueError(f"x is '{self.x}'; known are float32, int8, uint8")
         if self.bits == 32 and self.x != "float32":
             raise ValueError("a float32 weight needs a float32 input")
+        if self.bits not in (1, 2, 3, 4, 5, 6, 7, 8, 32):
+            raise ValueError(f"a weight code has 1 to 8 bits, or 32 for float32, not {self.bits}")
+        if self.group and (self.group % 64 and 64 % self.group or self.group % (4 * self.step)):
+            raise ValueError(f"no kernel for groups of {self.group} at {self.bits} bits")
+        if self.bits == 8 and (self.weight_affine or not self.weight_signed):
+            raise ValueError("8-bit weights must be signed and symmetric: code minus zero point must fit a byte")
         if self.epilogue.bias == "int32" and (self.x == "float32" or self.group):
             raise ValueError("an int32 bias needs an integer sum over the whole row")
 
@@ -92,10 +99,47 @@ class Linear:
     def padded_columns(self) -> int:
         return self.column_blocks * self.columns
 
-    @functools.cached_property
+    @property
+    def planes(self) -> tuple[int, ...]:
+        """Bits of a code as they are stored, a power of two in each byte plane: 5 bits are a plane of 4 and one of 1."""
+        return tuple(width for width in (8, 4, 2, 1) if self.bits & width)
+
+    @property
+    def step(self) -> int:
+        """Words of four codes that are stored and unpacked together: as many as one vector of the thinnest plane holds."""
+        return 8 // min(self.planes) if self.bits <= 8 else 1
+
+    @property
+    def unpacks(self) -> bool:
+        """Whether weights become a local panel before they meet x; else the product reads the packed array itself."""
+        return self.bits < 8 or (self.bits == 8 and (self.group > 0 or not self.integer))
+
+    @property
+    def groups(self) -> int:
+        return -(-self.in_features // self.group) if self.group else 1
+
+    @property
+    def code_words(self) -> int:
+        """Words of four codes in a packed row, padded to whole steps and whole groups."""
+        whole = self.group // 4 if self.group else self.step
+        return -(-self.in_features // (4 * whole)) * whole
+
+    @property
     def words(self) -> int:
-        """4-byte words of one row of x: four codes, or one float."""
-        return -(-self.in_features // 4) if self.integer else self.in_features
+        """4-byte words of one packed row of x: four codes, or one float."""
+        if self.bits == 32:
+            return self.in_features
+        return self.code_words if self.integer else self.code_words * 4
+
+    @property
+    def group_words(self) -> int:
+        """Words of x in one group; 0 without groups."""
+        return self.group // 4 if self.integer else self.group
+
+    @property
+    def stretch(self) -> int:
+        """Words of k of one panel: whole groups."""
+        return max(self.tile.words // self.group_words, 1) * self.group_words if self.group else self.tile.words
 
     @property
     def chunks(self) -> int:
@@ -114,10 +158,32 @@ class Linear:
 
     @property
     def weight_shape(self) -> tuple[int, ...]:
-        """Shape of the packed weight: [column blocks, words, bytes or floats of one word of every column]."""
-        return (self.column_blocks, self.words, self.columns * (4 if self.integer else 1))
+        """Shape of the packed weight: [column blocks, steps, elements of one step of every column]."""
+        if self.bits == 32:
+            return (self.column_blocks, self.words, self.columns)
+        return (self.column_blocks, self.code_words // self.step, self.step * self.bits // 8 * self.columns * 4)
+
+    @property
+    def scale_shape(self) -> tuple[int, ...]:
+        """Shape of weight scales and zero points: [columns], or [column blocks, groups, columns of a block]."""
+        return (self.column_blocks, self.groups, self.columns) if self.group else (self.padded_columns,)
 
     @property
     def has_sums(self) -> bool:
         """Whether the kernel reads the sum of each column of weights: it takes back what was added to make x unsigned."""
+        return self.shifted and not self.group
+
+    @property
+    def shifted(self) -> bool:
+        """Whether the codes of x, as bytes without sign, have a zero point."""
         return self.integer and (self.x_affine or self.x == "int8")
+
+    @property
+    def code_zero(self) -> int:
+        """What is subtracted from a stored code where the scheme is symmetric: signed codes below 8 bits are stored shifted."""
+        return 1 << (self.bits - 1) if self.weight_signed and self.bits < 8 else 0
+
+    @property
+    def sum_dtype(self) -> str:
+        """Dtype of the running sums in memory."""
+        return "int32" if self.integer and not self.group else "float32"

@@ -9,15 +9,27 @@ from __future__ import annotations
 
 from typing import Any
 
-from tvm import tirx
-from tvm.tirx.script.builder import ir as T
-
 from qcompile.backends.cpu.kernels.code_rounding import RANGES, CodeRounding
 from qcompile.backends.cpu.kernels.isa import detect
 from qcompile.backends.cpu.kernels.registers import (
-    LANES, Index, argument, each_row, each_vector, function, load, local, ramp, reduce, size, splat, store, store_row,
+    LANES,
+    Index,
+    argument,
+    each_row,
+    each_vector,
+    function,
+    load,
+    local,
+    ramp,
+    reduce,
+    size,
+    splat,
+    store,
+    store_row,
 )  # fmt: skip
 from qcompile.backends.cpu.kernels.vector import rounded
+from tvm import tirx
+from tvm.tirx.script.builder import ir as T
 
 _SLOTS = 4  # independent partial sums: the latency of an addition
 

@@ -6,33 +6,80 @@ from typing import Any
 
 import numpy as np
 
-from qcompile.backends.cpu.kernels.matmul_spec import LANES, Linear
+from qcompile.backends.cpu.kernels.matmul_spec import Linear
 
 Array = np.ndarray[Any, Any]
 
 
-def pack_linear(spec: Linear, weight: Array, scale: Array | None = None, bias: Array | None = None) -> list[Array]:
-    """Return the constants of ``matmul.linear(spec)`` in its argument order.
+def pack_linear(
+    spec: Linear, weight: Array, scale: Array | None = None, zero_point: Array | None = None, bias: Array | None = None
+) -> list[Array]:
+    """Return the constants of ``matmul.linear(spec)`` in its argument order: weight, sums, scale, zero point, bias, as it has them.
 
-    weight [n, k]: codes, int8 or uint8, or float32 where ``spec.bits`` is 32. scale float32 [n] or one for all.
-    bias [n] of the epilogue's bias dtype. Columns are padded with zeros to whole register blocks.
+    weight [n, k]: one code per element, int8 or uint8, or float32 where ``spec.bits`` is 32. scale float32 and zero_point
+    integer: [n], or one for all, or [n, groups]. bias [n] of the epilogue's bias dtype. Columns are padded to whole register
+    blocks, rows to whole groups, with codes that mean zero.
 
     Raises:
-        ValueError: the shape does not agree with ``spec``.
+        ValueError: an array is missing, or its shape does not agree with ``spec``.
     """
     n, k = spec.out_features, spec.in_features
     if weight.shape != (n, k):
         raise ValueError(f"a weight of shape {weight.shape} is not [{n}, {k}]")
-    arrays = [_panels(spec, weight)]
-    if spec.has_sums:
-        arrays.append(_columns(spec, weight.astype(np.int32).sum(1), np.int32))
-    if scale is not None:
-        arrays.append(_columns(spec, np.broadcast_to(scale, (n,)), np.float32))
+    missing = {"scale": scale is None and spec.bits < 32, "zero_point": zero_point is None and spec.weight_affine}
+    missing["bias"] = bias is None and spec.epilogue.bias != "none"
+    if any(missing.values()):
+        raise ValueError(f"this layer needs: {', '.join(name for name, lacks in missing.items() if lacks)}")
+    if spec.bits == 32:
+        arrays = [_panels(spec, weight)]
+    else:
+        codes = weight.astype(np.int32) + spec.code_zero  # unsigned below 8 bits
+        zeros = np.full((n, spec.groups), spec.code_zero, np.int32)
+        if spec.weight_affine:
+            zeros[:] = np.asarray(zero_point, np.int32).reshape(-1, 1 if not spec.group else spec.groups) + spec.code_zero
+        length = spec.group or k
+        expanded = zeros.repeat(length, 1)[:, :k]
+        arrays = [_code_panels(spec, codes, zeros)]
+        if spec.has_sums:
+            arrays.append(_columns(spec, (codes - expanded).sum(1), np.int32))
+        arrays.append(_scales(spec, np.asarray(scale), np.float32))
+        if spec.weight_affine:
+            arrays.append(_scales(spec, zeros, np.uint8))
     if spec.epilogue.bias != "none":
-        if bias is None:
-            raise ValueError("this layer has a bias")
-        arrays.append(_columns(spec, bias, np.dtype(spec.epilogue.bias)))
+        arrays.append(_columns(spec, np.asarray(bias), np.dtype(spec.epilogue.bias)))
     return arrays
+
+
+def _scales(spec: Linear, values: Array, dtype: Any) -> Array:
+    """Return one value for each column, or [column blocks, groups, columns of a block]."""
+    if not spec.group:
+        return _columns(spec, np.broadcast_to(values.reshape(-1), (spec.out_features,)), dtype)
+    padded = np.zeros((spec.padded_columns, spec.groups), dtype)
+    padded[: spec.out_features] = values
+    return np.ascontiguousarray(padded.reshape(spec.column_blocks, spec.columns, spec.groups).transpose(0, 2, 1))
+
+
+def _code_panels(spec: Linear, codes: Array, zeros: Array) -> Array:
+    """Return codes [n, k] as bytes of ``spec.weight_shape``: for each step of words, plane after plane, vectors of all columns.
+
+    In a plane of width b, byte i of vector v holds element i of the words ``v * 8 / b + 0, 1, ..``, lowest bits first.
+    """
+    n, k = codes.shape
+    words, step, columns = spec.code_words, spec.step, spec.columns
+    padded = np.zeros((spec.padded_columns, words * 4), np.int32)
+    fill = zeros.repeat(spec.group or words * 4, 1)[:, : words * 4]
+    padded[:n] = fill
+    padded[:n, :k] = codes
+    bytes_ = padded.reshape(spec.column_blocks, columns, words // step, step, 4).transpose(0, 2, 3, 1, 4) & 255
+    parts, low = [], 0
+    for width in spec.planes:
+        each = 8 // width  # words in one vector
+        plane = (bytes_ >> low) & ((1 << width) - 1)
+        plane = plane.reshape(*bytes_.shape[:2], step // each, each, columns * 4)
+        shifts = (np.arange(each) * width).reshape(each, 1)
+        parts.append((plane << shifts).sum(3).reshape(*bytes_.shape[:2], -1))
+        low += width
+    return np.ascontiguousarray(np.concatenate(parts, 2).astype(np.uint8).view(np.int8).reshape(spec.weight_shape))
 
 
 def _columns(spec: Linear, values: Array, dtype: Any) -> Array:
@@ -42,12 +89,7 @@ def _columns(spec: Linear, values: Array, dtype: Any) -> Array:
 
 
 def _panels(spec: Linear, weight: Array) -> Array:
-    """Return [column blocks, words, columns * elements of a word]: of each word of k, all columns of the block."""
-    size = 4 if spec.integer else 1
-    padded = np.zeros((spec.padded_columns, spec.words * size), np.int8 if spec.integer else np.float32)
-    padded[: spec.out_features, : spec.in_features] = weight
-    split = padded.reshape(spec.column_blocks, spec.columns, spec.words, size)
-    return np.ascontiguousarray(split.transpose(0, 2, 1, 3).reshape(spec.weight_shape))
-
-
-__all__ = ["LANES", "pack_linear"]
+    """Return float weights as [column blocks, k, columns of a block]."""
+    padded = np.zeros((spec.padded_columns, spec.words), np.float32)
+    padded[: spec.out_features] = weight
+    return np.ascontiguousarray(padded.reshape(spec.column_blocks, spec.columns, spec.words).transpose(0, 2, 1))

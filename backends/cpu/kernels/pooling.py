@@ -4,12 +4,23 @@ from __future__ import annotations
 
 from typing import Any
 
+from qcompile.backends.cpu.kernels.registers import (
+    LANES,
+    Index,
+    argument,
+    each_vector,
+    function,
+    load,
+    local,
+    ramp,
+    serial_or_parallel,
+    size,
+    splat,
+    store,
+    store_row,
+)  # fmt: skip
 from tvm import tirx
 from tvm.tirx.script.builder import ir as T
-
-from qcompile.backends.cpu.kernels.registers import (
-    LANES, Index, argument, each_vector, function, load, local, ramp, serial_or_parallel, size, splat, store, store_row,
-)  # fmt: skip
 
 _LOWEST = {"float32": -3.4028234663852886e38, "int8": -128, "uint8": 0}
 
@@ -59,10 +70,10 @@ def max_pool(
                     store(top, splat(lowest), ramp(0))
                     with T.serial(kernel[0]) as i, T.serial(kernel[1]) as j:
                         from_y = T.Bind(y * stride[0] - padding[0] + i * dilation[0])
-                        from_x = T.Bind(T.cast(column * stride[1] - padding[1] + j * dilation[1], "int64"))  # noqa: B023
+                        from_x = T.Bind(T.cast(column * stride[1] - padding[1] + j * dilation[1], "int64"))
                         with T.If(tirx.all(from_y >= 0, from_y < height, from_x >= 0, from_x < width)), T.Then():
                             store(top, T.max(top[ramp(0)], load(x, mask, image, from_y, from_x, start)), ramp(0))
-                    store_row(out, top[ramp(0)], mask, image, y, column, start)  # noqa: B023
+                    store_row(out, top[ramp(0)], mask, image, y, column, start)
 
                 each_vector(channels, channel)
 

@@ -8,16 +8,31 @@ from __future__ import annotations
 
 from typing import Any
 
-from tvm import tirx
-from tvm.tirx.script.builder import ir as T
-
 from qcompile.backends.cpu.kernels.code_rounding import CodeRounding
 from qcompile.backends.cpu.kernels.isa import detect
 from qcompile.backends.cpu.kernels.registers import (
-    LANES, Index, argument, below, each_element, each_row, each_vector, function, load, load_part, local, ramp, reduce, size, splat, store,
+    LANES,
+    Index,
+    argument,
+    below,
+    each_element,
+    each_row,
+    each_vector,
+    function,
+    load,
+    load_part,
+    local,
+    ramp,
+    reduce,
+    size,
+    splat,
+    store,
     store_row,
 )  # fmt: skip
 from qcompile.backends.cpu.kernels.vector import ACTIVATIONS, rounded
+from tvm import tirx
+from tvm.tirx.script.builder import ir as T
+
 from qcompile.formats import Scheme
 from qcompile.formats.quantize import SMALLEST_SCALE
 
@@ -64,7 +79,7 @@ def quantize_static(scheme: Scheme, isa: str | None = None) -> tirx.PrimFunc:
 
 
 def quantize_dynamic(width: int, scheme: Scheme, isa: str | None = None) -> tirx.PrimFunc:
-    """Build ``f(x, codes, scale, zero_point)``: x float32 [rows, width], codes [rows, width], scale float32 [rows], zero_point int32 [rows].
+    """Build ``f(x, codes, scale, zero_point)``: x float32 and codes [rows, width], scale float32 and zero_point int32 [rows].
 
     Each row (token) takes its scale from its own range, as ``choose_scale``; symmetric schemes write zero points of 0.
 
@@ -122,7 +137,7 @@ def _row_scale(x: Any, row: Index, width: int, scheme: Scheme) -> tuple[Any, Any
 
 
 def dequantize(scheme: Scheme) -> tirx.PrimFunc:
-    """Build ``f(codes, scale, zero_point, out)``: codes int8 or uint8 [count], scale float32 [1], zero_point int32 [1], out float32 [count]."""
+    """Build ``f(codes, scale, zero_point, out)``: codes int8 or uint8 and out float32 [count], scale float32 and zero_point int32 [1]."""
     with function("dequantize") as builder:
         count = size("count")
         codes = argument("codes", (count,), code_dtype(scheme))

@@ -10,11 +10,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from qcompile.backends.cpu.kernels.vector import rounded
 from tvm import tirx
 from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script.builder import ir as T
-
-from qcompile.backends.cpu.kernels.vector import rounded
 
 LANES = 16
 SERIAL_WORK = 1 << 20  # multiply-adds below which waking the other threads costs more than it saves
@@ -53,6 +52,7 @@ def long(value: Index) -> Index:
 
 
 def ramp(start: Index, lanes: int = LANES) -> Expression:
+    """Return the indices from ``start`` on, one for each lane."""
     return T.ramp(start, 1, lanes)
 
 
@@ -62,6 +62,7 @@ def splat(value: Expression, lanes: int = LANES) -> Expression:
 
 
 def store(buffer: Any, value: Expression, *index: Index) -> None:
+    """Emit a store; a vector takes a ramp as its last index."""
     T.buffer_store(buffer, value, list(index))
 
 

@@ -5,12 +5,25 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from qcompile.backends.cpu.kernels.registers import (
+    LANES,
+    Index,
+    argument,
+    each_row,
+    each_vector,
+    exp2,
+    function,
+    load,
+    local,
+    ramp,
+    reduce,
+    size,
+    splat,
+    store,
+    store_row,
+)  # fmt: skip
 from tvm import tirx
 from tvm.tirx.script.builder import ir as T
-
-from qcompile.backends.cpu.kernels.registers import (
-    LANES, Index, argument, each_row, each_vector, exp2, function, load, local, ramp, reduce, size, splat, store, store_row,
-)  # fmt: skip
 
 _SLOTS = 4
 

@@ -10,7 +10,6 @@ from pathlib import Path
 import onnx
 import onnx_ir as ir
 import torch
-import torch.fx as fx
 
 from qcompile.capture.onnx import (  # noqa: F401  (each of these files enters its operators in the table)
     activation,

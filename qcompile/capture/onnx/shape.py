@@ -9,11 +9,10 @@ from typing import Any
 
 import onnx_ir as ir
 import torch
-import torch.fx as fx
 
 from qcompile.capture.onnx.builder import Size, Sizes, Value
-from qcompile.capture.onnx.normalization import flat_size
 from qcompile.capture.onnx.load import NARROW_DTYPES
+from qcompile.capture.onnx.normalization import flat_size
 from qcompile.capture.onnx.operators import Call, Result, normal_axis, operator
 from qcompile.errors import Refused
 

@@ -1,0 +1,168 @@
+"""Panels of weights as the register block reads them: straight from the packed array, or unpacked from narrow codes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tvm.script.ir_builder import tirx as T
+
+from qcompile.backends.cpu.kernels.isa import AVX512_VNNI
+from qcompile.backends.cpu.kernels.matmul_spec import LANES, Linear
+from qcompile.backends.cpu.kernels.vector import Expr, hold, register, spread
+
+
+@dataclass
+class Arguments:
+    """The buffers of a kernel; those that the layer does not have are None."""
+
+    m: Expr
+    x: Expr
+    weight: Expr
+    y: Expr
+    x_scale: Expr | None = None
+    x_zero: Expr | None = None
+    sums: Expr | None = None
+    scale: Expr | None = None
+    weight_zero: Expr | None = None
+    bias: Expr | None = None
+    residual: Expr | None = None
+    out_scale: Expr | None = None
+    out_zero: Expr | None = None
+
+
+def multiply_add(spec: Linear, total: Expr, x: Expr, weight: Expr) -> Expr:
+    """Return total + x * weight for 16 columns: x 16 equal words, weight 16 words."""
+    if not spec.integer:
+        return total + x * weight
+    if spec.isa == AVX512_VNNI:
+        dot = T.llvm_lookup_intrinsic_id("llvm.x86.avx512.vpdpbusd.512")
+        return T.call_llvm_pure_intrin("int32x16", dot, total, T.reinterpret("uint8x64", x), weight)
+    weight = T.reinterpret("int32x16", weight)
+    for j in range(4):
+        unsigned = T.bitwise_and(T.shift_right(x, spread(T.int32(8 * j), LANES)), spread(T.int32(255), LANES))
+        total = total + unsigned * _signed_byte(weight, j)
+    return total
+
+
+def _signed_byte(word: Expr, j: int) -> Expr:
+    """Return byte j of each int32 lane with its sign."""
+    return T.shift_right(T.shift_left(word, spread(T.int32(24 - 8 * j), LANES)), spread(T.int32(24), LANES))
+
+
+class Panel:
+    """Weights that need no unpacking."""
+
+    def __init__(self, spec: Linear, arguments: Arguments) -> None:
+        self.spec, self.arguments = spec, arguments
+
+    def fill(self, column_block: Expr, first_word: Expr, words: Expr) -> None:
+        """Emit what makes a stretch of weights readable."""
+
+    def vector(self, column_block: Expr, first_word: Expr, word: Expr, j: int) -> Expr:
+        """Return vector j of a word, counted from the stretch's first."""
+        size = 64 if self.spec.integer else LANES
+        return self.arguments.weight[column_block, first_word + word, T.ramp(j * size, 1, size)]
+
+    def excess(self, group: Expr, j: int, granule: Expr) -> Expr:
+        """Return what the zero point of x added to the sums of a group, counted from the stretch's first."""
+        raise NotImplementedError("weights without groups are corrected by column sums at the end")
+
+
+class UnpackedPanel(Panel):
+    """Weights unpacked to signed bytes, or to floats where x is float, once for all rows of a task."""
+
+    def __init__(self, spec: Linear, arguments: Arguments) -> None:
+        super().__init__(spec, arguments)
+        self.codes = T.alloc_buffer((spec.stretch * spec.columns * (4 if spec.integer else 1),), "int8" if spec.integer else "float32")
+        if spec.group and spec.shifted:
+            self.sums = T.alloc_buffer((spec.stretch // spec.group_words * spec.columns,), "int32")
+
+    def fill(self, column_block: Expr, first_word: Expr, words: Expr) -> None:
+        spec = self.spec
+        per_word = 1 if spec.integer else 4  # words of x for one word of codes
+        step_words = spec.step * per_word
+        first_step = hold(T.truncdiv(first_word, step_words))
+        if not spec.group:
+            zeros = [self._zero(column_block, 0, j) for j in range(spec.tile.vectors)]
+            with T.serial(0, T.truncdiv(words, step_words)) as s:
+                for j in range(spec.tile.vectors):
+                    self._unpack(column_block, first_step + s, s, j, zeros[j], None, None)
+            return
+        steps = spec.group_words // step_words
+        with T.serial(0, T.truncdiv(words, spec.group_words)) as g:
+            group = hold(T.truncdiv(first_word, spec.group_words) + g)
+            for j in range(spec.tile.vectors):
+                lanes = T.ramp(j * LANES, 1, LANES)
+                zero, total = self._zero(column_block, group, j), None
+                scale = None if spec.integer else self.arguments.scale[column_block, group, lanes]
+                if spec.shifted:
+                    total = register("int32", LANES)
+                    T.buffer_store(total, spread(T.int32(0), LANES), [T.ramp(0, 1, LANES)])
+                with T.serial(0, steps) as s:
+                    self._unpack(column_block, first_step + g * steps + s, g * steps + s, j, zero, scale, total)
+                if total is not None:
+                    T.buffer_store(self.sums, total[T.ramp(0, 1, LANES)], [T.ramp(g * spec.columns + j * LANES, 1, LANES)])
+
+    def _zero(self, column_block: Expr, group: Expr, j: int) -> Expr | None:
+        """Return the zero point of 16 columns in each of their four bytes, None where it is 0."""
+        spec = self.spec
+        if not spec.weight_affine:
+            return spread(T.int8(spec.code_zero), 64) if spec.code_zero and spec.code_zero < 128 else None
+        index = [column_block, group, T.ramp(j * LANES, 1, LANES)] if spec.group else [T.ramp(column_block * spec.columns + j * LANES, 1, LANES)]
+        words = T.cast(self.arguments.weight_zero[tuple(index)], "int32x16") * spread(T.int32(0x01010101), LANES)
+        return T.reinterpret("int8x64", hold(words))
+
+    def _unpack(self, column_block: Expr, step: Expr, local_step: Expr, j: int, zero: Expr | None, scale: Expr | None, total: Expr) -> None:
+        """Unpack vector j of one step of words; ``total`` gathers the sums of the columns' codes."""
+        spec = self.spec
+        planes, position = [], 0
+        for width in spec.planes:
+            count = spec.step * width // 8
+            starts = [(position + v) * spec.columns * 4 + j * 64 for v in range(count)]
+            planes.append([T.Bind(T.reinterpret("uint8x64", self.arguments.weight[column_block, step, T.ramp(at, 1, 64)])) for at in starts])
+            position += count
+        for w in range(spec.step):
+            code = T.reinterpret("int8x64", self._code(planes, w))
+            code = T.Bind(code if zero is None else code - zero)
+            word = local_step * spec.step + w
+            if spec.integer:
+                T.buffer_store(self.codes, code, [T.ramp((word * spec.columns + j * LANES) * 4, 1, 64)])
+                if total is not None:
+                    lanes = T.ramp(0, 1, LANES)
+                    T.buffer_store(total, multiply_add(spec, total[lanes], spread(T.int32(0x01010101), LANES), code), [lanes])
+                continue
+            bits = T.Bind(T.reinterpret("int32x16", code))
+            for i in range(4):
+                value = T.cast(_signed_byte(bits, i), "float32x16")
+                value = value if scale is None else value * scale
+                T.buffer_store(self.codes, value, [T.ramp((word * 4 + i) * spec.columns + j * LANES, 1, LANES)])
+
+    def _code(self, planes: list[list[Expr]], w: int) -> Expr:
+        """Return the unsigned codes of word w of a step, put together from its planes."""
+        code, low = None, 0
+        for width, vectors in zip(self.spec.planes, planes, strict=True):
+            each = 8 // width
+            part, shift = vectors[w // each], w % each * width
+            if shift:
+                part = T.shift_right(part, spread(T.uint8(shift), 64))
+            if shift + width < 8:
+                part = T.bitwise_and(part, spread(T.uint8((1 << width) - 1), 64))
+            if low:
+                part = T.shift_left(part, spread(T.uint8(low), 64))
+            code, low = part if code is None else T.bitwise_or(code, part), low + width
+        return code
+
+    def vector(self, column_block: Expr, first_word: Expr, word: Expr, j: int) -> Expr:
+        size = 4 if self.spec.integer else 1
+        return self.codes[T.ramp((word * self.spec.columns + j * LANES) * size, 1, LANES * size)]
+
+    def excess(self, group: Expr, j: int, granule: Expr) -> Expr:
+        zero = T.int32(128 if self.spec.x == "int8" else 0)
+        if self.spec.x_affine:
+            zero = self.arguments.x_zero[granule] + zero
+        return spread(zero, LANES) * self.sums[T.ramp(group * self.spec.columns + j * LANES, 1, LANES)]
+
+
+def make_panel(spec: Linear, arguments: Arguments) -> Panel:
+    """Return the panel that a layer's weights need, its buffers allocated in the current task."""
+    return UnpackedPanel(spec, arguments) if spec.unpacks else Panel(spec, arguments)

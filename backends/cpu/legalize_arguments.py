@@ -1,0 +1,133 @@
+"""What the CPU's legalizers share: arguments of kernels, and the epilogue that a product's kernel can take over."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import fx
+
+from qcompile.backends.cpu.kernels.matmul_epilogue import Epilogue
+from qcompile.backends.lowering.shapes import Size, dtype_name
+from qcompile.backends.lowering.translate import Walk
+from qcompile.errors import Refused
+from qcompile.formats import Integer, Scheme, Tensor, parse_scheme
+
+aten = torch.ops.aten
+Arguments = SimpleNamespace
+
+
+# ---- arguments of kernels -------------------------------------------------------------------------------------------------
+
+
+def product(sizes: list[Size]) -> Size:
+    """Return the product of sizes, 1 for none."""
+    total: Size = 1
+    for size in sizes:
+        total = total * size
+    return total
+
+
+def rows_of(walk: Walk, node: fx.Node) -> tuple[Any, Size, Size]:
+    """Return a value as [rows, width], the rows, and the width."""
+    shape = walk.shape(node)
+    rows = product(shape[:-1])
+    return walk.reshape(walk.plain(node), [rows, shape[-1]]), rows, shape[-1]
+
+
+def flat(walk: Walk, node: fx.Node) -> Any:
+    """Return a scale or zero point of any shape as one axis."""
+    if walk.constant(node) is not None:
+        return walk.packed(node, "flat", lambda t: t.reshape(-1))
+    return walk.reshape(walk.plain(node), [product(walk.shape(node))])
+
+
+def zero_or(walk: Walk, node: fx.Node | None) -> Any:
+    """Return a zero point as int32 [1]; symmetric schemes have the constant 0."""
+    return flat(walk, node) if node is not None else walk.parameter("zero", lambda: torch.zeros(1, dtype=torch.int32))
+
+
+def code_dtype(scheme: Scheme) -> str:
+    return dtype_name(scheme.format.storage)
+
+
+def code_range(scheme: Scheme) -> tuple[int, int]:
+    return int(scheme.format.lowest), int(scheme.format.highest)
+
+
+def is_plain_tensor(scheme: Scheme) -> bool:
+    return isinstance(scheme.granularity, Tensor) and isinstance(scheme.format, Integer)
+
+
+def name_of(node: fx.Node) -> str:
+    """Return the name of a constant: that of the model's weight where it is one."""
+    return str(node.target) if node.op == "get_attr" else node.name
+
+
+def constant_array(walk: Walk, node: fx.Node | None) -> Any:
+    """Return a constant as a NumPy array, None for None."""
+    if node is None:
+        return None
+    tensor = walk.constant(node)
+    if tensor is None:
+        raise Refused("must be a constant", node=node.name, operator=str(node.target))
+    return tensor.numpy()
+
+
+# ---- epilogues -----------------------------------------------------------------------------------------------------------
+
+
+def quantized_epilogue(walk: Walk, a: Arguments) -> Epilogue | str:
+    bias = "none" if a.bias is None else dtype_name(walk.fake(a.bias).dtype)
+    if not a.out_scheme:
+        return Epilogue(bias, a.activation, a.residual is not None)
+    out = parse_scheme(a.out_scheme)
+    if not is_plain_tensor(out):
+        return f"no kernel writes codes as '{out}'"
+    return Epilogue(bias, a.activation, a.residual is not None, code_dtype(out), *code_range(out))
+
+
+_FLOAT_ACTIVATIONS = {aten.relu.default: "relu", aten.silu.default: "silu", aten.tanh.default: "tanh", aten.sigmoid.default: "sigmoid"}
+_COPIES = (aten.clone.default, aten.detach.default, aten.alias.default)
+
+
+def following(walk: Walk, node: fx.Node) -> tuple[list[fx.Node], str, fx.Node | None]:
+    """Return the nodes after a product that its kernel can compute too, the activation, and the residual."""
+    swallowed: list[fx.Node] = []
+    activation, residual, last = "none", None, node
+    while walk.is_inner(last) and len(last.users) == 1:
+        (user,) = last.users
+        if user.target in _COPIES and not user.kwargs:
+            pass
+        elif activation == "none" and residual is None and (name := _activation_name(user)):
+            activation = name
+        elif activation == "none" and residual is not None and (name := _activation_name(user)) in ("relu", "relu6"):
+            activation = f"add_{name}"
+        elif residual is None and (other := _residual_of(walk, user, last)) is not None:
+            residual = other
+        else:
+            break
+        swallowed.append(user)
+        last = user
+    return swallowed, activation, residual
+
+
+def _activation_name(node: fx.Node) -> str:
+    if node.target is aten.gelu.default:
+        return "gelu_tanh" if node.kwargs.get("approximate") == "tanh" else "gelu"
+    if node.target is aten.hardtanh.default and list(node.args[1:]) == [0.0, 6.0]:
+        return "relu6"
+    return _FLOAT_ACTIVATIONS.get(node.target, "")  # type: ignore[call-overload, no-any-return]
+
+
+def _residual_of(walk: Walk, node: fx.Node, product_node: fx.Node) -> fx.Node | None:
+    """Return the other operand of an addition, if it is there already and has the result's shape and dtype."""
+    if node.target is not aten.add.Tensor or node.kwargs or len(node.args) != 2:
+        return None
+    other = node.args[1] if node.args[0] is product_node else node.args[0]
+    if not isinstance(other, fx.Node) or other is product_node or not walk.is_bound(other):
+        return None
+    here, there = walk.fake(product_node), walk.fake(other)
+    same = isinstance(there, torch.Tensor) and there.dtype == here.dtype and tuple(there.shape) == tuple(here.shape)
+    return other if same else None

@@ -1,0 +1,283 @@
+"""Linear layers, normalization, attention and quantizers with the CPU's kernels."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import fx
+
+from qcompile.backends.cpu.kernels import attention, matmul, normalization, pack, quantization
+from qcompile.backends.cpu.kernels.matmul_epilogue import Epilogue
+from qcompile.backends.cpu.kernels.matmul_spec import Linear
+from qcompile.backends.cpu.legalize_arguments import (
+    Arguments, aten, code_dtype, constant_array, flat, following, is_plain_tensor, name_of, product, quantized_epilogue, rows_of, zero_or,
+)  # fmt: skip
+from qcompile.backends.lowering.translate import Legalizer, Walk
+from qcompile.formats import Channel, Group, Integer, Scheme, Tensor, Token, dequantize, parse_scheme, unpack
+
+qc = torch.ops.qc
+
+
+# ---- linear ---------------------------------------------------------------------------------------------------------------
+
+
+def _linear(walk: Walk, node: fx.Node, a: Arguments) -> Any:
+    """qc.linear: integer or float input, packed weight, the whole epilogue in the kernel."""
+    epilogue = quantized_epilogue(walk, a)
+    if isinstance(epilogue, str):
+        return epilogue
+    scheme = parse_scheme(a.weight_scheme)
+    if not isinstance(scheme.format, Integer):
+        return f"no kernel reads weights in {scheme.format}"
+    if not a.x_scheme:
+        walk.report(f"'{scheme}' with a float input runs with its weight dequantized to float32")
+        weight = _float_weight(walk, a, scheme)
+        return _call_linear(walk, node, Linear(a.in_features, weight.shape[0], "float32", bits=32, epilogue=epilogue), a, weight, None)
+    spec = _integer_spec(a, scheme, walk.shape(a.weight)[0], epilogue)
+    if isinstance(spec, str):
+        return spec
+    codes = _centered_codes(walk, a, scheme)
+    if codes is None:
+        return "the weight's codes less their zero points do not fit in int8"
+    scale = walk.constant(a.weight_scale)
+    return _call_linear(walk, node, spec, a, codes, None if scale is None else scale.reshape(-1))
+
+
+def _integer_spec(a: Arguments, weight: Scheme, out_features: int, epilogue: Epilogue) -> Linear | str:
+    x = parse_scheme(a.x_scheme)
+    if not isinstance(x.format, Integer) or not isinstance(x.granularity, Tensor | Token):
+        return f"no kernel reads an input as '{x}'"
+    if isinstance(weight.granularity, Group) or weight.granularity not in (Tensor(), Channel(0)):
+        return f"no kernel reads weights as '{weight}'"
+    per_token = isinstance(x.granularity, Token)
+    return Linear(a.in_features, out_features, code_dtype(x), per_token, a.x_zero_point is not None, 8, epilogue=epilogue)
+
+
+def _codes(walk: Walk, a: Arguments, scheme: Scheme) -> torch.Tensor:
+    packed = walk.constant(a.weight)
+    assert packed is not None, "weights are constants"
+    return unpack(packed, scheme.bits, scheme.format.lowest < 0, a.in_features)
+
+
+def _centered_codes(walk: Walk, a: Arguments, scheme: Scheme) -> np.ndarray[Any, Any] | None:
+    """Return codes - zero_point as int8 [out, in], or None where they do not fit."""
+    codes = _codes(walk, a, scheme).to(torch.int32)
+    if a.weight_zero_point is not None:
+        zero_point = walk.constant(a.weight_zero_point)
+        assert zero_point is not None, "zero points of weights are constants"
+        codes = codes - scheme.granularity.expand(zero_point, tuple(codes.shape))
+    fits = bool(codes.min() >= -128) and bool(codes.max() <= 127)
+    return codes.to(torch.int8).numpy() if fits else None
+
+
+def _float_weight(walk: Walk, a: Arguments, scheme: Scheme) -> np.ndarray[Any, Any]:
+    scale, zero_point = walk.constant(a.weight_scale), a.weight_zero_point and walk.constant(a.weight_zero_point)
+    assert scale is not None, "scales of weights are constants"
+    return dequantize(_codes(walk, a, scheme), scale, zero_point, scheme).numpy()
+
+
+def _call_linear(walk: Walk, node: fx.Node, spec: Linear, a: Arguments, weight: Any, scale: torch.Tensor | None) -> Any:
+    """Emit the kernel of ``spec``; ``a`` holds the node's arguments by the names of qc.linear."""
+    x, rows, _ = rows_of(walk, a.x)
+    inputs = [x]
+    if spec.integer:
+        inputs.append(flat(walk, a.x_scale))
+        inputs += [flat(walk, a.x_zero_point)] if spec.x_affine else []
+    inputs += _packed_linear(walk, spec, a, weight, scale)
+    if a.residual is not None:
+        inputs.append(walk.reshape(walk.plain(a.residual), [rows, spec.out_features]))
+    if spec.epilogue.codes:
+        inputs += [flat(walk, a.out_scale), zero_or(walk, a.out_zero_point)]
+    kernel = walk.kernel(spec, lambda: matmul.linear(spec), _linear_name(spec))
+    y = walk.call_kernel(kernel, inputs, ([rows, spec.out_features], spec.epilogue.output))
+    return walk.reshape(y, [*walk.shape(a.x)[:-1], spec.out_features])
+
+
+def _linear_name(spec: Linear) -> str:
+    """Return a name that tells a reader of a profile what the kernel is."""
+    kind = f"{spec.x[0]}{spec.x.lstrip('uintfloa')}w{spec.bits}"
+    return f"linear_{kind}_{spec.in_features}x{spec.out_features}" + (f"_{spec.epilogue.activation}" if spec.epilogue.activation != "none" else "")
+
+
+def _packed_linear(walk: Walk, spec: Linear, a: Arguments, weight: Any, scale: torch.Tensor | None) -> list[Any]:
+    """Return the constants of a linear kernel as values, packed once for each weight."""
+    bias = constant_array(walk, a.bias)
+    scales = None if scale is None else scale.numpy()
+
+    def arrays() -> list[torch.Tensor]:
+        return [torch.from_numpy(array) for array in pack.pack_linear(spec, weight, scales, bias)]
+
+    return walk.packed_together((spec, a.weight, a.bias), name_of(a.weight), arrays)
+
+
+def _float_linear(walk: Walk, node: fx.Node, a: Arguments) -> Any:
+    """aten.linear: also swallows an activation and the addition of a residual that directly follow."""
+    weight = walk.constant(a.weight)
+    if weight is None or weight.dtype != torch.float32 or (a.bias is not None and walk.constant(a.bias) is None):
+        return "the weight or the bias of a linear layer is not a float32 constant"
+    swallowed, activation, residual = following(walk, node)
+    epilogue = Epilogue("none" if a.bias is None else "float32", activation, residual is not None)
+    spec = Linear(weight.shape[1], weight.shape[0], "float32", bits=32, epilogue=epilogue)
+    arguments = SimpleNamespace(x=a.input, weight=a.weight, bias=a.bias, residual=residual)
+    y = _call_linear(walk, node, spec, arguments, weight.numpy(), None)
+    for later in (node, *swallowed):
+        walk.bind(later, y)
+    return None
+
+
+# ---- normalization, attention ---------------------------------------------------------------------------------------------
+
+
+def _layer_norm(walk: Walk, node: fx.Node, a: Arguments) -> Any:
+    """aten.layer_norm over the last axis; also writes the codes that a following qc.quantize asks for."""
+    width = a.normalized_shape[-1]
+    affine = a.weight is not None and a.bias is not None
+    if len(a.normalized_shape) != 1 or (a.weight is None) != (a.bias is None) or walk.fake(node).dtype != torch.float32:
+        return "no kernel for this layer norm: it runs over one axis of float32 with weight and bias, or neither"
+    x, rows, _ = rows_of(walk, a.input)
+    inputs = [x, *([walk.plain(a.weight), walk.plain(a.bias)] if affine else [])]
+    quantize = _first_quantize(node)
+    if quantize is None:
+        kernel = walk.kernel(("layer_norm", width, a.eps, affine), lambda: normalization.layer_norm(width, a.eps, affine=affine), "layer_norm")
+        return walk.reshape(walk.call_kernel(kernel, inputs, ([rows, width], "float32")), walk.shape(node))
+    scheme = parse_scheme(str(quantize.args[3]))
+    dtype = code_dtype(scheme)
+    kernel = walk.kernel(
+        ("layer_norm", width, a.eps, affine, dtype), lambda: normalization.layer_norm(width, a.eps, affine=affine, codes=dtype), f"layer_norm_{dtype}"
+    )
+    inputs += [flat(walk, quantize.args[1]), zero_or(walk, quantize.args[2])]  # type: ignore[arg-type]
+    y, codes = walk.call_kernel(kernel, inputs, ([rows, width], "float32"), ([rows, width], dtype))
+    walk.bind(node, walk.reshape(y, walk.shape(node)))
+    walk.bind(quantize, walk.reshape(codes, walk.shape(node)))
+    return None
+
+
+def _first_quantize(node: fx.Node) -> fx.Node | None:
+    """Return the first user that makes 8-bit codes with constant scales, which the producer's kernel can write itself."""
+    for user in node.users:
+        if user.target is qc.quantize.default and len(user.args) == 4:
+            scheme = parse_scheme(str(user.args[3]))
+            constant = all(p is None or p.op == "get_attr" for p in user.args[1:3])  # type: ignore[union-attr]
+            if is_plain_tensor(scheme) and scheme.bits == 8 and constant:
+                return user
+    return None
+
+
+def _rms_norm(walk: Walk, node: fx.Node, a: Arguments) -> Any:
+    """aten.rms_norm over the last axis with a weight."""
+    if len(a.normalized_shape) != 1 or a.weight is None or walk.fake(node).dtype != torch.float32:
+        return "no kernel for this RMS norm: it runs over one axis of float32 with a weight"
+    width, epsilon = a.normalized_shape[-1], torch.finfo(torch.float32).eps if a.eps is None else a.eps
+    x, rows, _ = rows_of(walk, a.input)
+    kernel = walk.kernel(("rms_norm", width, epsilon), lambda: normalization.layer_norm(width, epsilon, rms=True), "rms_norm")
+    return walk.reshape(walk.call_kernel(kernel, [x, walk.plain(a.weight)], ([rows, width], "float32")), walk.shape(node))
+
+
+def _attention(walk: Walk, node: fx.Node, a: Arguments) -> Any:
+    """qc.attention."""
+    depth = int(walk.fake(a.q).shape[-1]) // a.heads
+    masked = a.key_mask is not None
+    key = ("attention", a.heads, a.kv_heads, depth, a.scale, masked, a.causal)
+    kernel = walk.kernel(
+        key, lambda: attention.attention(a.heads, a.kv_heads, depth, a.scale, key_mask=masked, causal=a.causal), f"attention_{a.heads}x{depth}"
+    )
+    inputs = [walk.plain(t) for t in (a.q, a.k, a.v)] + ([walk.plain(a.key_mask)] if masked else [])
+    return walk.call_kernel(kernel, inputs, (walk.shape(node), "float32"))
+
+
+# ---- quantize, dequantize, embedding --------------------------------------------------------------------------------------
+
+
+def _quantize(walk: Walk, node: fx.Node, a: Arguments) -> Any:
+    """qc.quantize with one scale, in whichever order of memory the value has."""
+    scheme = parse_scheme(a.scheme)
+    if not is_plain_tensor(scheme):
+        return f"no kernel quantizes to '{scheme}'"
+    kernel = walk.kernel(("quantize", scheme), lambda: quantization.quantize_static(scheme), f"quantize_{code_dtype(scheme)}")
+    return _elementwise(walk, node, a.x, kernel, [flat(walk, a.scale), zero_or(walk, a.zero_point)], code_dtype(scheme))
+
+
+def _elementwise(walk: Walk, node: fx.Node, source: fx.Node, kernel: Any, parameters: list[Any], dtype: str) -> Any:
+    """Call a kernel over all elements of ``source``, keeping the order of memory it is in."""
+    last = walk.is_channels_last(source)
+    x = walk.channels_last(source) if last else walk.plain(source)
+    shape = list(x.ty.shape)
+    count = product(shape)
+    result = walk.call_kernel(kernel, [walk.reshape(x, [count]), *parameters], ([count], dtype))
+    walk.bind(node, walk.reshape(result, shape), channels_last=last)
+    return None
+
+
+def _dequantize(walk: Walk, node: fx.Node, a: Arguments) -> Any:
+    """qc.dequantize with one scale, of codes that are not packed."""
+    scheme = parse_scheme(a.scheme)
+    if not is_plain_tensor(scheme) or a.size is not None and scheme.bits != 8:
+        return f"no kernel dequantizes '{scheme}'"
+    kernel = walk.kernel(("dequantize", scheme), lambda: quantization.dequantize(scheme), f"dequantize_{code_dtype(scheme)}")
+    return _elementwise(walk, node, a.codes, kernel, [flat(walk, a.scale), zero_or(walk, a.zero_point)], "float32")
+
+
+def _quantize_dynamic(walk: Walk, node: fx.Node, a: Arguments) -> Any:
+    """qc.quantize_dynamic, one scale for each token."""
+    scheme = parse_scheme(a.scheme)
+    width = walk.fake(a.x).shape[-1]
+    if not isinstance(scheme.granularity, Token) or not isinstance(scheme.format, Integer) or scheme.bits < 2 or not isinstance(width, int):
+        return f"no kernel quantizes to '{scheme}'"
+    x, rows, _ = rows_of(walk, a.x)
+    kernel = walk.kernel(("quantize_dynamic", width, scheme), lambda: quantization.quantize_dynamic(width, scheme), "quantize_dynamic")
+    results = walk.call_kernel(kernel, [x], ([rows, width], code_dtype(scheme)), ([rows], "float32"), ([rows], "int32"))
+    shapes = [walk.sizes.shape(fake.shape) for fake in walk.fake(node)]
+    return [walk.reshape(result, shape) for result, shape in zip(results, shapes, strict=True)]
+
+
+def _embedding(walk: Walk, node: fx.Node, a: Arguments) -> Any:
+    """qc.embedding: gathers rows of the packed table."""
+    scheme = parse_scheme(a.scheme)
+    granularity = scheme.granularity
+    kinds = {Tensor(): "tensor", Channel(0): "row"}
+    group = granularity.size if isinstance(granularity, Group) and granularity.axis in (-1, 1) else 0
+    if not isinstance(scheme.format, Integer) or (granularity not in kinds and not group) or group % 16:
+        return f"no kernel gathers from a table in '{scheme}'"
+    scales = kinds.get(granularity, "group")
+    affine = a.zero_point is not None
+    kernel = walk.kernel(
+        ("embedding", a.size, scheme),
+        lambda: quantization.embedding(a.size, scheme.bits, signed=scheme.format.lowest < 0, scales=scales, group=group, affine=affine),
+        "embedding",
+    )
+    one_axis = scales != "group"
+    parameters = [flat(walk, p) if one_axis else walk.plain(p) for p in (a.scale, a.zero_point) if p is not None]
+    return _gather(walk, node, a.indices, kernel, [walk.plain(a.weight), *parameters], a.size)
+
+
+def _float_embedding(walk: Walk, node: fx.Node, a: Arguments) -> Any:
+    """aten.embedding: gathers rows of a float32 table."""
+    width = walk.fake(a.weight).shape[-1]
+    if walk.fake(a.weight).dtype != torch.float32 or walk.fake(a.indices).dtype != torch.int64:
+        return "no kernel for this embedding: it gathers from float32 by int64"
+    kernel = walk.kernel(("embedding", width), lambda: quantization.embedding(width, 32), "embedding_float")
+    return _gather(walk, node, a.indices, kernel, [walk.plain(a.weight)], width)
+
+
+def _gather(walk: Walk, node: fx.Node, indices: fx.Node, kernel: Any, table: list[Any], width: int) -> Any:
+    shape = walk.shape(indices)
+    count = product(shape)
+    rows = walk.call_kernel(kernel, [walk.reshape(walk.plain(indices), [count]), *table], ([count, width], "float32"))
+    return walk.reshape(rows, walk.shape(node))
+
+
+LEGALIZE_LAYERS: dict[str, Legalizer] = {
+    "qc.linear": _linear,
+    "qc.attention": _attention,
+    "qc.quantize": _quantize,
+    "qc.dequantize": _dequantize,
+    "qc.quantize_dynamic": _quantize_dynamic,
+    "qc.embedding": _embedding,
+    "aten.linear": _float_linear,
+    "aten.layer_norm": _layer_norm,
+    "aten.rms_norm": _rms_norm,
+    "aten.embedding": _float_embedding,
+}

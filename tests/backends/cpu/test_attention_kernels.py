@@ -1,0 +1,103 @@
+"""Attention and softmax kernels against the dialect's meaning."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from qcompile.backends.cpu.kernels.attention import attention
+from qcompile.backends.cpu.kernels.isa import PORTABLE, detect
+from qcompile.backends.cpu.kernels.softmax import softmax
+
+import qcompile.graph.dialect  # noqa: F401 - registers torch.ops.qc
+
+Build = Callable[..., Callable[..., None]]
+ISAS = sorted({detect(), PORTABLE})  # the best instruction set of this machine, and the portable code
+
+
+def untouched(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a tensor of the same shape that no kernel would compute."""
+    return torch.full_like(tensor, 77)
+
+
+EPSILON = 2.0**-23
+SIZES = [(1, 1, 1), (1, 5, 3), (2, 33, 129), (3, 17, 300), (2, 3, 260), (2, 2, 7), (1, 64, 64), (1, 40, 9)]  # batch, tokens, keys
+
+
+def bound(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, d: int, scale: float) -> float:
+    """Return the worst error of float32 attention: of the scores, which the exponential makes relative, and of the sum over keys."""
+    score = float(q.abs().max() * k.abs().max()) * d * scale
+    return float(v.abs().max()) * EPSILON * (2 * d * score + k.shape[1] + 16)
+
+
+def tensors(heads: int, kv_heads: int, d: int, batch: int, tokens: int, keys: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return torch.randn(batch, tokens, heads * d), torch.randn(batch, keys, kv_heads * d), torch.randn(batch, keys, kv_heads * d)
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "d", "causal", "isa"),
+    [(3, 3, 32, False, ISAS[0]), (4, 2, 20, True, ISAS[0]), (2, 1, 16, True, ISAS[-1])],
+)
+def test_attention_computes_the_dialect(compile_kernel: Build, heads: int, kv_heads: int, d: int, causal: bool, isa: str) -> None:
+    scale = d**-0.5
+    kernel = compile_kernel(attention(heads, kv_heads, d, scale, key_mask=True, causal=causal, isa=isa), isa)
+    for batch, tokens, keys in SIZES:
+        q, k, v = tensors(heads, kv_heads, d, batch, tokens, keys)
+        mask = torch.rand(batch, keys) > 0.3
+        mask[0, : keys // 2] = False  # under causal, the first rows then see nothing
+        expected = torch.ops.qc.attention(q.double(), k.double(), v.double(), mask, heads, kv_heads, scale, causal)
+        out = untouched(q)
+        kernel(q, k, v, mask, out)
+        assert float((out - expected).abs().max()) <= bound(q, k, v, d, scale), (batch, tokens, keys)
+
+
+def test_a_row_without_keys_gives_zeros(compile_kernel: Build) -> None:
+    kernel = compile_kernel(attention(2, 2, 16, 0.25, key_mask=True, causal=False))
+    for tokens in (1, 20):
+        q, k, v = tensors(2, 2, 16, 1, tokens, 5)
+        out = untouched(q)
+        kernel(q, k, v, torch.zeros(1, 5, dtype=torch.bool), out)
+        assert torch.equal(out, torch.zeros_like(out))
+
+
+def test_large_scores_do_not_overflow(compile_kernel: Build) -> None:
+    """The softmax is shifted by its maximum, which may only appear in a later pass over the keys."""
+    kernel = compile_kernel(attention(1, 1, 16, 1.0, key_mask=False, causal=False))
+    for tokens in (2, 18):
+        q, k, v = tensors(1, 1, 16, 1, tokens, 300)
+        q, k = q * 100, k * torch.linspace(0, 1, 300).reshape(1, 300, 1)
+        out = untouched(q)
+        kernel(q, k, v, out)
+        expected = torch.ops.qc.attention(q.double(), k.double(), v.double(), None, 1, 1, 1.0, False)
+        assert float((out - expected).abs().max()) <= bound(q, k, v, 16, 1.0)
+
+
+def test_additive_bias_broadcasts_over_batch_and_heads(compile_kernel: Build) -> None:
+    heads, d = 2, 16
+    kernel = compile_kernel(attention(heads, heads, d, 0.3, key_mask=False, causal=False, bias=True))
+    for (batch, tokens, keys), shape in (((2, 9, 40), (1, heads)), ((2, 2, 130), (2, 1)), ((1, 35, 5), (1, 1))):
+        q, k, v = tensors(heads, heads, d, batch, tokens, keys)
+        bias = torch.randn(*shape, tokens, keys)
+        split = [t.double().unflatten(-1, (heads, d)).transpose(1, 2) for t in (q, k, v)]
+        expected = torch.nn.functional.scaled_dot_product_attention(*split, attn_mask=bias.double(), scale=0.3).transpose(1, 2).flatten(2)
+        out = untouched(q)
+        kernel(q, k, v, bias, out)
+        assert float((out - expected).abs().max()) <= 2 * bound(q, k, v, d, 0.3)
+
+
+def test_heads_must_divide() -> None:
+    with pytest.raises(ValueError, match="do not divide"):
+        attention(3, 2, 16, 1.0, key_mask=False, causal=False)
+
+
+@pytest.mark.parametrize("width", [5, 200])
+def test_softmax(compile_kernel: Build, width: int) -> None:
+    kernel = compile_kernel(softmax(width))
+    x = torch.randn(33, width) * 10
+    out = untouched(x)
+    kernel(x, out)
+    expected = torch.softmax(x.double(), -1)
+    distance = x.amax(-1, keepdim=True) - x
+    assert bool(((out - expected).abs() <= expected * (1e-6 + 1e-7 * distance) + math.ldexp(1, -126)).all())
