@@ -48,9 +48,9 @@ class MaskUse:
 def find_meaning(graph: Graph, masks: list[MaskUse]) -> Meaning | str:
     """Return the one meaning that several masks have together, or the reason why there is none."""
     cone = _cone([mask.node for mask in masks])
-    if reason := _reads_activations(cone):
-        return reason
     roots = {mask.node for mask in masks}
+    if reason := _reads_activations(cone, roots):
+        return reason
     values = [node for node in cone if node.op == "placeholder" and (node in roots or _is_read(node, cone))]
     hypotheses = [Meaning(causal, keys) for keys in (None, *values) for causal in (False, True)]
     for trial in _trials(graph, values):
@@ -75,11 +75,12 @@ def _cone(roots: list[fx.Node]) -> list[fx.Node]:
     return [node for node in roots[0].graph.nodes if node in found]
 
 
-def _reads_activations(cone: list[fx.Node]) -> str:
+def _reads_activations(cone: list[fx.Node], roots: set[fx.Node]) -> str:
     for node in cone:
         if node.op == "call_module":
             return "its mask depends on a quantizer"
-        if node.op == "placeholder" and node.meta["val"].is_floating_point() and node.meta["val"].ndim > 2 and _is_read(node, cone):
+        value = node.meta["val"]
+        if node.op == "placeholder" and value.is_floating_point() and value.ndim > 2 and (node in roots or _is_read(node, cone)):
             return f"its mask depends on the activation %{node.name}"
     return ""
 

@@ -25,8 +25,10 @@ from qcompile.pipeline import Context, Keeps, Pass, approximately
 DEVIATIONS = 3.0
 
 # Operators that hand on a constant added to a channel, besides the ReLU itself.
-_HAND_ON = frozenset({"aten.relu", "aten.max_pool2d", "aten.adaptive_avg_pool2d", "aten.mean.dim", "aten.view", "aten.reshape", "aten.clone",
-                      "aten.dropout", "aten.flatten.using_ints"})  # fmt: skip
+_HAND_ON = frozenset(
+    {"aten.relu", "aten.max_pool2d", "aten.adaptive_avg_pool2d", "aten.mean.dim", "aten.view", "aten.reshape", "aten.clone", "aten.dropout",
+     "aten.flatten.using_ints"}
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,8 @@
 
     %w = const f32[256,256]    ->    %w = const f32[256,256]    (each group clamped to +- its own bound)
 
-For each row and group the bound is max|w| (1 - t), t = 0, 0.05, ..., 0.45; the one whose rounded group gives the smallest error of its partial
-sums on sampled inputs is taken, and the weight is clamped to it, so that whatever quantizer comes later finds the bound as its range.
+For each row and group the bound is max|w| (1 - t), t = 0, 0.05, ..., 0.45; the one whose rounded group gives the smallest error of its
+partial sums on sampled inputs is taken, and the weight is clamped to it, so that any later quantizer finds the bound as its range.
 Query and key projections are left alone: their product is too sensitive.
 
 Source: Lin et al., AWQ (2023), the clip search of the authors' code.

@@ -6,8 +6,8 @@
 
 relu(x / s) = relu(x) / s for s > 0, so no output changes. With r1, r2 the largest magnitudes of channel c in the rows of the first and the
 columns of the second weight, s = sqrt(r1 / r2) makes the two equal; chains are swept until nothing moves any more, depthwise
-convolutions included. The upper bound of a ReLU6 becomes a bound for each channel: min(max(x / s, 0), 6 / s); a kernel with a fused ReLU6 then
-no longer fits, which is why data-free recipes run ``replace-relu6`` first.
+convolutions included. The upper bound of a ReLU6 becomes a bound for each channel: min(max(x / s, 0), 6 / s); a kernel with a fused
+ReLU6 then no longer fits, which is why data-free recipes run ``replace-relu6`` first.
 
 Source: Nagel et al., Data-Free Quantization Through Weight Equalization and Bias Correction (2019), section 4.1, equation 11.
 """
@@ -39,7 +39,8 @@ class Equalize(Pass):
     linear: bool = True
 
     def run(self, graph: Graph, context: Context) -> int:
-        edges = [edge for edge in scale_edges(graph, context.log) if edge.kind in ("conv", "linear") and (self.linear or edge.kind == "conv")]
+        kinds = ("conv", "linear") if self.linear else ("conv",)
+        edges = [edge for edge in scale_edges(graph, context.log) if edge.kind in kinds]
         factors = _settle(graph, edges, self.sweeps)
         changed = 0
         for edge, factor in zip(edges, factors, strict=True):

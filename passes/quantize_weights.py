@@ -48,7 +48,7 @@ class QuantizeWeights(Pass):
         solver: nearest, mse, gptq, or another of the registry.
         sequential: later layers see what the earlier ones have become; only for solvers that read the layer's input.
         damping: gptq: share of the mean of H's diagonal that is added to it.
-        act_order: gptq: inputs of large magnitude first.
+        act_order: gptq: inputs of large magnitude first; scales of groups are then static, so nothing is reordered at run time.
         static_groups: gptq: scales of groups from the weight as it was.
         grid: gptq: ``nearest`` or ``mse`` chooses the scales.
     """
@@ -59,7 +59,7 @@ class QuantizeWeights(Pass):
     solver: str = "nearest"
     sequential: bool = True
     damping: float = 0.01
-    act_order: bool = False
+    act_order: bool = True
     static_groups: bool = True
     grid: str = "mse"
 
@@ -89,6 +89,7 @@ class QuantizeWeights(Pass):
             assert context.calibration is not None
             requests = [request for weight in waiting for request in weight.requests]
             collect_sequentially(graph, requests, context.calibration, solve_ready, regions=split_regions(graph, 1, product_count))
+        assert not waiting
         return len(weights)
 
     def _weights(self, graph: Graph, context: Context) -> list[_Weight]:

@@ -2,8 +2,8 @@
 
     %hardtanh = aten.hardtanh(%conv2d) {min_val=0.0, max_val=6.0}    ->    %relu = aten.relu(%conv2d)
 
-This changes the function wherever a value lies above 6. Source: Nagel et al. (2019), section 5.1.1: the change is small in trained networks,
-the gain for per-tensor weights is large.
+This changes the function wherever a value lies above 6. Source: Nagel et al. (2019), section 5.1.1: the change is small in trained
+networks, the gain for per-tensor weights is large.
 """
 
 from __future__ import annotations

@@ -5,11 +5,11 @@
     %norm = aten.rms_norm(%add) {weight=%g}               %norm = aten.rms_norm(%add)
     %linear_1 = aten.linear(%norm, %up.weight)            %linear_1 = aten.linear(%norm, %up.weight g Q)
 
-- **Residual stream**: everything that writes to it gives x Q, everything that reads it takes W Q: x Q (W Q)^T = x W^T. RMS normalization
-  commutes with Q once its gain stands in the weights. Where all readers are LayerNorms the writers also subtract the mean over channels.
+- **Residual stream**: everything that writes to it gives x Q, everything that reads it takes W Q: x Q (W Q)^T = x W^T. RMS
+  normalization commutes with Q once its gain stands in the weights. Where all readers are LayerNorms the writers also subtract the mean.
 - **Values**: inside each head, the value projection is rotated and the output projection rotated back; attention mixes tokens only.
-- **Down projections**: a nonlinear function stands before them, so the rotation runs online: ``qc.hadamard`` and H folded into the weight, in
-  blocks of the largest power of two that divides the size.
+- **Down projections**: a nonlinear function stands before them, so the rotation runs online: ``qc.hadamard`` and H folded into the
+  weight, in blocks of the largest power of two that divides the size.
 
 Source: Ashkboos et al., QuaRot (2024); the mean subtraction is SliceGPT's (Ashkboos et al. 2024, section 3.2).
 """
@@ -39,8 +39,10 @@ from qcompile.graph.text import bound_arguments, operator_name
 from qcompile.pipeline import Context, Pass
 
 SMALLEST_BLOCK = 4  # a Hadamard matrix of size 2 spreads an outlier over two channels only
-_NONLINEAR = frozenset({"aten.gelu", "aten.silu", "aten.relu", "aten.relu6", "aten.hardtanh", "aten.leaky_relu", "aten.sigmoid", "aten.tanh",
-                        "aten.hardswish", "aten.mul.Tensor", "aten.pow.Tensor_Scalar"})  # fmt: skip
+_NONLINEAR = frozenset(
+    {"aten.gelu", "aten.silu", "aten.relu", "aten.relu6", "aten.hardtanh", "aten.leaky_relu", "aten.sigmoid", "aten.tanh", "aten.hardswish",
+     "aten.mul.Tensor", "aten.pow.Tensor_Scalar"}
+)  # fmt: skip
 _SAME = frozenset({"aten.clone", "aten.dropout", "aten.alias"})
 
 
@@ -132,9 +134,8 @@ def _fold_norm(graph: Graph, norm: NormRead) -> None:
         graph.replace(norm.scaled, normalized)
     elif gain is not None or norm.kind == "layer":
         arguments = bound_arguments(norm.result)
-        plain = graph.call(
-            torch.ops.aten.rms_norm.default, arguments["input"], list(arguments["normalized_shape"]), None, norm.eps, before=norm.result, like=norm.result
-        )
+        operands = arguments["input"], list(arguments["normalized_shape"]), None, norm.eps
+        plain = graph.call(torch.ops.aten.rms_norm.default, *operands, before=norm.result, like=norm.result)
         graph.replace(norm.result, plain)
 
 
@@ -145,10 +146,17 @@ def _against_value(edge: ScaleEdge) -> str:
     if d < SMALLEST_BLOCK:
         return "a nonlinear operator stands between values and output projection"
     for consumer in edge.consumers:
-        runs = consumer.columns.view(-1, d) if len(consumer.columns) % d == 0 else consumer.columns[:0].view(0, d)
-        if operator_name(consumer.node.target) != "aten.linear" or not len(runs) or bool((runs - runs[:, :1] != torch.arange(d)).any()) or bool((runs[:, 0] % d).any()):
+        if operator_name(consumer.node.target) != "aten.linear" or not _reads_whole_runs(consumer.columns, d):
             return f"%{consumer.node.name} does not read whole heads"
     return ""
+
+
+def _reads_whole_runs(columns: torch.Tensor, d: int) -> bool:
+    """Say whether the columns are runs of d channels in order, each starting at a multiple of d."""
+    if len(columns) % d:
+        return False
+    runs = columns.view(-1, d)
+    return bool((runs - runs[:, :1] == torch.arange(d)).all()) and not bool((runs[:, 0] % d).any())
 
 
 def _nonlinear_inputs(graph: Graph) -> dict[fx.Node, list[fx.Node]]:
@@ -158,7 +166,8 @@ def _nonlinear_inputs(graph: Graph) -> dict[fx.Node, list[fx.Node]]:
         if node.op != "call_function" or operator_name(node.target) != "aten.linear":
             continue
         x = bound_arguments(node)["input"]
-        if graph.constant(bound_arguments(node)["weight"]) is not None and isinstance(x.meta["val"].shape[-1], int) and _is_nonlinear(graph, x):
+        constant = graph.constant(bound_arguments(node)["weight"]) is not None
+        if constant and isinstance(x.meta["val"].shape[-1], int) and _is_nonlinear(graph, x):
             found.setdefault(x, []).append(node)
     return found
 

@@ -3,13 +3,13 @@
     %layer_norm = aten.layer_norm(%x) {weight=%g, bias=%b}          %layer_norm = aten.layer_norm(%x) {weight=%g / s, bias=%b / s}
     %linear = aten.linear(%layer_norm, %w)                  ->      %linear = aten.linear(%layer_norm, %w * s)
 
-It acts on every scale edge that ends in linears: normalization -> linears, values -> output projection, the ungated side of a gate -> down
-projection, linear -> ReLU -> linear. No output changes: f(x / s) (s W) = f(x) W on such edges.
+It acts on every scale edge that ends in linears: normalization -> linears, values -> output projection, the ungated side of a gate ->
+down projection, linear -> ReLU -> linear. No output changes: f(x / s) (s W) = f(x) W on such edges.
 
-- ``smoothquant``: s = max|X|^alpha / max|W|^(1 - alpha) (Xiao et al. 2022, equation 4). With ``search``, alpha is chosen for each edge from a
-  grid, by the error of the consumers' outputs with weight and activation rounded.
-- ``awq``: s = mean|X|^r, normalized by sqrt(max s min s), r from a grid of 20 by the error of the consumers' outputs with the weight rounded
-  (Lin et al. 2023, section 3.2). The consumers of one edge are searched together.
+- ``smoothquant``: s = max|X|^alpha / max|W|^(1 - alpha) (Xiao et al. 2022, equation 4). With ``search``, alpha is chosen for each edge
+  from a grid, by the error of the consumers' outputs with weight and activation rounded.
+- ``awq``: s = mean|X|^r, normalized by sqrt(max s min s), r from a grid of 20 by the error of the consumers' outputs with the weight
+  rounded (Lin et al. 2023, section 3.2). The consumers of one edge are searched together.
 """
 
 from __future__ import annotations

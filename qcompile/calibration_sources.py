@@ -40,7 +40,7 @@ class Arrays(Calibration):
     def arrays(self) -> dict[str, np.ndarray]:
         """The arrays, cut to ``limit`` samples."""
         try:
-            found = self._load_archive() if self.path.suffix == ".npz" else {"": np.load(self.path, mmap_mode="r", allow_pickle=False)}
+            found = self._load_archive() if self.path.suffix == ".npz" else {"": np.lib.format.open_memmap(self.path, mode="r")}
         except Refused:
             raise
         except (OSError, ValueError, EOFError, KeyError, NotImplementedError, zipfile.BadZipFile, zipfile.LargeZipFile) as error:

@@ -100,4 +100,4 @@ class _Constants(dict[str, torch.Tensor]):
         return super().get(digest)
 
     def __missing__(self, digest: str) -> torch.Tensor:
-        return self.get(digest)  # type: ignore[no-any-return]
+        return self.get(digest)

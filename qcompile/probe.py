@@ -42,8 +42,8 @@ def probe_graph(graph: Graph) -> tuple[Graph | None, list[torch.Tensor], list[st
                 assert tensor is not None
                 constants[str(value.target)] = tensor
                 arguments[key] = made.get_attr(str(value.target))
-        names = [a.name for a in node.target._schema.arguments]  # type: ignore[union-attr]
-        outputs.append(made.call_function(node.target, tuple(arguments[name] for name in names)))  # type: ignore[arg-type]
+        names = [a.name for a in node.target._schema.arguments]
+        outputs.append(made.call_function(node.target, tuple(arguments[name] for name in names)))
     made.output(tuple(outputs))
     types = [TensorType(code.dtype, tuple(code.shape)) for code in codes]
     return Graph(build_module(constants, {}, made), types, stage=Stage.INTEGER), codes, [node.name for node in nodes]

@@ -76,14 +76,14 @@ def find_pass(name: str) -> type[Pass]:
     Raises:
         Refused: there is none; the message gives the nearest name.
     """
-    return _load("pass", name, lambda n: "".join(part.capitalize() for part in n.split("-")))  # type: ignore[no-any-return]
+    return _load("pass", name, lambda n: "".join(part.capitalize() for part in n.split("-")))
 
 
 def find_target(name: str) -> Target:
     """Return the target of this name, such as ``cpu``."""
-    return _load("target", name, lambda n: "TARGET")  # type: ignore[no-any-return]
+    return _load("target", name, lambda n: "TARGET")
 
 
 def find_solver(name: str) -> Callable[..., Any]:
     """Return the ``solve`` function of this solver, such as ``gptq``."""
-    return _load("solver", name, lambda n: "solve")  # type: ignore[no-any-return]
+    return _load("solver", name, lambda n: "solve")

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from torch import fx
-
 from qcompile.backends.cpu import pipeline
 from qcompile.backends.cpu.executable import Executable, Interface, Port
 from qcompile.backends.cpu.legalize import LEGALIZE
 from qcompile.backends.lowering.shapes import dtype_name
 from qcompile.backends.lowering.translate import translate
+from torch import fx
 
 
 def build(graph_module: fx.GraphModule, *, threads: int | None = None, taps: tuple[str, ...] = (), kernels: bool = True) -> Executable:

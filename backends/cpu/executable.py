@@ -14,11 +14,11 @@ import numpy as np
 import torch
 import tvm
 import tvm_ffi
+from qcompile.backends.cpu.kernels import isa
+from qcompile.backends.lowering.translate import Fallback
 from safetensors.torch import load_file, save_file
 from tvm import relax
 
-from qcompile.backends.cpu.kernels import isa
-from qcompile.backends.lowering.translate import Fallback
 from qcompile.errors import Refused
 
 ALIGNMENT = 64  # bytes; kernels load whole 512-bit vectors, and TVM refuses less

@@ -6,11 +6,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch import fx
-
 from qcompile.backends.cpu.kernels.matmul_epilogue import Epilogue
 from qcompile.backends.lowering.shapes import Size, dtype_name
 from qcompile.backends.lowering.translate import Walk
+from torch import fx
+
 from qcompile.errors import Refused
 from qcompile.formats import Integer, Scheme, Tensor, parse_scheme
 

@@ -6,18 +6,26 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch import fx
-
 from qcompile.backends.cpu.kernels import pooling
 from qcompile.backends.cpu.kernels.convolution import convolution, pack_convolution
 from qcompile.backends.cpu.kernels.convolution_spec import Convolution
 from qcompile.backends.cpu.kernels.depthwise import depthwise, pack_depthwise
 from qcompile.backends.cpu.kernels.matmul_epilogue import Epilogue
 from qcompile.backends.cpu.legalize_arguments import (
-    Arguments, code_dtype, constant_array, flat, following, is_plain_tensor, name_of, quantized_epilogue, zero_or,
+    Arguments,
+    code_dtype,
+    constant_array,
+    flat,
+    following,
+    is_plain_tensor,
+    name_of,
+    quantized_epilogue,
+    zero_or,
 )  # fmt: skip
 from qcompile.backends.lowering.shapes import dtype_name
 from qcompile.backends.lowering.translate import Legalizer, Walk
+from torch import fx
+
 from qcompile.formats import Channel, Integer, Tensor, dequantize, parse_scheme, unpack
 
 # ---- convolution ----------------------------------------------------------------------------------------------------------

@@ -5,18 +5,27 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import torch
-from torch import fx
-
 from qcompile.backends.cpu.kernels import attention, matmul, normalization, pack, quantization
 from qcompile.backends.cpu.kernels.matmul_epilogue import Epilogue
 from qcompile.backends.cpu.kernels.matmul_spec import Linear
 from qcompile.backends.cpu.legalize_arguments import (
-    Arguments, aten, code_dtype, constant_array, flat, following, is_plain_tensor, name_of, product, quantized_epilogue, rows_of, zero_or,
+    Arguments,
+    code_dtype,
+    constant_array,
+    flat,
+    following,
+    is_plain_tensor,
+    name_of,
+    product,
+    quantized_epilogue,
+    rows_of,
+    zero_or,
 )  # fmt: skip
 from qcompile.backends.lowering.translate import Legalizer, Walk
-from qcompile.formats import Channel, Group, Integer, Scheme, Tensor, Token, dequantize, parse_scheme, unpack
+from torch import fx
+
+from qcompile.formats import Channel, Group, Integer, Scheme, Tensor, Token, parse_scheme, unpack
 
 qc = torch.ops.qc
 
@@ -30,63 +39,53 @@ def _linear(walk: Walk, node: fx.Node, a: Arguments) -> Any:
     if isinstance(epilogue, str):
         return epilogue
     scheme = parse_scheme(a.weight_scheme)
-    if not isinstance(scheme.format, Integer):
-        return f"no kernel reads weights in {scheme.format}"
-    if not a.x_scheme:
-        walk.report(f"'{scheme}' with a float input runs with its weight dequantized to float32")
-        weight = _float_weight(walk, a, scheme)
-        return _call_linear(walk, node, Linear(a.in_features, weight.shape[0], "float32", bits=32, epilogue=epilogue), a, weight, None)
-    spec = _integer_spec(a, scheme, walk.shape(a.weight)[0], epilogue)
-    if isinstance(spec, str):
-        return spec
-    codes = _centered_codes(walk, a, scheme)
-    if codes is None:
-        return "the weight's codes less their zero points do not fit in int8"
-    scale = walk.constant(a.weight_scale)
-    return _call_linear(walk, node, spec, a, codes, None if scale is None else scale.reshape(-1))
+    weight = _weight_codes(walk, a, scheme)
+    spec = weight if isinstance(weight, str) else _linear_spec(a, scheme, weight, epilogue)
+    return spec if isinstance(spec, str) else _call_linear(walk, node, spec, a, weight)
 
 
-def _integer_spec(a: Arguments, weight: Scheme, out_features: int, epilogue: Epilogue) -> Linear | str:
-    x = parse_scheme(a.x_scheme)
-    if not isinstance(x.format, Integer) or not isinstance(x.granularity, Tensor | Token):
+def _weight_codes(walk: Walk, a: Arguments, scheme: Scheme) -> list[Any] | str:
+    """Return codes [out, in], scale and zero point (or None) of a weight, or why no kernel reads them.
+
+    8-bit codes are stored less their zero points: then they must fit in int8, as almost all do.
+    """
+    granularity = scheme.granularity
+    grouped = isinstance(granularity, Group) and granularity.axis in (-1, 1)
+    if not isinstance(scheme.format, Integer) or not (grouped or granularity in (Tensor(), Channel(0))):
+        return f"no kernel reads weights as '{scheme}'"
+    packed, scale, zero_point = (constant_array(walk, t) for t in (a.weight, a.weight_scale, a.weight_zero_point))
+    codes = unpack(torch.from_numpy(packed), scheme.bits, scheme.format.lowest < 0, a.in_features)
+    if scheme.bits == 8 and zero_point is not None:
+        zero_point = granularity.expand(torch.from_numpy(zero_point), tuple(codes.shape))
+        codes, zero_point = codes.to(torch.int32) - zero_point, None
+    if scheme.bits == 8 and (int(codes.max()) > 127 or int(codes.min()) < -128):
+        return "8-bit weights less their zero points do not fit in int8"
+    return [(codes.to(torch.int8) if scheme.bits == 8 else codes).numpy(), scale, zero_point]
+
+
+def _linear_spec(a: Arguments, scheme: Scheme, weight: list[Any], epilogue: Epilogue) -> Linear | str:
+    x = parse_scheme(a.x_scheme) if a.x_scheme else None
+    if x is not None and not (isinstance(x.format, Integer) and isinstance(x.granularity, Tensor | Token)):
         return f"no kernel reads an input as '{x}'"
-    if isinstance(weight.granularity, Group) or weight.granularity not in (Tensor(), Channel(0)):
-        return f"no kernel reads weights as '{weight}'"
-    per_token = isinstance(x.granularity, Token)
-    return Linear(a.in_features, out_features, code_dtype(x), per_token, a.x_zero_point is not None, 8, epilogue=epilogue)
+    codes, _, zero_point = weight
+    group = scheme.granularity.size if isinstance(scheme.granularity, Group) else 0
+    signed = scheme.bits == 8 or scheme.format.lowest < 0
+    per_token = x is not None and isinstance(x.granularity, Token)
+    dtype, x_affine = code_dtype(x) if x is not None else "float32", x is not None and a.x_zero_point is not None
+    try:
+        return Linear(a.in_features, codes.shape[0], dtype, per_token, x_affine, scheme.bits, group, signed, zero_point is not None, epilogue)
+    except ValueError as reason:
+        return str(reason)
 
 
-def _codes(walk: Walk, a: Arguments, scheme: Scheme) -> torch.Tensor:
-    packed = walk.constant(a.weight)
-    assert packed is not None, "weights are constants"
-    return unpack(packed, scheme.bits, scheme.format.lowest < 0, a.in_features)
-
-
-def _centered_codes(walk: Walk, a: Arguments, scheme: Scheme) -> np.ndarray[Any, Any] | None:
-    """Return codes - zero_point as int8 [out, in], or None where they do not fit."""
-    codes = _codes(walk, a, scheme).to(torch.int32)
-    if a.weight_zero_point is not None:
-        zero_point = walk.constant(a.weight_zero_point)
-        assert zero_point is not None, "zero points of weights are constants"
-        codes = codes - scheme.granularity.expand(zero_point, tuple(codes.shape))
-    fits = bool(codes.min() >= -128) and bool(codes.max() <= 127)
-    return codes.to(torch.int8).numpy() if fits else None
-
-
-def _float_weight(walk: Walk, a: Arguments, scheme: Scheme) -> np.ndarray[Any, Any]:
-    scale, zero_point = walk.constant(a.weight_scale), a.weight_zero_point and walk.constant(a.weight_zero_point)
-    assert scale is not None, "scales of weights are constants"
-    return dequantize(_codes(walk, a, scheme), scale, zero_point, scheme).numpy()
-
-
-def _call_linear(walk: Walk, node: fx.Node, spec: Linear, a: Arguments, weight: Any, scale: torch.Tensor | None) -> Any:
+def _call_linear(walk: Walk, node: fx.Node, spec: Linear, a: Arguments, weight: list[Any]) -> Any:
     """Emit the kernel of ``spec``; ``a`` holds the node's arguments by the names of qc.linear."""
     x, rows, _ = rows_of(walk, a.x)
     inputs = [x]
     if spec.integer:
         inputs.append(flat(walk, a.x_scale))
         inputs += [flat(walk, a.x_zero_point)] if spec.x_affine else []
-    inputs += _packed_linear(walk, spec, a, weight, scale)
+    inputs += _packed_linear(walk, spec, a, weight)
     if a.residual is not None:
         inputs.append(walk.reshape(walk.plain(a.residual), [rows, spec.out_features]))
     if spec.epilogue.codes:
@@ -102,13 +101,12 @@ def _linear_name(spec: Linear) -> str:
     return f"linear_{kind}_{spec.in_features}x{spec.out_features}" + (f"_{spec.epilogue.activation}" if spec.epilogue.activation != "none" else "")
 
 
-def _packed_linear(walk: Walk, spec: Linear, a: Arguments, weight: Any, scale: torch.Tensor | None) -> list[Any]:
+def _packed_linear(walk: Walk, spec: Linear, a: Arguments, weight: list[Any]) -> list[Any]:
     """Return the constants of a linear kernel as values, packed once for each weight."""
     bias = constant_array(walk, a.bias)
-    scales = None if scale is None else scale.numpy()
 
     def arrays() -> list[torch.Tensor]:
-        return [torch.from_numpy(array) for array in pack.pack_linear(spec, weight, scales, bias)]
+        return [torch.from_numpy(array) for array in pack.pack_linear(spec, *weight, bias)]
 
     return walk.packed_together((spec, a.weight, a.bias), name_of(a.weight), arrays)
 
@@ -122,7 +120,7 @@ def _float_linear(walk: Walk, node: fx.Node, a: Arguments) -> Any:
     epilogue = Epilogue("none" if a.bias is None else "float32", activation, residual is not None)
     spec = Linear(weight.shape[1], weight.shape[0], "float32", bits=32, epilogue=epilogue)
     arguments = SimpleNamespace(x=a.input, weight=a.weight, bias=a.bias, residual=residual)
-    y = _call_linear(walk, node, spec, arguments, weight.numpy(), None)
+    y = _call_linear(walk, node, spec, arguments, [weight.numpy(), None, None])
     for later in (node, *swallowed):
         walk.bind(later, y)
     return None
@@ -214,7 +212,7 @@ def _elementwise(walk: Walk, node: fx.Node, source: fx.Node, kernel: Any, parame
 def _dequantize(walk: Walk, node: fx.Node, a: Arguments) -> Any:
     """qc.dequantize with one scale, of codes that are not packed."""
     scheme = parse_scheme(a.scheme)
-    if not is_plain_tensor(scheme) or a.size is not None and scheme.bits != 8:
+    if not is_plain_tensor(scheme) or (a.size is not None and scheme.bits != 8):
         return f"no kernel dequantizes '{scheme}'"
     kernel = walk.kernel(("dequantize", scheme), lambda: quantization.dequantize(scheme), f"dequantize_{code_dtype(scheme)}")
     return _elementwise(walk, node, a.codes, kernel, [flat(walk, a.scale), zero_or(walk, a.zero_point)], "float32")

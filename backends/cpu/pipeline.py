@@ -6,12 +6,11 @@ import threading
 from typing import Any
 
 import tvm
-from tvm import relax
-from tvm.relax import transform
-
 from qcompile.backends.cpu.kernels import isa
 from qcompile.backends.cpu.schedule import ScheduleRemaining
-from qcompile.backends.lowering.share_shapes import ShareShapes
+from qcompile.backends.lowering.share_shapes import OrderShapes, ShareShapes
+from tvm import relax
+from tvm.relax import transform
 
 COMPILE_LOCK = threading.Lock()  # TVM's compiler is not thread-safe: one compile at a time in a process
 
@@ -42,7 +41,9 @@ def passes(extra: list[Any] | None = None) -> list[Any]:
         transform.LowerRuntimeBuiltin(),
         transform.ComputePrimValue(),
         transform.VMShapeLower(),
+        # Both read what VMShapeLower makes.
         ShareShapes(),
+        OrderShapes(),
         transform.AttachGlobalSymbol(),
     ]
 

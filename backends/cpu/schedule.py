@@ -10,9 +10,8 @@ from __future__ import annotations
 from typing import Any
 
 import tvm
-from tvm import s_tir, tirx
-
 from qcompile.backends.lowering.translate import SCHEDULED
+from tvm import s_tir, tirx
 
 VECTOR = 16  # float32 elements of one 512-bit vector; narrower machines split it
 SERIAL_WORK = 16 << 10  # elements below which starting a second thread costs more than it saves

@@ -7,12 +7,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from tvm import relax, tirx
-from tvm.relax import op
-
 from qcompile.backends.lowering.converters import NCHW, POINTWISE, SPATIAL, axis_in, converts
 from qcompile.backends.lowering.shapes import dtype_name
 from qcompile.backends.lowering.translate import Walk
+from tvm import relax, tirx
+from tvm.relax import op
 
 Arguments = SimpleNamespace
 
@@ -21,7 +20,7 @@ def scalar(walk: Walk, value: Any, dtype: str) -> Any:
     """Return a Python number or a size as a tensor of rank 0; tensors are cast."""
     if isinstance(value, bool | int | float):
         return relax.const(value, dtype)
-    if isinstance(value, tirx.Expr) and not isinstance(value, relax.Expr) or _is_size(value):
+    if (isinstance(value, tirx.Expr) and not isinstance(value, relax.Expr)) or _is_size(value):
         return walk.emit(op.full([], _size_constant(walk, value), dtype))
     return cast(walk, value, dtype)
 

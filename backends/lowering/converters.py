@@ -12,9 +12,9 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
+from qcompile.backends.lowering.translate import Walk
 from torch import fx
 
-from qcompile.backends.lowering.translate import Walk
 from qcompile.errors import Refused
 
 PLAIN, POINTWISE, SPATIAL = "plain", "pointwise", "spatial"

@@ -6,12 +6,12 @@ import math
 from types import SimpleNamespace
 from typing import Any
 
-from tvm import relax, te, tirx
-from tvm.relax import op
-
 from qcompile.backends.lowering.converters import NCHW, NHWC, SPATIAL, converts
 from qcompile.backends.lowering.shapes import Size
 from qcompile.backends.lowering.translate import Walk
+from tvm import relax, te, tirx
+from tvm.relax import op
+
 from qcompile.errors import Refused
 
 Arguments = SimpleNamespace

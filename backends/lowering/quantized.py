@@ -10,15 +10,15 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from qcompile.backends.lowering.arithmetic import cast
+from qcompile.backends.lowering.converters import POINTWISE, TABLE, converts
+from qcompile.backends.lowering.layers import causal_mask, masked_softmax
+from qcompile.backends.lowering.translate import Walk
 from torch import fx
 from tvm import relax, te, tirx
 from tvm.relax import op
 
 import qcompile.graph.dialect as dialect
-from qcompile.backends.lowering.arithmetic import cast
-from qcompile.backends.lowering.converters import POINTWISE, TABLE, converts
-from qcompile.backends.lowering.layers import causal_mask, masked_softmax
-from qcompile.backends.lowering.translate import Walk
 from qcompile.errors import Refused
 from qcompile.formats import Block, Channel, Group, Scheme, parse_scheme, unpack
 from qcompile.formats.integer import Integer

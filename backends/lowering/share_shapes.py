@@ -1,10 +1,13 @@
-"""Share equal shapes in a lowered Relax function.
+"""Make a lowered Relax function's shapes few and their order steady.
 
-``VMShapeLower`` makes a new shape object for every allocation and view; a transformer layer has some forty, of a handful of
+**ShareShapes.** ``VMShapeLower`` makes a new shape object for every allocation and view; a transformer layer has some forty, of a handful of
 different shapes. Each costs the virtual machine about a microsecond.
 
     gv1 = make_shape(heap, 2, 1, 0, 0, 384)        gv1 = make_shape(heap, 2, 1, 0, 0, 384)
     gv2 = make_shape(heap, 2, 1, 0, 0, 384)   ->   gv2 = gv1
+
+**OrderShapes.** The functions that compute derived sizes write one slot of the shape heap in each statement, in an order that follows
+addresses of objects and so changes from process to process. Sorted by slot, the same model gives the same library, byte for byte.
 """
 
 from __future__ import annotations
@@ -12,7 +15,7 @@ from __future__ import annotations
 from typing import Any
 
 import tvm
-from tvm import relax
+from tvm import relax, tirx
 
 MAKE_SHAPE = "vm.builtin.make_shape"
 
@@ -57,3 +60,15 @@ def _shape_key(binding: Any) -> tuple[Any, ...] | None:
     if not isinstance(target, relax.ExternFunc) or target.global_symbol != MAKE_SHAPE:
         return None
     return tuple(str(argument) for argument in value.args[1:])
+
+
+@tvm.transform.module_pass(opt_level=0, name="OrderShapes")
+class OrderShapes:
+    """Sorts the statements of every function that ``VMShapeLower`` made; they read sizes of inputs only, so any order is right."""
+
+    def transform_module(self, module: tvm.IRModule, _context: Any) -> tvm.IRModule:
+        for variable, function in list(module.functions.items()):
+            if isinstance(function, tirx.PrimFunc) and variable.name_hint.startswith("shape_func") and isinstance(function.body, tirx.SeqStmt):
+                ordered = sorted(function.body.seq, key=lambda statement: int(statement.indices[0]))
+                module[variable] = function.with_body(tirx.SeqStmt(ordered))
+        return module

@@ -6,13 +6,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from tvm import relax
-from tvm.relax import op
-
 from qcompile.backends.lowering.arithmetic import cast, scalar
 from qcompile.backends.lowering.converters import NCHW, POINTWISE, SPATIAL, axis_in, converts
 from qcompile.backends.lowering.shapes import dtype_name
 from qcompile.backends.lowering.translate import Walk
+from tvm import relax
+from tvm.relax import op
+
 from qcompile.errors import Refused
 
 Arguments = SimpleNamespace

@@ -20,12 +20,12 @@ from typing import Any
 import torch
 import tvm
 import tvm.sym
+from qcompile.backends.lowering.shapes import Size, Sizes, dtype_name
 from torch import fx
 from tvm import relax, tirx
 from tvm.ir import IRModule
 from tvm.ir.expr import GenericConst
 
-from qcompile.backends.lowering.shapes import Size, Sizes, dtype_name
 from qcompile.errors import Refused
 
 TO_CHANNELS_LAST = (0, 2, 3, 1)

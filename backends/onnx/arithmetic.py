@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 import torch.fx as fx
-
 from qcompile.backends.onnx.emit import ONNX_TYPES, Emitter, converts
 
 
@@ -24,23 +23,15 @@ def _pair(emitter: Emitter, arguments: SimpleNamespace) -> tuple[str, str, torch
     return emitter.value(arguments.self, dtype), emitter.value(arguments.other, dtype), dtype
 
 
-def _result(emitter: Emitter, value: str, dtype: torch.dtype) -> str:
-    """Cast to the node's own dtype where the computation had another."""
-    assert emitter.current is not None
-    wanted = emitter.fake(emitter.current).dtype
-    return value if wanted == dtype else str(emitter.op("Cast", value, to=ONNX_TYPES[wanted]))
-
-
 @converts("aten.add.Tensor", "aten.add.Scalar", "aten.sub.Tensor", "aten.sub.Scalar", "aten.rsub.Tensor", "aten.rsub.Scalar")
 def add(emitter: Emitter, arguments: SimpleNamespace) -> Any:
     assert emitter.current is not None
     a, b, dtype = _pair(emitter, arguments)
-    name = emitter.current.target._opname  # type: ignore[union-attr]
+    name = emitter.current.target._opname
     if name == "rsub":
         a, b = b, a
     if arguments.alpha != 1:
-        scaled = emitter.op("Mul", a if name == "rsub" else b, emitter.constant(arguments.alpha, dtype))
-        a, b = (scaled, b) if name == "rsub" and False else (a, scaled) if name != "rsub" else (b, scaled)
+        b = emitter.op("Mul", b, emitter.constant(arguments.alpha, dtype))
     if dtype == torch.bool:
         return emitter.op("Or", a, b)
     return emitter.op("Add" if name == "add" else "Sub", a, b)
@@ -77,7 +68,7 @@ def rounded_div(emitter: Emitter, arguments: SimpleNamespace) -> Any:
 def remainder(emitter: Emitter, arguments: SimpleNamespace) -> Any:
     assert emitter.current is not None
     a, b, dtype = _pair(emitter, arguments)
-    if emitter.current.target._opname == "fmod":  # type: ignore[union-attr]
+    if emitter.current.target._opname == "fmod":
         return emitter.op("Mod", a, b, fmod=1)
     if dtype.is_floating_point:
         return emitter.op("Sub", a, emitter.op("Mul", b, emitter.op("Floor", emitter.op("Div", a, b))))
@@ -94,7 +85,7 @@ def power(emitter: Emitter, arguments: SimpleNamespace) -> Any:
 def extremum(emitter: Emitter, arguments: SimpleNamespace) -> Any:
     assert emitter.current is not None
     a, b, _ = _pair(emitter, arguments)
-    return emitter.op("Max" if emitter.current.target._opname == "maximum" else "Min", a, b)  # type: ignore[union-attr]
+    return emitter.op("Max" if emitter.current.target._opname == "maximum" else "Min", a, b)
 
 
 def _compare(type: str, negate: bool, emitter: Emitter, arguments: SimpleNamespace) -> Any:
@@ -119,14 +110,14 @@ for _aten, _onnx in {"logical_and": "And", "logical_or": "Or", "logical_xor": "X
 def bitwise(emitter: Emitter, arguments: SimpleNamespace) -> Any:
     assert emitter.current is not None
     a, b, dtype = _pair(emitter, arguments)
-    word = emitter.current.target._opname.removeprefix("bitwise_").capitalize()  # type: ignore[union-attr]
+    word = emitter.current.target._opname.removeprefix("bitwise_").capitalize()
     return emitter.op(word if dtype == torch.bool else f"Bitwise{word}", a, b)
 
 
 @converts("aten.logical_not", "aten.bitwise_not")
 def logical_not(emitter: Emitter, arguments: SimpleNamespace) -> Any:
     assert emitter.current is not None
-    if emitter.current.target._opname == "bitwise_not" and emitter.fake(arguments.self).dtype != torch.bool:  # type: ignore[union-attr]
+    if emitter.current.target._opname == "bitwise_not" and emitter.fake(arguments.self).dtype != torch.bool:
         return emitter.op("BitwiseNot", emitter.value(arguments.self))
     return emitter.op("Not", emitter.value(arguments.self, torch.bool))
 
@@ -182,7 +173,7 @@ def any_all(emitter: Emitter, arguments: SimpleNamespace) -> Any:
     assert emitter.current is not None
     truth = emitter.op("Cast", emitter.value(arguments.self, torch.bool), to=ONNX_TYPES[torch.int32])
     axes = emitter.constant(_axes(emitter, arguments.self, getattr(arguments, "dim", None)), torch.int64)
-    type = "ReduceMax" if emitter.current.target._opname == "any" else "ReduceMin"  # type: ignore[union-attr]
+    type = "ReduceMax" if emitter.current.target._opname == "any" else "ReduceMin"
     reduced = emitter.op(type, truth, axes, keepdims=int(getattr(arguments, "keepdim", False)))
     return emitter.op("Cast", reduced, to=ONNX_TYPES[torch.bool])
 
@@ -206,7 +197,7 @@ def variance(emitter: Emitter, arguments: SimpleNamespace) -> Any:
 @converts("aten.argmax", "aten.argmin")
 def argmax(emitter: Emitter, arguments: SimpleNamespace) -> Any:
     assert emitter.current is not None
-    type = "ArgMax" if emitter.current.target._opname == "argmax" else "ArgMin"  # type: ignore[union-attr]
+    type = "ArgMax" if emitter.current.target._opname == "argmax" else "ArgMin"
     x = emitter.value(arguments.self)
     if arguments.dim is None:
         flat = emitter.op("Reshape", x, emitter.constant([-1], torch.int64))
@@ -234,7 +225,16 @@ def _size_arithmetic(type: str, emitter: Emitter, arguments: SimpleNamespace) ->
     return emitter.op(type, *(emitter.size(size) for size in arguments.args))
 
 
-for _name, _onnx in {"add": "Add", "sub": "Sub", "mul": "Mul", "floordiv": "Div", "mod": "Mod", "neg": "Neg", "sym_max": "Max", "sym_min": "Min"}.items():
+for _name, _onnx in {
+    "add": "Add",
+    "sub": "Sub",
+    "mul": "Mul",
+    "floordiv": "Div",
+    "mod": "Mod",
+    "neg": "Neg",
+    "sym_max": "Max",
+    "sym_min": "Min",
+}.items():
     converts(f"py.{_name}")(functools.partial(_size_arithmetic, _onnx))
 
 

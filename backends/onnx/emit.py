@@ -134,5 +134,3 @@ class Emitter:
     def refuse(self, reason: str, way_out: str = "") -> Refused:
         assert self.current is not None
         return Refused(reason, node=self.current.name, operator=str(self.current.target), way_out=way_out)
-
-

@@ -17,9 +17,9 @@ import onnx
 import torch
 import torch.fx as fx
 from onnx import helper
-
 from qcompile.backends.onnx import activations, arithmetic, layers, quantized, shapes  # noqa: F401  enter their operators
 from qcompile.backends.onnx.emit import ONNX_TYPES, TABLE, Converter, Emitter
+
 from qcompile.errors import Refused
 from qcompile.graph import Graph, Stage
 from qcompile.graph.text import bound_arguments

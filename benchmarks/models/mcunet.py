@@ -65,10 +65,11 @@ class MCUNet(nn.Module):
         return self.classifier(x.mean((2, 3)))
 
 
-def mcunet() -> tuple[nn.Module, tuple[torch.Tensor]]:
-    """Return the trained net and one example input f32[1,3,176,176]."""
+def mcunet() -> tuple[nn.Module, tuple[torch.Tensor], list[dict[int, str]]]:
+    """Return the trained net and one example input f32[1,3,176,176]; the batch is dynamic."""
     folder = _folder()
     net = MCUNet(json.loads((folder / "mcunet-320kb-1mb_imagenet.json").read_text()))
     weights = torch.load(folder / "mcunet-320kb-1mb_imagenet.pth", weights_only=True, map_location="cpu")
     net.load_state_dict(weights["state_dict"])
-    return net.eval(), (torch.rand(1, 3, 176, 176, generator=torch.Generator().manual_seed(0)) * 2 - 1,)
+    example = torch.rand(1, 3, 176, 176, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    return net.eval(), (example,), [{0: "batch"}]

@@ -47,19 +47,22 @@ class SentenceEncoder(Encoder):
         return F.normalize((states * mask).sum(1) / mask.sum(1).clamp(min=1e-9), dim=1)
 
 
+_DYNAMIC = [{0: "batch", 1: "seq"}] * 2
+
+
 def _example(tokens: int = 128) -> tuple[torch.Tensor, torch.Tensor]:
     ids = torch.randint(1000, 30000, (1, tokens), generator=torch.Generator().manual_seed(0))
     return ids, torch.ones_like(ids)
 
 
-def minilm() -> tuple[nn.Module, tuple[torch.Tensor, torch.Tensor]]:
-    """Return the encoder and example inputs i64[1,128] twice."""
-    return Encoder().eval(), _example()
+def minilm() -> tuple[nn.Module, tuple[torch.Tensor, torch.Tensor], list[dict[int, str]]]:
+    """Return the encoder and example inputs i64[1,128] twice; batch and length are dynamic."""
+    return Encoder().eval(), _example(), _DYNAMIC
 
 
-def minilm_sentences() -> tuple[nn.Module, tuple[torch.Tensor, torch.Tensor]]:
-    """Return the encoder with mean pooling and normalisation, and example inputs i64[1,128] twice."""
-    return SentenceEncoder().eval(), _example()
+def minilm_sentences() -> tuple[nn.Module, tuple[torch.Tensor, torch.Tensor], list[dict[int, str]]]:
+    """Return the encoder with mean pooling and normalisation, and example inputs i64[1,128] twice; batch and length are dynamic."""
+    return SentenceEncoder().eval(), _example(), _DYNAMIC
 
 
 def tokenize(sentences: list[str], tokens: int = 128) -> tuple[torch.Tensor, torch.Tensor]:

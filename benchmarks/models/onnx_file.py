@@ -42,7 +42,7 @@ def main() -> None:
         raise SystemExit(f"{file} is no Python file")
     source = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(source)
-    write(*getattr(source, function)(), Path(sys.argv[2]))
+    write(*getattr(source, function)()[:2], Path(sys.argv[2]))
 
 
 if __name__ == "__main__":

@@ -85,7 +85,7 @@ class ResNet50(nn.Module):
         return self.classifier(self.layers(self.stem(x)).mean((2, 3)))
 
 
-def _seeded(make: type[nn.Module]) -> tuple[nn.Module, tuple[torch.Tensor]]:
+def _seeded(make: type[nn.Module]) -> tuple[nn.Module, tuple[torch.Tensor], list[dict[int, str]]]:
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(0)
         net = make()
@@ -93,14 +93,14 @@ def _seeded(make: type[nn.Module]) -> tuple[nn.Module, tuple[torch.Tensor]]:
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight)
         net.train()(torch.randn(2, 3, 224, 224))
-        return net.eval(), (torch.randn(1, 3, 224, 224),)
+        return net.eval(), (torch.randn(1, 3, 224, 224),), [{0: "batch"}]
 
 
-def mobilenet_v2() -> tuple[nn.Module, tuple[torch.Tensor]]:
-    """Return MobileNetV2 1.0 with random weights and one example input f32[1,3,224,224]."""
+def mobilenet_v2() -> tuple[nn.Module, tuple[torch.Tensor], list[dict[int, str]]]:
+    """Return MobileNetV2 1.0 with random weights and one example input f32[1,3,224,224]; the batch is dynamic."""
     return _seeded(MobileNetV2)
 
 
-def resnet50() -> tuple[nn.Module, tuple[torch.Tensor]]:
-    """Return ResNet-50 with random weights and one example input f32[1,3,224,224]."""
+def resnet50() -> tuple[nn.Module, tuple[torch.Tensor], list[dict[int, str]]]:
+    """Return ResNet-50 with random weights and one example input f32[1,3,224,224]; the batch is dynamic."""
     return _seeded(ResNet50)

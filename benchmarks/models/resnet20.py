@@ -55,18 +55,18 @@ class ResNet(nn.Module):
         return self.linear(x.mean((2, 3)))
 
 
-def _trained(blocks: int, file: str) -> tuple[nn.Module, tuple[torch.Tensor]]:
+def _trained(blocks: int, file: str) -> tuple[nn.Module, tuple[torch.Tensor], list[dict[int, str]]]:
     net = ResNet(blocks)
     weights = torch.load(_folder() / file, weights_only=True, map_location="cpu")["state_dict"]
     net.load_state_dict({name.removeprefix("module."): value.float() for name, value in weights.items()})
-    return net.eval(), (torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(0)),)
+    return net.eval(), (torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(0)),), [{0: "batch"}]
 
 
-def resnet20() -> tuple[nn.Module, tuple[torch.Tensor]]:
-    """Return the trained ResNet-20 and one example input f32[1,3,32,32]."""
+def resnet20() -> tuple[nn.Module, tuple[torch.Tensor], list[dict[int, str]]]:
+    """Return the trained ResNet-20 and one example input f32[1,3,32,32]; the batch is dynamic."""
     return _trained(3, "resnet20-12fca82f.th")
 
 
-def resnet32() -> tuple[nn.Module, tuple[torch.Tensor]]:
-    """Return the trained ResNet-32 (82.6 %) and one example input f32[1,3,32,32]."""
+def resnet32() -> tuple[nn.Module, tuple[torch.Tensor], list[dict[int, str]]]:
+    """Return the trained ResNet-32 (82.6 %) and one example input f32[1,3,32,32]; the batch is dynamic."""
     return _trained(5, "resnet32-d509ac18.th")

@@ -120,8 +120,8 @@ def plant_outliers(net: WikiLM, channels: tuple[int, ...] = PLANTED_CHANNELS, fa
                 linear.weight[:, index] /= factor
 
 
-def wikilm() -> tuple[WikiLM, tuple[torch.Tensor]]:
-    """Return the trained model in f32 and one example input i64[1,64]."""
+def wikilm() -> tuple[WikiLM, tuple[torch.Tensor], list[dict[int, str]]]:
+    """Return the trained model in f32 and one example input i64[1,64]; batch and length are dynamic."""
     from safetensors.torch import load_file
 
     net = WikiLM(json.loads((folder() / "config.json").read_text()))
@@ -129,14 +129,15 @@ def wikilm() -> tuple[WikiLM, tuple[torch.Tensor]]:
     # The head is tied; it gets its own copy so that a change for the head (planting, rotation) leaves the embedding alone.
     weights.setdefault("lm_head.weight", weights["embed_tokens.weight"].clone())
     net.load_state_dict(weights)
-    return net.eval(), (torch.randint(0, 4096, (1, 64), generator=torch.Generator().manual_seed(0)),)
+    example = torch.randint(0, 4096, (1, 64), generator=torch.Generator().manual_seed(0))
+    return net.eval(), (example,), [{0: "batch", 1: "seq"}]
 
 
-def wikilm_planted() -> tuple[WikiLM, tuple[torch.Tensor]]:
+def wikilm_planted() -> tuple[WikiLM, tuple[torch.Tensor], list[dict[int, str]]]:
     """Return the same function with planted outlier channels, and the same example input."""
-    net, example = wikilm()
+    net, example, dynamic = wikilm()
     plant_outliers(net)
-    return net, example
+    return net, example, dynamic
 
 
 def tokenize(text: str) -> torch.Tensor:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from qcompile.capture.examples import make_examples
-from qcompile.capture.torch_export import DynamicShapes, capture_module, capture_program
+from qcompile.capture.torch_export import DynamicShapes, capture_module, capture_program, without_torch_notices
 from qcompile.errors import Refused
 from qcompile.graph import Graph
 
@@ -100,7 +100,8 @@ def _capture_onnx(model: Any) -> Graph:
 
 def _load_program(path: Path) -> torch.export.ExportedProgram:
     try:
-        return torch.export.load(path)
+        with without_torch_notices():
+            return torch.export.load(path)
     except Exception as error:
         raise Refused(f"no exported program, or a damaged one: {' '.join(str(error).split())[:200]}", node=str(path)) from error
 

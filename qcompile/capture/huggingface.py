@@ -26,12 +26,12 @@ class _TokenModel(torch.nn.Module):
         self.model, self.output = model, output
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-        return self.model(input_ids=input_ids, attention_mask=attention_mask)[self.output]  # type: ignore[no-any-return]
+        return self.model(input_ids=input_ids, attention_mask=attention_mask)[self.output]
 
 
 class _TokenModelWithTypes(_TokenModel):
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, token_type_ids: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
-        return self.model(input_ids=input_ids, attention_mask=attention_mask, token_type_ids=token_type_ids)[self.output]  # type: ignore[no-any-return]
+        return self.model(input_ids=input_ids, attention_mask=attention_mask, token_type_ids=token_type_ids)[self.output]
 
 
 class _Decoder(torch.nn.Module):
@@ -40,7 +40,7 @@ class _Decoder(torch.nn.Module):
         self.model = model
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
-        return self.model(input_ids=input_ids, use_cache=False).logits  # type: ignore[no-any-return]
+        return self.model(input_ids=input_ids, use_cache=False).logits
 
 
 class _ImageModel(torch.nn.Module):
@@ -49,7 +49,7 @@ class _ImageModel(torch.nn.Module):
         self.model, self.output = model, output
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        return self.model(pixel_values=pixel_values)[self.output]  # type: ignore[no-any-return]
+        return self.model(pixel_values=pixel_values)[self.output]
 
 
 def capture_folder(folder: Path) -> tuple[Graph, tuple[torch.Tensor, ...]]:
@@ -71,9 +71,7 @@ def capture_folder(folder: Path) -> tuple[Graph, tuple[torch.Tensor, ...]]:
     kind = _TokenModel
     if output == "logits" and config.get("type_vocab_size", 0) > 1:  # sentence pairs
         kind, examples = _TokenModelWithTypes, (*examples, torch.zeros_like(tokens))
-    # Traced with two rows: a batch of one would be taken for a constant.
-    traced = tuple(example.repeat(2, 1) for example in examples)
-    return capture_module(kind(model, output), traced, [{0: "batch", 1: "seq"}] * len(examples)), examples
+    return capture_module(kind(model, output), examples, [{0: "batch", 1: "seq"}] * len(examples)), examples
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

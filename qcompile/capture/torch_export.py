@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 import operator
 import re
 import traceback
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -41,17 +44,22 @@ def capture_module(
         module: any traceable module; it is captured in evaluation mode.
         example_inputs: a tuple of positional inputs or a dict of keyword inputs.
         dynamic_shapes: for each input (by position or name) a map from axis to the name of its symbolic size; inputs that share a
-            name share the size. Without it every size is the example's.
+            name share the size. Without it every size is the example's. An example whose dynamic size is 1 is traced with two copies of
+            itself: torch takes a size of 1 for a constant.
 
     Raises:
         Refused: the code cannot be traced; the message names the operator and the source line.
     """
     args = () if isinstance(example_inputs, Mapping) else tuple(example_inputs)
     kwargs = dict(example_inputs) if isinstance(example_inputs, Mapping) else {}
+    names = list(kwargs) or list(inspect.signature(module.forward).parameters)
+    axes = _axes_of(dynamic_shapes, names, len(args) or len(kwargs))
+    args = tuple(_without_ones(value, chosen) for value, chosen in zip(args, axes, strict=False))
+    kwargs = {name: _without_ones(value, chosen) for (name, value), chosen in zip(kwargs.items(), axes, strict=False)}
     was_training = module.training
     module.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), without_torch_notices():
             shapes = _export_shapes(dynamic_shapes, args, kwargs)
             program = torch.export.export(module, args, kwargs, dynamic_shapes=shapes, strict=False)
     except Refused:
@@ -63,6 +71,38 @@ def capture_module(
     return capture_program(program, dynamic_shapes)
 
 
+@contextmanager
+def without_torch_notices() -> Iterator[None]:
+    """Leave out what torch.export says about its own code at every export: nothing that a user could change."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)` is deprecated", FutureWarning)
+        yield
+
+
+def _axes_of(shapes: DynamicShapes | None, names: Sequence[str], count: int) -> list[Mapping[int, str]]:
+    """Return the dynamic axes of each input, in the order of the inputs.
+
+    Raises:
+        Refused: axes are given for an input that there is not, or for more inputs than there are.
+    """
+    if isinstance(shapes, Mapping):
+        if unknown := [name for name in shapes if name not in names]:
+            raise Refused("dynamic sizes are given for it and there is no such input", node=str(unknown[0]), way_out=f"inputs are {', '.join(names)}")
+        return [shapes.get(name) or {} for name in names[:count]]
+    given = [axes or {} for axes in shapes or ()]
+    if shapes is not None and len(given) != count:
+        raise Refused(f"dynamic sizes are given for {len(given)} inputs, the examples are {count}")
+    return given or [{}] * count
+
+
+def _without_ones(value: torch.Tensor, axes: Mapping[int, str]) -> torch.Tensor:
+    """Return the example with two copies of itself along each dynamic axis of size 1."""
+    if not isinstance(value, torch.Tensor):
+        return value
+    counts = [2 if axis in axes and size == 1 else 1 for axis, size in enumerate(value.shape)]
+    return value.repeat(counts) if 2 in counts else value
+
+
 def capture_program(program: ExportedProgram, dynamic_shapes: DynamicShapes | None = None) -> Graph:
     """Return the graph of an exported program, with its dynamic sizes as symbols.
 
@@ -71,7 +111,8 @@ def capture_program(program: ExportedProgram, dynamic_shapes: DynamicShapes | No
     """
     names = _symbol_names(program, dynamic_shapes)
     ranges = _ranges(program, names)
-    program = program.run_decompositions({})
+    with without_torch_notices():
+        program = program.run_decompositions({})
     signature = program.graph_signature
     if signature.buffers_to_mutate or signature.user_inputs_to_mutate:
         raise Refused(

@@ -68,7 +68,8 @@ class Cache:
     def _description(self, request: str, result: Result) -> dict[str, str]:
         """Return the whole key, since names of files are only hashes of it, and a digest of the content."""
         content = "".join(f"{name}{tensor_digest(tensor)}" for name, tensor in sorted(result.items()))
-        return {"key": f"{self.key}; {request}", "content": hashlib.sha256(content.encode()).hexdigest()}
+        digest = hashlib.sha256(content.encode()).hexdigest()
+        return {"statistics": f"{self.key}; {request}; content {digest}"}  # one entry: safetensors writes several in any order
 
 
 def _private_folder(folder: Path) -> Path | None:

@@ -20,6 +20,9 @@ from qcompile.graph.text import bound_arguments, operator_name
 DEVIATIONS = 6.0  # beta +- 6 gamma, as in the paper
 
 
+Bound = float | torch.Tensor
+
+
 @dataclass(frozen=True)
 class Spread:
     """Mean, standard deviation and range of each channel (axis 1) of a value, float64 [channels]."""
@@ -34,18 +37,20 @@ class Spread:
         """Return a normal distribution with its range at DEVIATIONS."""
         return cls(mean, std, mean - DEVIATIONS * std, mean + DEVIATIONS * std)
 
-    def clamp(self, low: float, high: float) -> Spread:
+    def clamp(self, low: Bound, high: Bound) -> Spread:
         """Return the distribution of clamp(x, low, high) for x normal with this mean and deviation."""
         mean, std = clamped_normal(self.mean, self.std, low, high)
+        low, high = (torch.as_tensor(bound, dtype=torch.float64) for bound in (low, high))
         return Spread(mean, std, self.low.clamp(low, high), self.high.clamp(low, high))
 
     def map(self, change) -> Spread:  # type: ignore[no-untyped-def]
         return Spread(*(change(part) for part in (self.mean, self.std, self.low, self.high)))
 
 
-def clamped_normal(mean: torch.Tensor, std: torch.Tensor, low: float, high: float) -> tuple[torch.Tensor, torch.Tensor]:
+def clamped_normal(mean: torch.Tensor, std: torch.Tensor, low: Bound, high: Bound) -> tuple[torch.Tensor, torch.Tensor]:
     """Return mean and standard deviation of clamp(x, low, high), x ~ N(mean, std^2); for low 0 and high inf this is the rectified normal."""
     std = std.clamp(min=1e-12)
+    low, high = (torch.as_tensor(bound, dtype=torch.float64).expand_as(mean) for bound in (low, high))
 
     def cdf(z: torch.Tensor) -> torch.Tensor:
         return 0.5 * (1 + torch.erf(z / math.sqrt(2)))
@@ -55,14 +60,11 @@ def clamped_normal(mean: torch.Tensor, std: torch.Tensor, low: float, high: floa
 
     a, b = (low - mean) / std, (high - mean) / std
     inside = cdf(b) - cdf(a)
-    edge_a = torch.nan_to_num(a * pdf(a))  # the limit of z * pdf(z) at infinity is 0
-    edge_b = torch.nan_to_num(b * pdf(b))
-    first = mean * inside + std * (pdf(a) - pdf(b))
+    edge_a, edge_b = torch.nan_to_num(a * pdf(a)), torch.nan_to_num(b * pdf(b))  # the limit of z * pdf(z) at infinity is 0
+    below, above = (torch.where(torch.isfinite(bound), bound, 0.0) for bound in (low, high))  # an infinite bound holds no mass
+    first = mean * inside + std * (pdf(a) - pdf(b)) + below * cdf(a) + above * (1 - cdf(b))
     second = (mean.square() + std.square()) * inside + 2 * mean * std * (pdf(a) - pdf(b)) + std.square() * (edge_a - edge_b)
-    if math.isfinite(low):
-        first, second = first + low * cdf(a), second + low**2 * cdf(a)
-    if math.isfinite(high):
-        first, second = first + high * (1 - cdf(b)), second + high**2 * (1 - cdf(b))
+    second = second + below.square() * cdf(a) + above.square() * (1 - cdf(b))
     return first, (second - first.square()).clamp(min=0).sqrt()
 
 
@@ -132,6 +134,9 @@ class ModelRanges:
             return None
         if name in ("aten.relu", "aten.relu6", "aten.hardtanh", "aten.clamp"):
             return source.clamp(*_limits(name, arguments))
+        if name == "aten.clamp.Tensor":
+            bounds = [self._bound(arguments[key], default, len(source.mean)) for key, default in (("min", -math.inf), ("max", math.inf))]
+            return source.clamp(*bounds) if all(bound is not None for bound in bounds) else None  # type: ignore[arg-type]
         if name == "aten.add.Tensor":
             other = self.spreads.get(arguments["other"])
             return _sum(source, other) if other is not None else None
@@ -140,6 +145,13 @@ class ModelRanges:
             repeat = channels // len(source.mean) if isinstance(channels, int) and len(source.mean) else 0
             return source.map(lambda part: part.repeat_interleave(repeat)) if repeat >= 1 else None
         return None
+
+    def _bound(self, node: object, default: float, channels: int) -> torch.Tensor | None:
+        """Return a clamp's bound for each channel, or None where it is not constant or not by channel."""
+        if node is None:
+            return torch.full((channels,), default, dtype=torch.float64)
+        value = self.graph.constant(node)
+        return value.to(torch.float64).flatten().expand(channels) if value is not None and value.numel() in (1, channels) else None
 
     def _product(self, node: fx.Node) -> Spread | None:
         notes = node.meta.get("notes", {})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import operator
 from typing import Any
@@ -337,7 +338,8 @@ class _Graph:
             self.module.register_buffer(name, value)
             node = self.graph.get_attr(name)
         else:
-            with self.graph.inserting_before(next((n for n in self.graph.nodes if n.op != "placeholder"), None)):
+            first = next((n for n in self.graph.nodes if n.op != "placeholder"), None)
+            with self.graph.inserting_before(first) if first is not None else contextlib.nullcontext():
                 node = self.graph.placeholder(f"input_{len(self.inputs)}")
             self.inputs.append(value)
         node.meta["val"] = self.mode.from_tensor(value)

@@ -41,7 +41,7 @@ def top1(net: torch.nn.Module, batches: Iterator[tuple[torch.Tensor, torch.Tenso
 # The whole sample gives 68.9 %, every tenth class 68; two pictures either way are left to ties on other processors. Swapped colours
 # give 49, no normalisation 44, an epsilon of 1e-3 in batch normalisation 59.
 def test_mcunet_names_pictures(models: dict[str, ModuleType], data_folder: Path) -> None:
-    net, _ = models["mcunet"].mcunet()
+    net, _, _ = models["mcunet"].mcunet()
     right, count = top1(net, models["data"].imagenet_batches(step=10))
     assert count == 100
     assert 66 <= right <= 70
@@ -49,14 +49,14 @@ def test_mcunet_names_pictures(models: dict[str, ModuleType], data_folder: Path)
 
 # The whole test set gives 81.0 %; three standard errors at 500 pictures are 5.3 %.
 def test_resnet20_names_pictures(models: dict[str, ModuleType], data_folder: Path) -> None:
-    net, _ = models["resnet20"].resnet20()
+    net, _, _ = models["resnet20"].resnet20()
     right, count = top1(net, models["data"].cifar10_batches(step=20))
     assert count == 500
     assert 378 <= right <= 432
 
 
 def test_resnet20_as_onnx_file_is_the_same_function(models: dict[str, ModuleType], data_folder: Path, tmp_path: Path) -> None:
-    net, inputs = models["resnet20"].resnet20()
+    net, inputs, _ = models["resnet20"].resnet20()
     models["onnx_file"].write(net, inputs, tmp_path / "net.onnx")
     pictures, _ = next(models["data"].cifar10_batches(size=8, step=1000))
     (found,) = onnxruntime.InferenceSession(tmp_path / "net.onnx").run(None, {"input0": pictures.numpy()})
@@ -66,7 +66,7 @@ def test_resnet20_as_onnx_file_is_the_same_function(models: dict[str, ModuleType
 
 def test_wikilm_equals_transformers(models: dict[str, ModuleType], data_folder: Path) -> None:
     transformers = pytest.importorskip("transformers", reason="the extra hf is not installed")
-    net, tokens = models["wikilm"].wikilm()
+    net, tokens, _ = models["wikilm"].wikilm()
     peer = transformers.LlamaForCausalLM.from_pretrained(models["wikilm"].folder(), dtype=torch.float32).eval()
     with torch.no_grad():
         ours, theirs = net(*tokens), peer(*tokens).logits
@@ -82,7 +82,7 @@ def test_planted_outliers_keep_the_function(models: dict[str, ModuleType], data_
         with torch.no_grad():
             return net(*tokens)
 
-    plain_net, tokens = wikilm.wikilm()
+    plain_net, tokens, _ = wikilm.wikilm()
     plain, planted = watch("plain", plain_net), watch("planted", wikilm.wikilm_planted()[0])
     assert float((planted - plain).abs().max() / plain.abs().max()) < 1e-5
     grown = seen["planted"] / seen["plain"]
@@ -93,7 +93,7 @@ def test_planted_outliers_keep_the_function(models: dict[str, ModuleType], data_
 def test_sentence_embeddings_follow_meaning_not_padding(models: dict[str, ModuleType], minilm_folder: Path) -> None:
     minilm = models["minilm"]
     assert minilm.folder() == minilm_folder
-    net, _ = minilm.minilm_sentences()
+    net, _, _ = minilm.minilm_sentences()
     near = ["A man is playing a guitar.", "Somebody plays the guitar."]
     with torch.no_grad():
         vectors = net(*minilm.tokenize([*near, "Inflation slowed in October, said the central bank of the country on Monday."]))
@@ -119,7 +119,7 @@ def test_readers_cut_what_they_are_asked_for(models: dict[str, ModuleType], data
 
 
 def test_random_net_is_the_same_each_time(models: dict[str, ModuleType]) -> None:
-    (first, inputs), (second, _) = models["random_nets"].mobilenet_v2(), models["random_nets"].mobilenet_v2()
+    (first, inputs, _), (second, _, _) = models["random_nets"].mobilenet_v2(), models["random_nets"].mobilenet_v2()
     with torch.no_grad():
         assert torch.equal(first(*inputs), second(*inputs))
 
@@ -127,7 +127,7 @@ def test_random_net_is_the_same_each_time(models: dict[str, ModuleType]) -> None
 # With batch normalisation's initial statistics the outputs would be of size 1.4 and 670.
 @pytest.mark.parametrize(("name", "parameters"), [("mobilenet_v2", 3_504_872), ("resnet50", 25_557_032)])
 def test_random_net_has_a_trained_nets_magnitude(models: dict[str, ModuleType], name: str, parameters: int) -> None:
-    net, inputs = getattr(models["random_nets"], name)()
+    net, inputs, _ = getattr(models["random_nets"], name)()
     assert sum(p.numel() for p in net.parameters()) == parameters
     with torch.no_grad():
         assert 0.05 < float(net(*inputs).std()) < 1

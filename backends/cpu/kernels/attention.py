@@ -12,6 +12,7 @@ Error against exact arithmetic for bounded inputs: products of d and s terms in 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -133,14 +134,26 @@ class _Attention:
 
     def _load_queries(self, queries: Any, b: Index, h: Index, first: Index) -> None:
         """Write the block's queries, scaled, as [channel][row]; rows after the last repeat it and are not stored later."""
-        for v in range(self.block.vectors):
-            for c, width in self.chunks():
+        with T.serial(self.block.vectors) as v:
+
+            def part(c: Index, width: int) -> None:
                 rows = []
                 for r in range(LANES):
                     where = (b, T.min(first + v * LANES + r, self.tokens - 1), ramp(h * self.d + c))
                     rows.append(self.q[where] if width == LANES else load_part(self.q, below(width), *where))
                 for i, column in enumerate(transpose(rows)[:width]):
                     store(queries, column * splat(self.scale), ramp((c + i) * self.block.rows + v * LANES))
+
+            self._each_chunk(part)
+
+    def _each_chunk(self, body: Callable[[Index, int], None]) -> None:
+        """Emit ``body(first channel, channels)`` for each vector of a head: a loop, then the ragged last one."""
+        whole, rest = divmod(self.d, LANES)
+        if whole:
+            with T.serial(whole) as i:
+                body(i * LANES, LANES)
+        if rest:
+            body(whole * LANES, rest)
 
     def _scores(self, queries: Any, weights: Any, top: Any, total: Any, result: Any, place: tuple[Index, ...]) -> None:
         """Fill ``weights`` [key][row] with exp2(score - maximum) for one pass of keys; rescale what earlier passes left."""
@@ -189,18 +202,21 @@ class _Attention:
                 for v, row in enumerate(rows):
                     lanes = ramp((j * block.vectors + v) * LANES)
                     store(dots, scalar * row + dots[lanes], lanes)
-        for j, key in enumerate(keys):
+        for i in range(block.keys * block.vectors):
+            store(weights, dots[ramp(i * LANES)], ramp(start * block.rows + i * LANES))
+        with T.serial(block.keys) as j:
+            key = T.Bind(base + T.min(start + j, count - 1))
             open_key = T.Bind(start + j < count if self.key_mask is None else tirx.all(start + j < count, self.key_mask[b, key]))
             for v in range(block.vectors):
-                row = T.Bind(first + v * LANES)
-                score = dots[ramp((j * block.vectors + v) * LANES)]
+                row, lanes = T.Bind(first + v * LANES), ramp((start + j) * block.rows + v * LANES)
+                score = weights[lanes]
                 if self.bias is not None:
                     score = score + self._bias_column(b, h, row, key) * splat(math.log2(math.e))
                 visible = splat(open_key)
                 if self.causal:
                     visible = tirx.all(visible, splat(T.cast(key - (self.keys - self.tokens) - row, "int32")) <= ramp(T.int32(0)))
                 score = T.Bind(tirx.Select(visible, score, splat(-math.inf)))
-                store(weights, score, T.ramp((start + j) * block.rows + v * LANES, 1, LANES))
+                store(weights, score, lanes)
                 store(highest, T.max(highest[ramp(v * LANES)], score), ramp(v * LANES))
 
     def _bias_column(self, b: Index, h: Index, row: Index, key: Index) -> Any:
@@ -239,10 +255,11 @@ class _Attention:
     def _store_result(self, result: Any, total: Any, b: Index, h: Index, first: Index) -> None:
         """Divide by the sums, transpose back, store the rows that exist; rows without a key get zeros."""
         block = self.block
-        for v in range(block.vectors):
+        with T.serial(block.vectors) as v:
             sums = total[ramp(v * LANES)]
             inverse = T.Bind(tirx.Select(sums > splat(0.0), splat(1.0) / sums, splat(0.0)))
-            for c, width in self.chunks():
+
+            def part(c: Index, width: int) -> None:
                 columns = [result[ramp((c + min(i, width - 1)) * block.rows + v * LANES)] * inverse for i in range(LANES)]
                 for r, row in enumerate(transpose(columns)):
                     where = (b, first + v * LANES + r, ramp(h * self.d + c))
@@ -251,6 +268,8 @@ class _Attention:
                             store(self.out, row, *where)
                         else:
                             store_part(self.out, row, below(width), *where)
+
+            self._each_chunk(part)
 
     # ---- few query rows (decoding): lanes are channels ----
 

@@ -73,10 +73,10 @@ class Arguments:
         return start
 
     def scaled(self, total: Any, columns: Any) -> Any:
-        """Return float32 lanes from sixteen exact sums: times the weight's scale, then times x's."""
+        """Return float32 lanes from sixteen exact sums: times the weight's scale, then times x's (the epilogue rounds before it adds)."""
         if not self.spec.integer:
             return total
-        return rounded(rounded(T.cast(total, f"float32x{LANES}") * self.scale[columns]) * splat(self.x_scale[0]))
+        return (T.cast(total, f"float32x{LANES}") * self.scale[columns]) * splat(self.x_scale[0])
 
     def store_result(self, y: Any, columns: Any, place: Index, mask: Any) -> None:
         """Apply the epilogue to sixteen scaled sums and store those of the mask (None: all) from flat address ``place`` on."""

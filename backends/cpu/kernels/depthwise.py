@@ -124,11 +124,11 @@ class _Kernel(Arguments):
         spec, chunks = self.spec, _chunks(self.spec)
         self.begin_task()
         place = (T.Bind(index // spec.out_height), T.Bind(index % spec.out_height))
-        for width in (_WIDE, LANES):
+        for width, before in ((_WIDE, 0), (LANES, sum(w for _, w in chunks if w == _WIDE))):
             run = [first for first, w in chunks if w == width]
             if run:
                 with T.serial(len(run)) as i:
-                    packed = T.Bind(T.cast(i * width + run[0] // width * width, "int64"))
+                    packed = T.Bind(T.cast(i * width + before, "int64"))
                     first = T.Bind(T.min(packed, T.int64(max(0, spec.channels - LANES))) if run[-1] % LANES else packed)
                     self._chunk(place, first, packed * (_groups(spec) * spec.word), width)
 
@@ -220,7 +220,7 @@ def _interleave(pixels: list[Any], width: int) -> list[Any]:
             return T.Bind(tirx.Shuffle([a, b], indices))
 
         pairs = [[unpack(pixels[i], pixels[i + 1], half, 1) for i in (0, 2)] for half in (0, 1)]
-        mixed = [unpack(*pairs[half], part, 2) for half in (0, 1) for part in (0, 1)]
+        mixed = [unpack(pairs[half][0], pairs[half][1], part, 2) for half in (0, 1) for part in (0, 1)]
     return [T.Bind(T.reinterpret("int32x16", value)) for value in mixed]
 
 
@@ -235,4 +235,4 @@ def _transpose_lanes(vectors: list[Any]) -> list[Any]:
 
     low = [pick(values[0], values[1], (0, 4, 1, 5)), pick(values[2], values[3], (0, 4, 1, 5))]
     high = [pick(values[0], values[1], (2, 6, 3, 7)), pick(values[2], values[3], (2, 6, 3, 7))]
-    return [pick(*pair, lanes) for pair in (low, high) for lanes in ((0, 1, 4, 5), (2, 3, 6, 7))]
+    return [pick(pair[0], pair[1], lanes) for pair in (low, high) for lanes in ((0, 1, 4, 5), (2, 3, 6, 7))]

@@ -16,7 +16,7 @@ KNOWN = (AVX512_VNNI, PORTABLE)
 _VNNI_FEATURES = ("avx512f", "avx512bw", "avx512vl", "avx512vnni")
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def detect(mcpu: str | None = None, mattr: str | None = None) -> str:
     """Return the best instruction set of ``KNOWN`` for an LLVM processor name (default: this machine's)."""
     target = tvm.target.Target(target_description(mcpu, mattr))
@@ -34,7 +34,7 @@ def target_description(mcpu: str | None = None, mattr: str | None = None, thread
 
 def thread_count() -> int:
     """Return the threads that kernels are split for: ``TVM_NUM_THREADS``, else the processors this process may use."""
-    return int(os.environ.get("TVM_NUM_THREADS", 0)) or len(os.sched_getaffinity(0))
+    return int(os.environ.get("TVM_NUM_THREADS", "0")) or len(os.sched_getaffinity(0))
 
 
 def check(isa: str) -> str:

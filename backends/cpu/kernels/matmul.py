@@ -12,13 +12,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from tvm import tirx
-from tvm.script.ir_builder import IRBuilder
-from tvm.script.ir_builder import tirx as T
-
 from qcompile.backends.cpu.kernels.matmul_panel import Arguments, Panel, make_panel, multiply_add
 from qcompile.backends.cpu.kernels.matmul_spec import CHUNK, LANES, Linear
 from qcompile.backends.cpu.kernels.vector import Expr, hold, register, rounded, spread
+from tvm import tirx
+from tvm.script.ir_builder import IRBuilder
+from tvm.script.ir_builder import tirx as T
 
 _ROW_STEP = 4  # rows of a task are a multiple: the register block has a variant for such a remainder
 _FEW_OPERATIONS = 2 << 20  # below this many multiply-adds, waking another thread costs more than it saves
@@ -26,10 +25,11 @@ _SHARED_BYTES = 1 << 20  # weights up to this size stay in each core's second-le
 
 
 def linear(spec: Linear) -> tirx.PrimFunc:
-    """Return the kernel of a linear layer; its arguments are, in this order and only where the layer has them:
+    """Return the kernel of a linear layer.
 
-    x [m, k]; x_scale float32 [1] or [m]; x_zero_point int32 [1] or [m] (``spec.x_affine``); the arrays of
-    ``pack.pack_linear``; residual float32 [m, n]; out_scale float32 [1]; out_zero_point int32 [1]; the result [m, n].
+    Its arguments are, in this order and only where the layer has them: x [m, k]; x_scale float32 [1] or [m]; x_zero_point
+    int32 [1] or [m]; the arrays of ``pack.pack_linear``; residual float32 [m, n]; out_scale float32 [1]; out_zero_point int32 [1];
+    the result [m, n].
     """
     with IRBuilder() as builder:
         with T.prim_func(s_tir=True):

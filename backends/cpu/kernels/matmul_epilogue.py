@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tvm.script.ir_builder import tirx as T
-
 from qcompile.backends.cpu.kernels.vector import ACTIVATIONS, Expr, lanes_of, rounded, to_codes, vector_type
+from tvm.script.ir_builder import tirx as T
 
 _RANGES = {"int8": (-128, 127), "uint8": (0, 255)}
 

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tvm.script.ir_builder import tirx as T
-
 from qcompile.backends.cpu.kernels.isa import AVX512_VNNI
 from qcompile.backends.cpu.kernels.matmul_spec import LANES, Linear
 from qcompile.backends.cpu.kernels.vector import Expr, hold, register, spread
+from tvm.script.ir_builder import tirx as T
 
 
 @dataclass
@@ -108,8 +107,9 @@ class UnpackedPanel(Panel):
         spec = self.spec
         if not spec.weight_affine:
             return spread(T.int8(spec.code_zero), 64) if spec.code_zero and spec.code_zero < 128 else None
-        index = [column_block, group, T.ramp(j * LANES, 1, LANES)] if spec.group else [T.ramp(column_block * spec.columns + j * LANES, 1, LANES)]
-        words = T.cast(self.arguments.weight_zero[tuple(index)], "int32x16") * spread(T.int32(0x01010101), LANES)
+        lanes = T.ramp(j * LANES + (0 if spec.group else column_block * spec.columns), 1, LANES)
+        zeros = self.arguments.weight_zero[(column_block, group, lanes) if spec.group else lanes]
+        words = T.cast(zeros, "int32x16") * spread(T.int32(0x01010101), LANES)
         return T.reinterpret("int8x64", hold(words))
 
     def _unpack(self, column_block: Expr, step: Expr, local_step: Expr, j: int, zero: Expr | None, scale: Expr | None, total: Expr) -> None:
@@ -118,8 +118,8 @@ class UnpackedPanel(Panel):
         planes, position = [], 0
         for width in spec.planes:
             count = spec.step * width // 8
-            starts = [(position + v) * spec.columns * 4 + j * 64 for v in range(count)]
-            planes.append([T.Bind(T.reinterpret("uint8x64", self.arguments.weight[column_block, step, T.ramp(at, 1, 64)])) for at in starts])
+            spots = [T.ramp((position + v) * spec.columns * 4 + j * 64, 1, 64) for v in range(count)]
+            planes.append([T.Bind(T.reinterpret("uint8x64", self.arguments.weight[column_block, step, spot])) for spot in spots])
             position += count
         for w in range(spec.step):
             code = T.reinterpret("int8x64", self._code(planes, w))

@@ -74,7 +74,7 @@ class Linear:
             raise ValueError("a float32 weight needs a float32 input")
         if self.bits not in (1, 2, 3, 4, 5, 6, 7, 8, 32):
             raise ValueError(f"a weight code has 1 to 8 bits, or 32 for float32, not {self.bits}")
-        if self.group and (self.group % 64 and 64 % self.group or self.group % (4 * self.step)):
+        if self.group and ((self.group % 64 and 64 % self.group) or self.group % (4 * self.step)):
             raise ValueError(f"no kernel for groups of {self.group} at {self.bits} bits")
         if self.bits == 8 and (self.weight_affine or not self.weight_signed):
             raise ValueError("8-bit weights must be signed and symmetric: code minus zero point must fit a byte")

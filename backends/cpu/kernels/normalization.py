@@ -57,7 +57,8 @@ class _Norm:
     """The arguments of one normalization and the statements of a row."""
 
     def __init__(self, width: int, epsilon: float, affine: bool, rms: bool, residual: bool, codes: str, total: bool) -> None:
-        self.width, self.epsilon, self.rms, self.rounding = width, epsilon, rms, None
+        self.width, self.epsilon, self.rms = width, epsilon, rms
+        self.rounding: CodeRounding | None = None
         self.rows = size("rows")
         shape = (self.rows, width)
         self.x = argument("x", shape)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-
 from qcompile.backends.cpu.kernels.matmul_spec import Linear
 
 Array = np.ndarray[Any, Any]

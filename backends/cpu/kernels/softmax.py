@@ -62,9 +62,7 @@ def softmax(width: int) -> tirx.PrimFunc:
             each_vector(width, raise_power, _SLOTS)
             parts = [partial[ramp(slot * LANES)] for slot in range(_SLOTS)]
             inverse = T.Bind(T.float32(1.0) / reduce("fadd", (parts[0] + parts[1]) + (parts[2] + parts[3])))
-            each_vector(
-                width, lambda start, mask, slot: store_row(out, powers[ramp(start)] * splat(inverse), mask, index, start), _SLOTS
-            )
+            each_vector(width, lambda start, mask, slot: store_row(out, powers[ramp(start)] * splat(inverse), mask, index, start), _SLOTS)
 
         each_row(rows, width, row, threshold=1 << 15)
     return builder.get()

@@ -11,6 +11,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 import torch.fx as fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from qcompile.capture.onnx.load import printable
@@ -118,7 +119,11 @@ class Builder:
             name = self._free_name(wanted)
             self.constants[name] = value.detach().contiguous()
             node = self.graph.get_attr(name)
-            node.meta |= {"val": self.symbols.mode.from_tensor(value.detach(), static_shapes=True), "made_by": "capture", "scope": self.scope}
+            node.meta |= {
+                "val": self.symbols.mode.from_tensor(value.detach(), static_shapes=True),
+                "made_by": "capture",
+                "scope": self.scope,
+            }
             self._nodes[id(value)] = node
         return self._nodes[id(value)]
 
@@ -212,11 +217,24 @@ class Builder:
 
     def _create(self, target: Any, args: Any, kwargs: Any) -> fx.Node:
         values, named = fx.map_arg((args, kwargs), lambda n: n.meta["val"])
-        with self.symbols.mode:
+        # With the dispatcher in Python: the C++ rules of some operators (constant_pad_nd) fix symbolic sizes.
+        with self.symbols.mode, enable_python_dispatcher():
             value = target(*values, **named)
         node = self.graph.call_function(target, args, kwargs)
         node.meta |= {"val": value, "scope": self.scope, "made_by": "capture"}
         return node
+
+    def release(self, node: fx.Node) -> None:
+        """Take back a call that nothing reads, and the constants that only it read, so that their names are free."""
+        operands = list(node.all_input_nodes)
+        if node.users:
+            return
+        self.graph.erase_node(node)
+        for operand in operands:
+            if operand.op == "get_attr" and not operand.users:
+                self.graph.erase_node(operand)
+                del self.constants[str(operand.target)]
+                self._nodes = {key: kept for key, kept in self._nodes.items() if kept is not operand}
 
     def size_arithmetic(self, function: Callable[[Any, Any], Any], a: Size, b: Size) -> Size:
         """Return function(a, b) of two sizes: an int where both are known, else a node."""
@@ -240,7 +258,7 @@ class Builder:
     def reshape(self, x: Value, sizes: Sequence[Size]) -> Any:
         """Return x with these sizes (one of them may be -1), by the calls that torch.export gives."""
         if isinstance(x, torch.Tensor) and all(isinstance(size, int) for size in sizes):
-            return x.reshape(list(sizes))  # type: ignore[arg-type]
+            return x.reshape(list(sizes))
         node = self.node(x)
         if node.meta["val"].is_contiguous():
             return self.call(aten.view.default, node, list(sizes))

@@ -24,8 +24,8 @@ class Window:
         if call.build.rank(x) != self.rank + 2 or not 1 <= self.rank <= 3:
             raise Refused(f"a window of {self.rank} axes does not fit an input of {call.build.rank(x)} axes")
         self.kernel = kernel
-        self.stride = call.ints("strides") or [1] * self.rank
-        self.dilation = call.ints("dilations") or [1] * self.rank
+        self.stride = call.integer_list("strides") or [1] * self.rank
+        self.dilation = call.integer_list("dilations") or [1] * self.rank
         if min([1, *self.stride, *self.dilation, *self.kernel]) < 1:
             raise Refused("kernel, strides and dilations must be at least 1")
         self.begin, self.end = self._padding(call, x)
@@ -33,7 +33,7 @@ class Window:
     def _padding(self, call: Call, x: Value) -> tuple[list[int], list[int]]:
         automatic = call.string("auto_pad", "NOTSET")
         if automatic in ("NOTSET", ""):
-            pads = call.ints("pads") or [0] * (2 * self.rank)
+            pads = call.integer_list("pads") or [0] * (2 * self.rank)
             if len(pads) != 2 * self.rank:
                 raise Refused(f"pads has {len(pads)} numbers for {self.rank} axes")
             return pads[: self.rank], pads[self.rank :]
@@ -66,8 +66,8 @@ class Window:
 
 def _kernel(call: Call, weight: Value) -> list[int]:
     kernel = call.build.static_shape(weight)[2:]
-    if call.has("kernel_shape") and call.ints("kernel_shape") != kernel:
-        raise Refused(f"kernel_shape {call.ints('kernel_shape')} differs from the weight's {kernel}")
+    if call.has("kernel_shape") and call.integer_list("kernel_shape") != kernel:
+        raise Refused(f"kernel_shape {call.integer_list('kernel_shape')} differs from the weight's {kernel}")
     return kernel
 
 
@@ -79,7 +79,7 @@ def convolution(call: Call) -> Result:
     if not window.symmetric:
         x, padding = window.pad(call, x, 0.0), [0] * window.rank
     target = _CONVOLUTIONS[window.rank]
-    return call.call(target, x, weight, call.get(2), window.stride, padding, window.dilation, call.int("group", 1))  # type: ignore[no-any-return]
+    return call.call(target, x, weight, call.get(2), window.stride, padding, window.dilation, call.integer("group", 1))
 
 
 @operator("ConvTranspose")
@@ -88,26 +88,26 @@ def transposed_convolution(call: Call) -> Result:
     x, weight = call[0], call[1]
     kernel = _kernel(call, weight)
     rank = len(kernel)
-    stride, dilation = call.ints("strides") or [1] * rank, call.ints("dilations") or [1] * rank
-    extra = call.ints("output_padding") or [0] * rank
+    stride, dilation = call.integer_list("strides") or [1] * rank, call.integer_list("dilations") or [1] * rank
+    extra = call.integer_list("output_padding") or [0] * rank
     full = [dilation[i] * (kernel[i] - 1) + 1 + extra[i] for i in range(rank)]
     begin, end = _transposed_padding(call, x, full, stride)
-    target, groups, bias = _TRANSPOSED[rank], call.int("group", 1), call.get(2)
+    target, groups, bias = _TRANSPOSED[rank], call.integer("group", 1), call.get(2)
     if begin == end and min(begin) >= 0 and all(extra[i] < max(stride[i], dilation[i]) for i in range(rank)):
-        return call.call(target, x, weight, bias, stride, begin, extra, groups, dilation)  # type: ignore[no-any-return]
+        return call.call(target, x, weight, bias, stride, begin, extra, groups, dilation)
     result = call.call(target, x, weight, bias, stride, [0] * rank, [0] * rank, groups, dilation)
     # The output padding lengthens the end: what is cut there is the end padding less the output padding.
     cut = [n for axis in reversed(range(rank)) for n in (-begin[axis], extra[axis] - end[axis])]
     if bias is not None and max(cut) > 0:
         raise Refused("these paddings of a transposed convolution with a bias are not supported")
-    return call.call(aten.constant_pad_nd.default, result, cut) if any(cut) else result  # type: ignore[no-any-return]
+    return call.call(aten.constant_pad_nd.default, result, cut) if any(cut) else result
 
 
 def _transposed_padding(call: Call, x: Value, full: list[int], stride: list[int]) -> tuple[list[int], list[int]]:
     rank = len(full)
-    automatic, wanted = call.string("auto_pad", "NOTSET"), call.ints("output_shape")
+    automatic, wanted = call.string("auto_pad", "NOTSET"), call.integer_list("output_shape")
     if not wanted and automatic in ("NOTSET", "VALID", ""):
-        pads = call.ints("pads") or [0] * (2 * rank)
+        pads = call.integer_list("pads") or [0] * (2 * rank)
         return (pads[:rank], pads[rank:]) if automatic != "VALID" else ([0] * rank, [0] * rank)
     sizes = call.build.static_shape(x, range(2, rank + 2))
     wanted = wanted[-rank:] or [size * step for size, step in zip(sizes, stride, strict=True)]

@@ -29,7 +29,7 @@ _UNARY = {
 
 
 def _unary(target: Any, call: Call) -> Result:
-    return call.call(target.default, call[0])  # type: ignore[no-any-return]
+    return call.call(target.default, call[0])
 
 
 for _name, _target in _UNARY.items():
@@ -72,15 +72,15 @@ def commutative(call: Call, target: Any) -> Any:
 def sub(call: Call) -> Result:
     number = scalar_of(call, call[0], call[1])
     if number is not None:
-        return call.call(aten.rsub.Scalar, call[1], number)  # type: ignore[no-any-return]
-    return _binary(aten.sub, call, call[0], call[1])  # type: ignore[no-any-return]
+        return call.call(aten.rsub.Scalar, call[1], number)
+    return _binary(aten.sub, call, call[0], call[1])
 
 
 @operator("Div")
 def div(call: Call) -> Result:
     if call.build.dtype(call[0]).is_floating_point:
-        return _binary(aten.div, call, call[0], call[1])  # type: ignore[no-any-return]
-    return call.call(aten.div.Tensor_mode, call[0], call[1], rounding_mode="trunc")  # type: ignore[no-any-return]
+        return _binary(aten.div, call, call[0], call[1])
+    return call.call(aten.div.Tensor_mode, call[0], call[1], rounding_mode="trunc")
 
 
 @operator("Pow")
@@ -89,16 +89,16 @@ def power(call: Call) -> Result:
     dtype = call.build.dtype(base)
     if isinstance(exponent, torch.Tensor) and exponent.numel() == 1 and exponent.ndim <= call.build.rank(base) and dtype.is_floating_point:
         number = exponent.item()
-        return call.call(aten.pow.Tensor_Scalar, base, int(number) if float(number).is_integer() else number)  # type: ignore[no-any-return]
+        return call.call(aten.pow.Tensor_Scalar, base, int(number) if float(number).is_integer() else number)
     if call.build.dtype(exponent) != dtype:
         wide = call.build.cast(base, torch.float64) if call.build.dtype(exponent).is_floating_point else base
-        return call.build.cast(call.call(aten.pow.Tensor_Tensor, wide, exponent), dtype)  # type: ignore[no-any-return]
-    return call.call(aten.pow.Tensor_Tensor, base, exponent)  # type: ignore[no-any-return]
+        return call.build.cast(call.call(aten.pow.Tensor_Tensor, wide, exponent), dtype)
+    return call.call(aten.pow.Tensor_Tensor, base, exponent)
 
 
 @operator("Mod")
 def mod(call: Call) -> Result:
-    return call.call((aten.fmod if call.int("fmod") else aten.remainder).Tensor, call[0], call[1])  # type: ignore[no-any-return]
+    return call.call((aten.fmod if call.integer("fmod") else aten.remainder).Tensor, call[0], call[1])
 
 
 @operator("Sum", "Mean", "Min", "Max")
@@ -113,7 +113,8 @@ def variadic(call: Call) -> Result:
 
 _COMPARISONS = {
     "Equal": aten.eq, "Less": aten.lt, "Greater": aten.gt, "LessOrEqual": aten.le, "GreaterOrEqual": aten.ge, "And": aten.logical_and,
-    "Or": aten.logical_or, "Xor": aten.logical_xor, "BitwiseAnd": aten.bitwise_and, "BitwiseOr": aten.bitwise_or, "BitwiseXor": aten.bitwise_xor,
+    "Or": aten.logical_or, "Xor": aten.logical_xor, "BitwiseAnd": aten.bitwise_and, "BitwiseOr": aten.bitwise_or,
+    "BitwiseXor": aten.bitwise_xor,
 }  # fmt: skip
 
 
@@ -121,8 +122,8 @@ def _comparison(target: Any, call: Call) -> Result:
     a, b = call[0], call[1]
     number = scalar_of(call, b, a) if "Scalar" in target.overloads() else None
     if number is not None:
-        return call.call(target.Scalar, a, number)  # type: ignore[no-any-return]
-    return call.call(target.Tensor if "Tensor" in target.overloads() else target.default, a, b)  # type: ignore[no-any-return]
+        return call.call(target.Scalar, a, number)
+    return call.call(target.Tensor if "Tensor" in target.overloads() else target.default, a, b)
 
 
 for _name, _target in _COMPARISONS.items():
@@ -131,23 +132,23 @@ for _name, _target in _COMPARISONS.items():
 
 @operator("Where")
 def where(call: Call) -> Result:
-    return call.call(aten.where.self, call[0], call[1], call[2])  # type: ignore[no-any-return]
+    return call.call(aten.where.self, call[0], call[1], call[2])
 
 
 @operator("IsInf")
 def is_inf(call: Call) -> Result:
-    if call.int("detect_negative", 1) and call.int("detect_positive", 1):
-        return call.call(aten.isinf.default, call[0])  # type: ignore[no-any-return]
-    if not call.int("detect_negative", 1) and not call.int("detect_positive", 1):
-        return call.call(aten.full_like.default, call[0], False, dtype=torch.bool)  # type: ignore[no-any-return]
-    return call.call(aten.eq.Scalar, call[0], math.inf if call.int("detect_positive", 1) else -math.inf)  # type: ignore[no-any-return]
+    if call.integer("detect_negative", 1) and call.integer("detect_positive", 1):
+        return call.call(aten.isinf.default, call[0])
+    if not call.integer("detect_negative", 1) and not call.integer("detect_positive", 1):
+        return call.call(aten.full_like.default, call[0], False, dtype=torch.bool)
+    return call.call(aten.eq.Scalar, call[0], math.inf if call.integer("detect_positive", 1) else -math.inf)
 
 
 @operator("BitShift")
 def bit_shift(call: Call) -> Result:
     left = call.string("direction") == "LEFT"
     target = aten.bitwise_left_shift if left else aten.bitwise_right_shift
-    return call.call(target.Tensor, call[0], call[1])  # type: ignore[no-any-return]
+    return call.call(target.Tensor, call[0], call[1])
 
 
 # ---- types ----------------------------------------------------------------------------------------------------------------
@@ -155,11 +156,11 @@ def bit_shift(call: Call) -> Result:
 
 @operator("Cast")
 def cast(call: Call) -> Result:
-    target = ir.DataType(call.int("to"))
+    target = ir.DataType(call.integer("to"))
     dtype = torch_dtype(target, call.node.name or "")
     if target.bitwidth < 8 and target != ir.DataType.BOOL:
         raise Refused(f"a cast to {target.name.lower()} is not supported", way_out="use QuantizeLinear")
-    return call.build.cast(call[0], dtype)  # type: ignore[no-any-return]
+    return call.build.cast(call[0], dtype)
 
 
 @operator("CastLike")
@@ -167,7 +168,7 @@ def cast_like(call: Call) -> Result:
     like = call[1]
     if isinstance(like, torch.Tensor) and id(like) in call.build.narrow:
         raise Refused(f"a cast to {call.build.narrow[id(like)]} is not supported", way_out="use QuantizeLinear")
-    return call.build.cast(call[0], call.build.dtype(like))  # type: ignore[no-any-return]
+    return call.build.cast(call[0], call.build.dtype(like))
 
 
 @operator("Identity")

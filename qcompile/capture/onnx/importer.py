@@ -110,7 +110,9 @@ class _Import:
             raise Refused("the input has no shape", node=name, way_out="export the model with a shape, dynamic sizes may be names")
         dtype = torch_dtype(value.dtype, name)
         if value.dtype in NARROW_DTYPES:
-            raise Refused(f"{NARROW_DTYPES[value.dtype][1]} inputs are not supported", node=name, way_out="give the model int8 or float inputs")
+            raise Refused(
+                f"{NARROW_DTYPES[value.dtype][1]} inputs are not supported", node=name, way_out="give the model int8 or float inputs"
+            )
         return TensorType(dtype, tuple(self._input_size(size, name, axis) for axis, size in enumerate(value.shape)))
 
     def _input_size(self, size: int | ir.SymbolicDim, input_name: str, axis: int) -> int | str:
@@ -144,7 +146,12 @@ class _Import:
         """Return the nodes so that each comes after those it reads; nodes with subgraphs are refused before."""
         for node in self.model.graph:
             if any(attribute.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS) for attribute in node.attributes.values()):
-                raise Refused("control flow is not supported", node=_node_name(node), operator=printable(node.op_type), way_out="export the model without it")
+                raise Refused(
+                    "control flow is not supported",
+                    node=_node_name(node),
+                    operator=printable(node.op_type),
+                    way_out="export the model without it",
+                )
         try:
             self.model.graph.sort()
         except ValueError as error:
@@ -172,7 +179,9 @@ class _Import:
             raise Refused(error.reason, node=error.node or name, operator=error.operator or operator, way_out=error.way_out) from error
         except Exception as error:
             lines = [line for line in str(error).splitlines() if line.strip()] or [""]
-            raise Refused(f"{type(error).__name__}: {printable(lines[0])}", node=name, operator=operator, way_out="check the model with onnx.checker") from error
+            raise Refused(
+                f"{type(error).__name__}: {printable(lines[0])}", node=name, operator=operator, way_out="check the model with onnx.checker"
+            ) from error
         self._keep(node, result)
 
     def _keep(self, node: ir.Node, result: Result) -> None:

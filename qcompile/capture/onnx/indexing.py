@@ -26,8 +26,8 @@ def slice_inputs(call: Call) -> Result:
 
 @operator("Slice")
 def slice_attributes(call: Call) -> Result:
-    starts, ends = call.ints("starts"), call.ints("ends")
-    return _slice(call, starts, ends, call.ints("axes") or list(range(len(starts))), [1] * len(starts))
+    starts, ends = call.integer_list("starts"), call.integer_list("ends")
+    return _slice(call, starts, ends, call.integer_list("axes") or list(range(len(starts))), [1] * len(starts))
 
 
 def _slice(call: Call, starts: list[Size], ends: list[Size], axes: list[int], steps: list[int]) -> Value:
@@ -50,7 +50,7 @@ def _slice(call: Call, starts: list[Size], ends: list[Size], axes: list[int], st
             first = min(start, size - 1) if start >= 0 else max(start + size, -1)
             last = min(end, size - 1) if end >= 0 else max(end + size, -1)
             x = call.call(aten.index_select.default, x, axis, torch.arange(first, last, step) if first > last else torch.arange(0))
-    return x  # type: ignore[no-any-return]
+    return x
 
 
 def _wrapped(call: Call, indices: Value, x: Value, axis: int) -> Any:
@@ -72,29 +72,29 @@ def gather(call: Call) -> Result:
     axis = call.axis("axis", rank, 0)
     if isinstance(x, torch.Tensor) and axis == 0 and rank == 2 and isinstance(indices, fx.Node) and x.dtype.is_floating_point:
         # A table is indexed by tokens, which are never negative; the run-time check of the index is the runtime's.
-        return call.call(aten.embedding.default, x, call.build.cast(indices, torch.int64))  # type: ignore[no-any-return]
+        return call.call(aten.embedding.default, x, call.build.cast(indices, torch.int64))
     if isinstance(indices, torch.Tensor) and indices.ndim == 0:
-        return call.call(aten.select.int, x, axis, int(indices))  # type: ignore[no-any-return]
+        return call.call(aten.select.int, x, axis, int(indices))
     wrapped = _wrapped(call, indices, x, axis)
     if call.build.rank(wrapped) == 1:
-        return call.call(aten.index_select.default, x, axis, wrapped)  # type: ignore[no-any-return]
-    return call.call(aten.index.Tensor, x, [None] * axis + [wrapped])  # type: ignore[no-any-return]
+        return call.call(aten.index_select.default, x, axis, wrapped)
+    return call.call(aten.index.Tensor, x, [None] * axis + [wrapped])
 
 
 @operator("GatherElements", since=11)
 def gather_elements(call: Call) -> Result:
     axis = call.axis("axis", call.build.rank(call[0]), 0)
-    return call.call(aten.gather.default, call[0], axis, _wrapped(call, call[1], call[0], axis))  # type: ignore[no-any-return]
+    return call.call(aten.gather.default, call[0], axis, _wrapped(call, call[1], call[0], axis))
 
 
 @operator("GatherND", since=11)
 def gather_nd(call: Call) -> Result:
-    if call.int("batch_dims"):
+    if call.integer("batch_dims"):
         raise Refused("GatherND with batch_dims is not supported")
     indices = call.build.cast(call[1], torch.int64)
     count = call.build.static_shape(indices, [-1])[0]
     picked = [call.call(aten.select.int, indices, -1, position) for position in range(count)]
-    return call.call(aten.index.Tensor, call[0], picked)  # type: ignore[no-any-return]
+    return call.call(aten.index.Tensor, call[0], picked)
 
 
 @operator("ScatterElements", since=11)
@@ -102,9 +102,9 @@ def scatter_elements(call: Call) -> Result:
     axis = call.axis("axis", call.build.rank(call[0]), 0)
     indices, mode = _wrapped(call, call[1], call[0], axis), call.string("reduction", "none")
     if mode == "none":
-        return call.call(aten.scatter.src, call[0], axis, indices, call[2])  # type: ignore[no-any-return]
+        return call.call(aten.scatter.src, call[0], axis, indices, call[2])
     names = {"add": "sum", "mul": "prod", "min": "amin", "max": "amax"}
-    return call.call(aten.scatter_reduce.two, call[0], axis, indices, call[2], names[mode])  # type: ignore[no-any-return]
+    return call.call(aten.scatter_reduce.two, call[0], axis, indices, call[2], names[mode])
 
 
 @operator("ScatterND", since=11)
@@ -115,7 +115,7 @@ def scatter_nd(call: Call) -> Result:
     count = call.build.static_shape(indices, [-1])[0]
     places = [call.call(aten.select.int, indices, -1, position) for position in range(count)]
     accumulate = call.string("reduction", "none") == "add"
-    return call.call(aten.index_put.default, call[0], places, call[2], accumulate)  # type: ignore[no-any-return]
+    return call.call(aten.index_put.default, call[0], places, call[2], accumulate)
 
 
 @operator("OneHot", since=9)
@@ -124,14 +124,14 @@ def one_hot(call: Call) -> Result:
     if depth < 0:
         raise Refused("OneHot has a negative depth")
     rank = call.build.rank(call[0])
-    axis = normal_axis(call.int("axis", -1), rank + 1)
+    axis = normal_axis(call.integer("axis", -1), rank + 1)
     indices = call.build.cast(call[0], torch.int64)
     indices = call.call(aten.unsqueeze.default, call.call(aten.remainder.Scalar, indices, depth), axis)
     inside = call.call(aten.unsqueeze.default, _inside(call, depth), axis)
     places = torch.arange(depth).reshape([depth if d == axis else 1 for d in range(rank + 1)])
     hits = call.call(aten.logical_and.default, call.call(aten.eq.Tensor, indices, places), inside)
     off, on = (call.call(aten.select.int, call[2], 0, position) for position in (0, 1))
-    return call.call(aten.where.self, hits, on, off)  # type: ignore[no-any-return]
+    return call.call(aten.where.self, hits, on, off)
 
 
 def _inside(call: Call, depth: int) -> Any:

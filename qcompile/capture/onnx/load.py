@@ -98,11 +98,17 @@ def _deserialize(model: onnx.ModelProto, name: str) -> ir.Model:
         loaded = ir.serde.deserialize_model(model)
     except Exception as error:
         lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-        raise Refused(f"the ONNX model is not valid: {printable(lines[0])}", node=printable(name), way_out="run onnx.checker on it") from error
+        raise Refused(
+            f"the ONNX model is not valid: {printable(lines[0])}", node=printable(name), way_out="run onnx.checker on it"
+        ) from error
     version = loaded.opset_imports.get("", loaded.opset_imports.get("ai.onnx"))
     if version is not None and not OLDEST_OPSET <= version <= onnx.defs.onnx_opset_version():
         known = f"{OLDEST_OPSET} to {onnx.defs.onnx_opset_version()}"
-        raise Refused(f"operator set {version} is not supported; known are {known}", node=printable(name), way_out="convert the model with onnx.version_converter")
+        raise Refused(
+            f"operator set {version} is not supported; known are {known}",
+            node=printable(name),
+            way_out="convert the model with onnx.version_converter",
+        )
     return loaded
 
 
@@ -116,7 +122,9 @@ def _check_names(graph: onnx.GraphProto) -> None:
     for node in graph.node:
         for output in filter(None, node.output):
             if output in defined:
-                raise Refused(f"the value '{printable(output)}' is defined twice", node=printable(node.name), operator=printable(node.op_type))
+                raise Refused(
+                    f"the value '{printable(output)}' is defined twice", node=printable(node.name), operator=printable(node.op_type)
+                )
             defined.add(output)
     for node in graph.node:
         if missing := [name for name in node.input if name and name not in defined]:
@@ -160,12 +168,16 @@ def _check_inline(tensor: Any, count: int, needed: int, label: str) -> None:
         return
     if proto.HasField("raw_data"):
         if len(proto.raw_data) != needed:
-            raise Refused(f"its dimensions ask for {needed} bytes, the file holds {len(proto.raw_data)}", node=label, way_out="export the model again")
+            raise Refused(
+                f"its dimensions ask for {needed} bytes, the file holds {len(proto.raw_data)}", node=label, way_out="export the model again"
+            )
         return
     held = max(len(getattr(proto, field)) for field in _TYPED_FIELDS)
     per_entry = 8 // tensor.dtype.bitwidth if tensor.dtype.bitwidth < 8 else 1
     if held != -(-count // per_entry):
-        raise Refused(f"its dimensions ask for {count} elements, the file holds {held * per_entry}", node=label, way_out="export the model again")
+        raise Refused(
+            f"its dimensions ask for {count} elements, the file holds {held * per_entry}", node=label, way_out="export the model again"
+        )
 
 
 def _to_torch(array: np.ndarray[Any, Any], dtype: torch.dtype) -> torch.Tensor:
@@ -215,7 +227,9 @@ def _open_below(folder: Path, location: str, label: str) -> int:
     parts = location.split("/")
     parts = [part for part in parts if part not in ("", ".")] if not location.startswith("/") else []
     if not parts or ".." in parts or any(c in location for c in "\\\0:"):
-        raise Refused(f"its data path '{printable(location)}' leaves the model's folder", node=label, way_out="put the data beside the model")
+        raise Refused(
+            f"its data path '{printable(location)}' leaves the model's folder", node=label, way_out="put the data beside the model"
+        )
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         for position, part in enumerate(parts):

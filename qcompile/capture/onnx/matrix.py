@@ -17,10 +17,10 @@ def matmul(call: Call) -> Result:
     a, b = call[0], call[1]
     if isinstance(a, fx.Node) and call.build.rank(b) == 2 and call.build.rank(a) > 1:
         if isinstance(b, torch.Tensor) and b.dtype.is_floating_point:
-            return call.call(aten.linear.default, a, call.build.derive(b, "transposed", torch.t))  # type: ignore[no-any-return]
-        if isinstance(b, fx.Node) and (weight := transposed_weight(call, b)) is not None:
-            return call.call(aten.linear.default, a, weight)  # type: ignore[no-any-return]
-    return call.call(aten.matmul.default, a, b)  # type: ignore[no-any-return]
+            return call.call(aten.linear.default, a, call.build.derive(b, "transposed", torch.t))
+        if isinstance(b, fx.Node) and (weight := transposed_weight(call, b, single=call.is_single_use(b, 1))) is not None:
+            return call.call(aten.linear.default, a, weight)
+    return call.call(aten.matmul.default, a, b)
 
 
 def add_bias(call: Call) -> fx.Node | None:
@@ -42,28 +42,28 @@ def add_bias(call: Call) -> fx.Node | None:
 def gemm(call: Call) -> Result:
     """Return alpha * A' B' + beta * C; with B constant as one linear, alpha and beta folded into weight and bias."""
     a, b, c = call[0], call[1], call.get(2)
-    alpha, beta = call.float("alpha", 1.0), call.float("beta", 1.0)
-    if call.int("transA"):
+    alpha, beta = call.real("alpha", 1.0), call.real("beta", 1.0)
+    if call.integer("transA"):
         a = call.call(aten.permute.default, a, [1, 0])
     weight = _gemm_weight(call, b, alpha)
     if weight is None or not isinstance(a, fx.Node):
-        product = call.call(aten.matmul.default, a, call.call(aten.permute.default, b, [1, 0]) if call.int("transB") else b)
+        product = call.call(aten.matmul.default, a, call.call(aten.permute.default, b, [1, 0]) if call.integer("transB") else b)
         product = product if alpha == 1 else call.call(aten.mul.Tensor, product, alpha)
         return _add(call, product, c, beta)
     bias = _gemm_bias(call, c, beta, weight)
     if bias is not None:
-        return call.call(aten.linear.default, a, weight, bias)  # type: ignore[no-any-return]
+        return call.call(aten.linear.default, a, weight, bias)
     return _add(call, call.call(aten.linear.default, a, weight), c, beta)
 
 
 def _gemm_weight(call: Call, b: Value, alpha: float) -> Value | None:
-    transposed = bool(call.int("transB"))
+    transposed = bool(call.integer("transB"))
     if isinstance(b, torch.Tensor) and b.dtype.is_floating_point:
         if transposed and alpha == 1:
             return b
         return call.build.derive(b, f"gemm {transposed} {alpha}", lambda t: (t if transposed else t.t()) * alpha)
     if isinstance(b, fx.Node) and alpha == 1:
-        return b if transposed else transposed_weight(call, b)
+        return b if transposed else transposed_weight(call, b, single=call.is_single_use(b, 1))
     return None
 
 
@@ -81,9 +81,9 @@ def _add(call: Call, product: Value, c: Value | None, beta: float) -> Result:
     if c is None or beta == 0:
         return product
     scaled = c if beta == 1 else call.call(aten.mul.Tensor, c, beta)
-    return call.call(aten.add.Tensor, product, scaled)  # type: ignore[no-any-return]
+    return call.call(aten.add.Tensor, product, scaled)
 
 
 @operator("Einsum")
 def einsum(call: Call) -> Result:
-    return call.call(aten.einsum.default, call.string("equation"), list(call.given()))  # type: ignore[no-any-return]
+    return call.call(aten.einsum.default, call.string("equation"), list(call.given()))

@@ -112,17 +112,17 @@ class Call:
             raise Refused(f"attribute '{name}' is {attribute.type.name}, not {kind.name}")
         return attribute.value
 
-    def int(self, name: str, default: int = 0) -> int:
+    def integer(self, name: str, default: int = 0) -> int:
         return int(self._attribute(name, ir.AttributeType.INT, default))
 
-    def float(self, name: str, default: float = 0.0) -> float:
+    def real(self, name: str, default: float = 0.0) -> float:
         return float(self._attribute(name, ir.AttributeType.FLOAT, default))
 
     def string(self, name: str, default: str = "") -> str:
         value = self._attribute(name, ir.AttributeType.STRING, default)
         return value.decode(errors="replace") if isinstance(value, bytes) else str(value)
 
-    def ints(self, name: str, default: list[Any] | None = None) -> list[Any]:
+    def integer_list(self, name: str, default: list[int] | None = None) -> list[int]:
         value = self._attribute(name, ir.AttributeType.INTS, default)
         return [int(item) for item in value] if value is not None else []
 
@@ -133,7 +133,7 @@ class Call:
 
     def axis(self, name: str, rank: int, default: int) -> int:
         """Return an axis attribute as a non-negative number below rank."""
-        return normal_axis(self.int(name, default), rank)
+        return normal_axis(self.integer(name, default), rank)
 
     def is_single_use(self, value: fx.Node, index: int) -> bool:
         """Say whether this node is the only reader of its input, so that the call behind it may be changed."""

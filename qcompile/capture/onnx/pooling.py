@@ -40,9 +40,9 @@ def max_pool(call: Call) -> Result:
     if call.used_outputs() > 1:
         raise Refused("the indices of MaxPool are not supported")
     x = call[0]
-    window = Window(call, x, call.ints("kernel_shape"))
+    window = Window(call, x, call.integer_list("kernel_shape"))
     dtype = call.build.dtype(x)
-    ceil = bool(call.int("ceil_mode"))
+    ceil = bool(call.integer("ceil_mode"))
     if not _fits_torch(window) or (ceil and not dtype.is_floating_point):
         if ceil:
             _add_ceil_padding(call, x, window)
@@ -52,19 +52,19 @@ def max_pool(call: Call) -> Result:
     # torch pools integers of no width; every int8 and uint8 value is exact in float32.
     x = x if dtype.is_floating_point else call.build.cast(x, torch.float32)
     made = call.call(_MAX[window.rank], x, window.kernel, window.stride, window.begin, window.dilation, ceil)
-    return call.build.cast(made, dtype)  # type: ignore[no-any-return]
+    return call.build.cast(made, dtype)
 
 
 @operator("AveragePool")
 def average_pool(call: Call) -> Result:
     x = call[0]
-    window = Window(call, x, call.ints("kernel_shape"))
+    window = Window(call, x, call.integer_list("kernel_shape"))
     if max(window.dilation) > 1:
         raise Refused("AveragePool with dilations is not supported")
-    target, count_padding = _AVERAGE[window.rank], bool(call.int("count_include_pad"))
-    ceil = bool(call.int("ceil_mode"))
+    target, count_padding = _AVERAGE[window.rank], bool(call.integer("count_include_pad"))
+    ceil = bool(call.integer("ceil_mode"))
     if _fits_torch(window):
-        return call.call(target, x, window.kernel, window.stride, window.begin, ceil, count_padding)  # type: ignore[no-any-return]
+        return call.call(target, x, window.kernel, window.stride, window.begin, ceil, count_padding)
     zero = [0] * window.rank
     ones = call.call(aten.ones_like.default, x)
     counted = window.pad(call, ones, 1.0) if count_padding else ones
@@ -75,19 +75,19 @@ def average_pool(call: Call) -> Result:
     counted = counted if count_padding else window.pad(call, ones, 0.0)
     sums = call.call(target, window.pad(call, x, 0.0), window.kernel, window.stride, zero)
     counts = call.call(target, counted, window.kernel, window.stride, zero)
-    return call.call(aten.div.Tensor, sums, counts)  # type: ignore[no-any-return]
+    return call.call(aten.div.Tensor, sums, counts)
 
 
 @operator("LpPool")
 def lp_pool(call: Call) -> Result:
-    x, power = call[0], call.int("p", 2)
-    window = Window(call, x, call.ints("kernel_shape"))
-    if max(window.dilation) > 1 or call.int("ceil_mode"):
+    x, power = call[0], call.integer("p", 2)
+    window = Window(call, x, call.integer_list("kernel_shape"))
+    if max(window.dilation) > 1 or call.integer("ceil_mode"):
         raise Refused("LpPool with dilations or ceil_mode is not supported")
     powers = call.call(aten.pow.Tensor_Scalar, call.call(aten.abs.default, x), power)
     means = call.call(_AVERAGE[window.rank], window.pad(call, powers, 0.0), window.kernel, window.stride)
     sums = call.call(aten.mul.Tensor, means, math.prod(window.kernel))
-    return call.call(aten.pow.Tensor_Scalar, sums, 1.0 / power)  # type: ignore[no-any-return]
+    return call.call(aten.pow.Tensor_Scalar, sums, 1.0 / power)
 
 
 def _spatial(call: Call, x: Value) -> list[int]:
@@ -97,16 +97,16 @@ def _spatial(call: Call, x: Value) -> list[int]:
 @operator("GlobalAveragePool")
 def global_average_pool(call: Call) -> Result:
     if call.build.rank(call[0]) == 4:
-        return call.call(aten.adaptive_avg_pool2d.default, call[0], [1, 1])  # type: ignore[no-any-return]
-    return call.call(aten.mean.dim, call[0], _spatial(call, call[0]), True)  # type: ignore[no-any-return]
+        return call.call(aten.adaptive_avg_pool2d.default, call[0], [1, 1])
+    return call.call(aten.mean.dim, call[0], _spatial(call, call[0]), True)
 
 
 @operator("GlobalMaxPool")
 def global_max_pool(call: Call) -> Result:
-    return call.call(aten.amax.default, call[0], _spatial(call, call[0]), True)  # type: ignore[no-any-return]
+    return call.call(aten.amax.default, call[0], _spatial(call, call[0]), True)
 
 
 @operator("GlobalLpPool")
 def global_lp_pool(call: Call) -> Result:
-    result: Any = call.call(aten.linalg_vector_norm.default, call[0], call.int("p", 2), _spatial(call, call[0]), True)
-    return result  # type: ignore[no-any-return]
+    result: Any = call.call(aten.linalg_vector_norm.default, call[0], call.integer("p", 2), _spatial(call, call[0]), True)
+    return result

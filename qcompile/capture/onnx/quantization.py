@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.fx as fx
 
@@ -26,10 +28,10 @@ def _granularity(call: Call, shape: tuple[int | torch.SymInt, ...], scale: Value
     """Return the granularity of a scale: one element, one for each index of an axis, or blocks along an axis."""
     scale_shape = call.build.static_shape(scale)
     rank = len(shape)
-    if not scale_shape or (scale_shape == [1] and not call.int("block_size")):
+    if not scale_shape or (scale_shape == [1] and not call.integer("block_size")):
         return Tensor()
-    axis = normal_axis(call.int("axis", 1), rank)
-    if block := call.int("block_size"):
+    axis = normal_axis(call.integer("axis", 1), rank)
+    if block := call.integer("block_size"):
         return Group(block) if axis == rank - 1 else Group(block, axis)
     if len(scale_shape) != 1 or scale_shape[0] != shape[axis]:
         raise Refused(f"a scale of shape {scale_shape} does not fit axis {axis}")
@@ -46,9 +48,10 @@ def _grid(call: Call, format: Integer, x: Value, scale: Value, zero_point: Value
         raise Refused("the scale is not positive and finite", node=call.name(1))
     if isinstance(zero_point, torch.Tensor) and not bool(zero_point.any()):
         zero_point = None
-    if zero_point is not None:
-        constant = isinstance(zero_point, torch.Tensor)
-        zero_point = call.build.derive(zero_point, "int32", lambda t: t.to(torch.int32)) if constant else call.build.cast(zero_point, torch.int32)  # type: ignore[arg-type]
+    if isinstance(zero_point, torch.Tensor):
+        zero_point = call.build.derive(zero_point, "int32", lambda t: t.to(torch.int32))
+    elif zero_point is not None:
+        zero_point = call.build.cast(zero_point, torch.int32)
     return scale, zero_point, Scheme(format, granularity, symmetric=zero_point is None)
 
 
@@ -57,13 +60,13 @@ def _flat(call: Call, value: Value) -> Value:
         return value
     if isinstance(value, torch.Tensor):
         return call.build.derive(value, "scalar", lambda t: t.reshape(()))
-    return call.build.reshape(value, [])  # type: ignore[no-any-return]
+    return call.build.reshape(value, [])
 
 
 @operator("QuantizeLinear", since=10)
 def quantize_linear(call: Call) -> Result:
     zero_point = call.get(2)
-    wanted = {0: None, 2: torch.uint8, 3: torch.int8}.get(call.int("output_dtype"), torch.int16)
+    wanted = {0: None, 2: torch.uint8, 3: torch.int8}.get(call.integer("output_dtype"), torch.int16)
     dtype = call.build.dtype(zero_point) if zero_point is not None else wanted or torch.uint8
     x = call.build.cast(call[0], call.build.dtype(call[1]))
     scale, zero_point, scheme = _grid(call, _format(call, dtype, zero_point), x, call[1], zero_point)
@@ -103,8 +106,11 @@ def dynamic_quantize_linear(call: Call) -> Result:
     return codes, scale, call.build.cast(zero_point, torch.uint8)
 
 
-def transposed_weight(call: Call, node: fx.Node) -> fx.Node | None:
-    """Return the transpose of a dequantized constant weight [in, out] as a dequantized constant [out, in], or None for other nodes."""
+def transposed_weight(call: Call, node: fx.Node, *, single: bool) -> fx.Node | None:
+    """Return the transpose of a dequantized constant weight [in, out] as a dequantized constant [out, in], or None for other nodes.
+
+    ``single`` says that nothing else will read the weight, so that the call for its old form is taken back.
+    """
     if node.target is not qc.dequantize.default or len(node.args) != 4:  # packed codes stay as they are
         return None
     codes, scale, zero_point, text = node.args
@@ -113,5 +119,15 @@ def transposed_weight(call: Call, node: fx.Node) -> fx.Node | None:
         return None
     granularity = Channel(1 - scheme.granularity.axis % 2) if isinstance(scheme.granularity, Channel) else scheme.granularity
     turned = Scheme(scheme.format, granularity, scheme.symmetric)
-    weight = call.build.derive(call.build.constants[str(codes.target)], "transposed", torch.t)
+    weight = call.build.derive(_tensor(call, codes), "transposed", torch.t)
+    scale, zero_point = (_tensor(call, item) for item in (scale, zero_point))
+    if single:
+        call.build.release(node)
     return call.build.call_node(qc.dequantize.default, weight, scale, zero_point, str(turned))
+
+
+def _tensor(call: Call, item: Any) -> Any:
+    """Return the tensor of a constant's node under its name, and anything else as it is."""
+    if not isinstance(item, fx.Node) or item.op != "get_attr":
+        return item
+    return call.build.name_constant(call.build.constants[str(item.target)], str(item.target))

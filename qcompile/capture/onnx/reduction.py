@@ -57,13 +57,13 @@ def reduce(call: Call) -> Result:
     """Reduce over axes given as attribute or input; none means all of them, or nothing where ``noop_with_empty_axes`` says so."""
     x = call[0]
     rank = call.build.rank(x)
-    axes = call.integers(1) if call.get(1) is not None else call.ints("axes")
-    if not axes and call.int("noop_with_empty_axes"):
+    axes = call.integers(1) if call.get(1) is not None else call.integer_list("axes")
+    if not axes and call.integer("noop_with_empty_axes"):
         return _elementwise_part(call, x)
     axes = sorted({normal_axis(axis, rank) for axis in axes}) if axes else list(range(rank))
     if not rank:
         return _elementwise_part(call, x)
-    return _REDUCTIONS[call.node.op_type](call, x, axes, bool(call.int("keepdims", 1)))  # type: ignore[no-any-return]
+    return _REDUCTIONS[call.node.op_type](call, x, axes, bool(call.integer("keepdims", 1)))
 
 
 def _elementwise_part(call: Call, x: Value) -> Any:
@@ -79,23 +79,23 @@ def _elementwise_part(call: Call, x: Value) -> Any:
 @operator("ArgMax", "ArgMin")
 def index_of_extremum(call: Call) -> Result:
     target = aten.argmax.default if call.node.op_type == "ArgMax" else aten.argmin.default
-    axis, keep = call.axis("axis", call.build.rank(call[0]), 0), bool(call.int("keepdims", 1))
-    if not call.int("select_last_index"):
-        return call.call(target, call[0], axis, keep)  # type: ignore[no-any-return]
+    axis, keep = call.axis("axis", call.build.rank(call[0]), 0), bool(call.integer("keepdims", 1))
+    if not call.integer("select_last_index"):
+        return call.call(target, call[0], axis, keep)
     found = call.call(target, call.call(aten.flip.default, call[0], [axis]), axis, keep)
-    return call.call(aten.rsub.Scalar, found, call.build.static_shape(call[0], [axis])[0] - 1)  # type: ignore[no-any-return]
+    return call.call(aten.rsub.Scalar, found, call.build.static_shape(call[0], [axis])[0] - 1)
 
 
 @operator("CumSum", since=11)
 def cumulative_sum(call: Call) -> Result:
     x = call[0]
     axis = normal_axis(int(call.constant(1).reshape(()).item()), call.build.rank(x))
-    if call.int("reverse"):
+    if call.integer("reverse"):
         x = call.call(aten.flip.default, x, [axis])
     total = call.build.cast(call.call(aten.cumsum.default, x, axis), call.build.dtype(x))
-    if call.int("exclusive"):
+    if call.integer("exclusive"):
         total = call.call(aten.sub.Tensor, total, x)
-    return call.call(aten.flip.default, total, [axis]) if call.int("reverse") else total  # type: ignore[no-any-return]
+    return call.call(aten.flip.default, total, [axis]) if call.integer("reverse") else total
 
 
 @operator("TopK", since=10)
@@ -107,5 +107,5 @@ def top_k(call: Call) -> Result:
     if count[0] > call.build.static_shape(call[0], [axis])[0]:
         raise Refused(f"axis {axis} has fewer than {count[0]} elements")
     # A stable sort, because among equal elements ONNX takes the one with the lower index first; torch.topk takes any.
-    made = call.call(aten.sort.stable, call[0], stable=True, dim=axis, descending=bool(call.int("largest", 1)))
+    made = call.call(aten.sort.stable, call[0], stable=True, dim=axis, descending=bool(call.integer("largest", 1)))
     return tuple(call.call(aten.slice.Tensor, call.build.item(made, index), axis, 0, count[0]) for index in range(2))

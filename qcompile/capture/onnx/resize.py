@@ -29,13 +29,13 @@ def resize_by_scales(call: Call) -> Result:
 @operator("Resize", since=11)
 def resize(call: Call) -> Result:
     x, rank = call[0], call.build.rank(call[0])
-    axes = [normal_axis(axis, rank) for axis in call.ints("axes")] or list(range(rank))
+    axes = [normal_axis(axis, rank) for axis in call.integer_list("axes")] or list(range(rank))
     given_scales, given_sizes = call.get(2), call.get(3)
     scales = call.constant(2).tolist() if given_scales is not None and call.build.shape(given_scales) != (0,) else None
     sizes = call.integers(3) if given_sizes is not None and call.build.shape(given_sizes) != (0,) else None
     if (scales is None) == (sizes is None):
         raise Refused("Resize needs either scales or sizes")
-    if call.string("keep_aspect_ratio_policy", "stretch") != "stretch" or call.int("antialias"):
+    if call.string("keep_aspect_ratio_policy", "stretch") != "stretch" or call.integer("antialias"):
         raise Refused("Resize with antialias or a kept aspect ratio is not supported")
     coordinates = call.string("coordinate_transformation_mode", "half_pixel")
     if coordinates not in _COORDINATES:
@@ -43,7 +43,9 @@ def resize(call: Call) -> Result:
     return _resize(call, x, axes, scales, sizes, coordinates, call.string("nearest_mode", "round_prefer_floor"))
 
 
-def _resize(call: Call, x: Value, axes: list[int], scales: list[float] | None, sizes: list[int] | None, coordinates: str, nearest: str) -> Value:
+def _resize(
+    call: Call, x: Value, axes: list[int], scales: list[float] | None, sizes: list[int] | None, coordinates: str, nearest: str
+) -> Value:
     mode = call.string("mode", "nearest")
     if mode not in ("nearest", "linear", "cubic"):
         raise Refused(f"Resize mode '{mode}' is not supported")
@@ -55,12 +57,18 @@ def _resize(call: Call, x: Value, axes: list[int], scales: list[float] | None, s
     for axis, factor in zip(axes, scales, strict=True):
         factors[axis] = factor
     if mode == "nearest" and _is_torch_nearest(factors, coordinates, nearest):
-        return call.call(aten.upsample_nearest2d.vec, x, None, factors[2:])  # type: ignore[no-any-return]
-    if mode == "linear" and coordinates in ("half_pixel", "pytorch_half_pixel") and len(shape) == 4 and factors[:2] == [1, 1] and sizes is not None:
+        return call.call(aten.upsample_nearest2d.vec, x, None, factors[2:])
+    if (
+        mode == "linear"
+        and coordinates in ("half_pixel", "pytorch_half_pixel")
+        and len(shape) == 4
+        and factors[:2] == [1, 1]
+        and sizes is not None
+    ):
         by_axis = dict(zip(axes, sizes, strict=True))
         wanted = [by_axis.get(axis, shape[axis]) for axis in (2, 3)]
         if coordinates == "half_pixel" or min(wanted) > 1:
-            return call.call(aten.upsample_bilinear2d.vec, x, wanted, False, None)  # type: ignore[no-any-return]
+            return call.call(aten.upsample_bilinear2d.vec, x, wanted, False, None)
     for position, axis in enumerate(axes):
         if scales[position] != 1:
             x = _resize_axis(call, x, axis, scales[position], sizes[position] if sizes is not None else None, (mode, coordinates, nearest))
@@ -119,11 +127,11 @@ def _taps(call: Call, mode: str, place: float, size: int) -> list[tuple[int, flo
     part = place - base
     if mode == "linear":
         return [(base, 1 - part), (base + 1, part)]
-    a = call.float("cubic_coeff_a", -0.75)
+    a = call.real("cubic_coeff_a", -0.75)
     distances = [part + 1, part, 1 - part, 2 - part]
     near = [(a + 2) * d**3 - (a + 3) * d**2 + 1 if d <= 1 else a * d**3 - 5 * a * d**2 + 8 * a * d - 4 * a for d in distances]
     taps = list(zip(range(base - 1, base + 3), near, strict=True))
-    if not call.int("exclude_outside"):
+    if not call.integer("exclude_outside"):
         return taps
     inside = [(source, weight) for source, weight in taps if 0 <= source < size]
     total = sum(weight for _, weight in inside)

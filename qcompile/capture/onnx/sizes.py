@@ -92,7 +92,7 @@ def extremum(call: Call, inputs: list[Any]) -> Any:
 
 @rule("Cast")
 def cast(call: Call, inputs: list[Any]) -> Any:
-    return inputs[0] if call.int("to") in (6, 7) else None  # INT32, INT64
+    return inputs[0] if call.integer("to") in (6, 7) else None  # INT32, INT64
 
 
 @rule("Identity")
@@ -127,21 +127,21 @@ def where(call: Call, inputs: list[Any]) -> Any:
 
 @rule("Concat")
 def concat(call: Call, inputs: list[Any]) -> Any:
-    return np.concatenate(inputs, axis=call.int("axis"))
+    return np.concatenate(inputs, axis=call.integer("axis"))
 
 
 @rule("Gather")
 def gather(call: Call, inputs: list[Any]) -> Any:
     if any(isinstance(item, fx.Node) for item in inputs[1].reshape(-1)):
         return None
-    return np.take(inputs[0], inputs[1].astype(np.int64), axis=call.int("axis"))
+    return np.take(inputs[0], inputs[1].astype(np.int64), axis=call.integer("axis"))
 
 
 @rule("Slice")
 def slice_sizes(call: Call, inputs: list[Any]) -> Any:
     if call.version < 10:
-        starts, ends = call.ints("starts"), call.ints("ends")
-        axes, steps = call.ints("axes") or list(range(len(starts))), [1] * len(starts)
+        starts, ends = call.integer_list("starts"), call.integer_list("ends")
+        axes, steps = call.integer_list("axes") or list(range(len(starts))), [1] * len(starts)
     else:
         lists = [None if array is None else array.reshape(-1).tolist() for array in (inputs + [None] * 5)[1:5]]
         starts, ends = lists[0] or [], lists[1] or []
@@ -158,7 +158,7 @@ def slice_sizes(call: Call, inputs: list[Any]) -> Any:
 
 @rule("Unsqueeze", "Squeeze")
 def change_rank(call: Call, inputs: list[Any]) -> Any:
-    axes = [int(axis) for axis in inputs[1].reshape(-1)] if len(inputs) > 1 and inputs[1] is not None else call.ints("axes")
+    axes = [int(axis) for axis in inputs[1].reshape(-1)] if len(inputs) > 1 and inputs[1] is not None else call.integer_list("axes")
     if call.node.op_type == "Squeeze":
         return np.squeeze(inputs[0], tuple(axes) if axes else None)
     return np.expand_dims(inputs[0], tuple(axes))
@@ -176,4 +176,4 @@ def reduce_product(call: Call, inputs: list[Any]) -> Any:
     result: Any = 1
     for item in inputs[0]:
         result = call.build.size_arithmetic(operator.mul, result, item)
-    return _filled([result], (1,) if call.int("keepdims", 1) else ())
+    return _filled([result], (1,) if call.integer("keepdims", 1) else ())

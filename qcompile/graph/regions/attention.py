@@ -56,7 +56,7 @@ def _describe(node: fx.Node) -> AttentionRegion:
 
 def _linear_behind(node: fx.Node) -> fx.Node | None:
     """Return the one linear that a value is computed from through views and rotary embedding."""
-    found = {x for x in _walk(node, lambda n: n.all_input_nodes)}
+    found = set(_walk(node, lambda n: n.all_input_nodes))
     return next(iter(found)) if len(found) == 1 else None
 
 

@@ -6,6 +6,7 @@ longest run of equal operator sequences, cut where the fewest values cross.
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -49,8 +50,8 @@ def sweep_regions(graph: Graph) -> list[list[fx.Node]]:
     """Return all operators cut into what stands before, in, between and after the blocks: the regions of a sweep."""
     nodes = [node for node in graph.nodes if node.op in ("call_function", "call_module")]
     place = {node: i for i, node in enumerate(nodes)}
-    borders = sorted({0, len(nodes), *(place[b.nodes[0]] for b in repeated_blocks(graph)), *(place[b.nodes[-1]] + 1 for b in repeated_blocks(graph))})
-    return [nodes[start:stop] for start, stop in zip(borders, borders[1:], strict=False)]
+    ends = {border for block in repeated_blocks(graph) for border in (place[block.nodes[0]], place[block.nodes[-1]] + 1)}
+    return [nodes[start:stop] for start, stop in itertools.pairwise(sorted({0, len(nodes)} | ends))]
 
 
 def _block(name: str, nodes: Sequence[fx.Node]) -> Block:
@@ -80,7 +81,7 @@ def _spans_by_scope(nodes: Sequence[fx.Node]) -> list[Span]:
         return []
     best = max(stacks, key=lambda stack: sum(len(places[scope]) for scope in stacks[stack]))
     spans = sorted((min(places[scope]), max(places[scope]) + 1, scope) for scope in stacks[best])
-    if any(first[1] > second[0] for first, second in zip(spans, spans[1:], strict=False)):
+    if any(first[1] > second[0] for first, second in itertools.pairwise(spans)):
         return []
     return [(scope, start, stop) for start, stop, scope in spans]
 

@@ -35,7 +35,8 @@ class Way:
 
 Carry = Callable[[fx.Node, fx.Node, dict[str, Any], Layout], Way | None]
 
-_VIEWS = ("aten.view", "aten._unsafe_view", "aten.reshape", "aten.flatten.using_ints", "aten.unsqueeze", "aten.squeeze.dim", "aten.squeeze.dims")
+_VIEWS = ("aten.view", "aten._unsafe_view", "aten.reshape", "aten.flatten.using_ints",
+          "aten.unsqueeze", "aten.squeeze.dim", "aten.squeeze.dims")  # fmt: skip
 _SAME = ("aten.clone", "aten.alias", "aten.detach", "aten.contiguous", "aten.dropout", "aten.lift_fresh_copy")
 _POOLS = ("aten.avg_pool2d", "aten.adaptive_avg_pool2d", "aten.max_pool2d")
 

@@ -1,9 +1,9 @@
 """Where the channels of a producer lie inside a value: a layout, and how views and transposes carry it along.
 
 The value projection of grouped-query attention gives [batch, tokens, kv_heads * d]; after ``view``, ``transpose`` and ``expand`` the same
-channels stand in [batch, kv_heads, groups, tokens, d], and the output projection reads them as [batch, tokens, heads * d]. A layout splits every
-axis into *atoms* (size, stride): the channel of an element is the sum of index * stride over all its atoms. Stride 0 says that an index
-has nothing to do with the channel: batch, tokens, repeated heads.
+channels stand in [batch, kv_heads, groups, tokens, d], and the output projection reads them as [batch, tokens, heads * d]. A layout
+splits every axis into *atoms* (size, stride): the channel of an element is the sum of index * stride over all its atoms. Stride 0 says
+that an index has nothing to do with the channel: batch, tokens, repeated heads.
 """
 
 from __future__ import annotations

@@ -3,9 +3,9 @@
     embedding, attention output, down projection   write: their rows can be rotated
     normalization -> linears, linears              read: their columns can be rotated back
 
-RMS normalization commutes with a rotation once its gain has moved into the linears that follow. LayerNorm also subtracts the mean over channels;
-if every reader does so, the writers can do it instead, and what is left is RMS normalization (Ashkboos et al., SliceGPT 2024, section 3). A
-stream on which a LayerNorm stands itself (post-norm: BERT) cannot be rotated.
+RMS normalization commutes with a rotation once its gain has moved into the linears that follow. LayerNorm also subtracts the mean over
+channels; if every reader does so, the writers can do it instead, and what is left is RMS normalization (Ashkboos et al., SliceGPT 2024,
+section 3). A stream on which a LayerNorm stands itself (post-norm: BERT) cannot be rotated.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch.fx as fx
 
 from qcompile.graph.graph import Graph, node_name
 from qcompile.graph.regions.layout import channel_layout
-from qcompile.graph.regions.scale import PRODUCTS, Consumer, follow
+from qcompile.graph.regions.scale import Consumer, follow
 from qcompile.graph.text import bound_arguments, operator_name
 
 
@@ -68,9 +68,10 @@ class ResidualStream:
 
 
 _SUM = "aten.add.Tensor"
-_HAND_ON = frozenset({"aten.clone", "aten.dropout", "aten.alias", "aten.detach", "aten.view", "aten._unsafe_view", "aten.reshape", "aten.slice.Tensor",
-                      "aten.select.int", "aten.unsqueeze", "aten.squeeze.dim", "aten.expand", "aten.mul.Scalar", "aten.mul.Tensor", "aten.contiguous",
-                      "aten.cat"})  # fmt: skip
+_HAND_ON = frozenset(
+    {"aten.clone", "aten.dropout", "aten.alias", "aten.detach", "aten.view", "aten._unsafe_view", "aten.reshape", "aten.slice.Tensor",
+     "aten.select.int", "aten.unsqueeze", "aten.squeeze.dim", "aten.expand", "aten.mul.Scalar", "aten.mul.Tensor", "aten.contiguous"}
+)  # fmt: skip
 
 
 def residual_streams(graph: Graph) -> list[ResidualStream]:
@@ -85,7 +86,7 @@ def residual_streams(graph: Graph) -> list[ResidualStream]:
     for members in {id(part): part for part in group.values()}.values():
         values = [node for node in graph.nodes if node in members]
         stream = _describe(graph, values) if any(operator_name_of(node) == _SUM for node in values) else None
-        if stream and (stream.norms or stream.refused and _touches_norm(values)):
+        if stream and (stream.norms or (stream.refused and _touches_norm(values))):
             streams.append(stream)
     return streams
 
@@ -108,7 +109,7 @@ def _joined(node: fx.Node) -> list[fx.Node]:
         return operands if len(operands) == 2 and bound_arguments(node)["alpha"] == 1 else []
     if name in ("aten.mul.Tensor", "aten.mul.Scalar") and isinstance(bound_arguments(node)["other"], fx.Node):
         return []
-    keeps_axis = name in _HAND_ON and name != "aten.cat" and not _moves_last(node, shape)
+    keeps_axis = name in _HAND_ON and not _moves_last(node, shape)
     return operands[:1] if keeps_axis else []
 
 
@@ -150,7 +151,8 @@ def _describe(graph: Graph, values: list[fx.Node]) -> ResidualStream:
 
 def _add_writer(graph: Graph, stream: ResidualStream, node: fx.Node) -> None:
     name = operator_name(node.target) if node.op == "call_function" else node.op
-    constant = name == "get_attr" or (name in ("aten.linear", "aten.embedding") and graph.constant(bound_arguments(node)["weight"]) is not None)
+    table = name in ("aten.linear", "aten.embedding") and graph.constant(bound_arguments(node)["weight"]) is not None
+    constant = name == "get_attr" or table
     stream.writers.append(node)
     if name in ("aten.layer_norm", "aten.rms_norm"):
         stream.refused = stream.refused or f"the normalization %{node.name} stands on the stream itself (post-norm)"
@@ -171,8 +173,8 @@ def _add_reader(graph: Graph, stream: ResidualStream, value: fx.Node, user: fx.N
         stream.norms.append(norm)
         done |= {*norm.entries, norm.result}
     else:
-        stream.refused = stream.refused or norm or (
-            "it is an output of the model" if user.op == "output" else f"%{node_name(user)} ({name}) reads it"
+        stream.refused = (
+            stream.refused or norm or ("it is an output of the model" if user.op == "output" else f"%{node_name(user)} ({name}) reads it")
         )
 
 
@@ -243,7 +245,8 @@ def _linear_readers(node: fx.Node) -> tuple[Consumer, ...] | str:
     if isinstance(edge, str):
         return f"after the normalization, {edge}"
     for consumer in edge.consumers:
-        if operator_name(consumer.node.target) not in PRODUCTS - {"aten.conv2d"} or edge.block or not torch.equal(consumer.columns, torch.arange(channels)):
+        in_order = torch.equal(consumer.columns, torch.arange(channels))
+        if operator_name(consumer.node.target) != "aten.linear" or edge.block or not in_order:
             return f"%{consumer.node.name} reads the normalization %{node.name} through operators that a rotation does not pass"
     return edge.consumers
 

@@ -12,7 +12,10 @@ from qcompile.graph.text import bound_arguments, operator_name
 
 
 def map_outputs(graph: Graph, node: fx.Node, matrix: torch.Tensor) -> None:
-    """Make a linear, an embedding or a constant give y P instead of y, for P f64 [n, n]; n may be a divisor of the channels (one P per run)."""
+    """Make a linear, an embedding or a constant give y P instead of y, for P f64 [n, n].
+
+    Where n divides the channels, each run of n is mapped.
+    """
     if node.op == "get_attr":
         _set(graph, node, _runs(tensor_of(graph, node).to(torch.float64), matrix))
         return
@@ -27,7 +30,7 @@ def map_outputs(graph: Graph, node: fx.Node, matrix: torch.Tensor) -> None:
 
 
 def map_inputs(graph: Graph, node: fx.Node, matrix: torch.Tensor) -> None:
-    """Make a linear right for an input x P, P orthogonal f64 [n, n]: W P takes the place of W (n may be a divisor of the inputs)."""
+    """Make a linear right for an input x P, P orthogonal f64 [n, n] (or each run of n): W P takes the place of W."""
     weight = graph.own_constant(bound_arguments(node)["weight"], node)
     _set(graph, weight, _runs(tensor_of(graph, weight).to(torch.float64), matrix))
 

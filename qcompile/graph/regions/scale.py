@@ -192,7 +192,7 @@ class _Walk:
         if columns is None:
             return f"%{node_name(user)} does not read the channels along its input axis"
         weight = arguments["weight"]
-        if weight.op != "get_attr" or any(arguments[key] is bound for key, bound in arguments.items() if key != "input" and bound is arguments["input"]):
+        if weight.op != "get_attr":
             return f"the weight of %{node_name(user)} is not a constant"
         if reason := "" if self.shared else _shared_parameter((weight,)):
             return reason

@@ -93,7 +93,8 @@ def test_dynamic_per_token(compile_kernel: Build, text: str, width: int) -> None
     ("text", "width"),
     [
         ("int8 channel=0 sym", 37), ("uint8 channel=0 affine", 64), ("int4 group=16 sym", 45), ("uint4 group=32 affine", 96),
-        ("uint3 channel=0 affine", 50), ("int5 tensor sym", 21), ("uint1 channel=0 sym", 40), ("int7 tensor affine", 17), ("int2 group=16 sym", 33),
+        ("uint3 channel=0 affine", 50), ("int5 tensor sym", 21), ("uint1 channel=0 sym", 40), ("int7 tensor affine", 17),
+        ("int2 group=16 sym", 33),
     ],
 )  # fmt: skip
 def test_embedding_gathers_packed_rows(compile_kernel: Build, text: str, width: int) -> None:
