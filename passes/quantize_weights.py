@@ -37,7 +37,7 @@ from qcompile.solvers import mse
 from qcompile.solvers.gptq import row_errors
 from qcompile.statistics import Gram, Request, collect_sequentially
 from qcompile.statistics.collectors import Result
-from qcompile.statistics.regions import product_count, split_regions
+from qcompile.statistics.regions import split_after_products
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ class QuantizeWeights(Pass):
         if waiting:
             assert context.calibration is not None
             requests = [request for weight in waiting for request in weight.requests]
-            collect_sequentially(graph, requests, context.calibration, solve_ready, regions=split_regions(graph, 1, product_count))
+            collect_sequentially(graph, requests, context.calibration, solve_ready, regions=split_after_products(graph))
         assert not waiting
         return len(weights)
 

@@ -28,11 +28,12 @@ import safetensors.torch
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from qcompile.capture.examples import table_rows
 from qcompile.errors import Refused
 from qcompile.files import atomic_file, remove_strays
 from qcompile.graph import Graph, parse_graph, print_graph, tensor_digest
 from qcompile.graph.text import DIGEST_LENGTH
-from qcompile.runtime import check_inputs, to_output_kind
+from qcompile.runtime import check_indices, check_inputs, to_output_kind
 from qcompile.target import Executable
 
 FORMAT_VERSION = 1
@@ -105,6 +106,7 @@ class Artifact:
         self.report = dict(report)
         self.versions, self.tokenizer = dict(versions), tokenizer
         self.threads: int | None = None
+        self._rows = [table_rows(graph, node) for node in graph.inputs]
         self._executable: Executable | None = None
 
     # ---- running ----------------------------------------------------------------------------------------------------------
@@ -120,6 +122,7 @@ class Artifact:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         tensors, kind = check_inputs(self.graph, args, kwargs)
+        check_indices(self.graph, tensors, self._rows)
         outputs = [to_output_kind(output, kind) for output in self.executable(tensors)]
         return outputs[0] if len(outputs) == 1 else tuple(outputs)
 
@@ -241,10 +244,17 @@ def _check_archive(path: Path, archive: zipfile.ZipFile) -> None:
         raise Refused(f"the artifact has format {version.decode(errors='replace')}, this is qcompile for format {FORMAT_VERSION}", node=str(path))
     names = [info.filename for info in infos]
     size = path.stat().st_size
+    start = 0
+    for info in infos:
+        if info.header_offset != start:
+            raise Refused("the file holds something beside the members of an artifact", node=str(path))
+        start += 30 + len(info.filename.encode()) + len(info.extra) + info.file_size
     if len(set(names)) != len(names) or any(info.compress_type != zipfile.ZIP_STORED or info.file_size > size for info in infos):
         raise Refused("the artifact holds a member twice, compressed, or larger than the file", node=str(path))
-    if sum(info.file_size for info in infos) > size:
-        raise Refused("members of the artifact overlap", node=str(path))
+    if start != archive.start_dir:
+        raise Refused("the file holds something beside the members of an artifact", node=str(path))
+    if names[:1] != ["manifest.json"] or infos[0].file_size > LARGEST_HEADER:
+        raise Refused(f"the manifest is not the first member, or larger than {LARGEST_HEADER} bytes", node=str(path))
 
 
 def _read_checked(path: Path, archive: zipfile.ZipFile, manifest: Manifest) -> dict[str, bytes]:

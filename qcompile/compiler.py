@@ -221,11 +221,12 @@ class _State:
 
     def dump(self, context: Context) -> dict[str, Any]:
         return {"errors": self.errors, "float_number": self.float_number if self.float_graph is not None else None,
-                "notes": context.notes, "reasons": context.log.reasons}  # fmt: skip
+                "notes": context.notes, "kernel_times": context.kernel_times_used, "reasons": context.log.reasons}  # fmt: skip
 
     @classmethod
     def restore(cls, saved: Mapping[str, Any], checkpoints: Checkpoints, graph: Graph, context: Context) -> _State:
         context.notes += [tuple(note) for note in saved["notes"]]
+        context.kernel_times_used = dict(saved["kernel_times"])
         context.log.reasons.update(saved["reasons"])
         number = saved["float_number"]
         return cls(dict(saved["errors"]), checkpoints.load(number) if number is not None else None, number)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import os
 import tempfile
 from collections.abc import Iterator
@@ -27,8 +28,10 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
             os.fsync(file.fileno())
         temporary.chmod(0o644)
         temporary.replace(path)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise Refused(f"cannot be written: {error.strerror}", node=str(path), way_out="free space or choose another folder") from error
         raise
     folder = os.open(path.parent, os.O_RDONLY)
     try:
@@ -45,7 +48,7 @@ def write_atomic(path: Path, content: bytes) -> None:
 
 def remove_strays(path: Path) -> None:
     """Remove temporary files that a killed process left beside ``path``."""
-    for stray in path.parent.glob(f".{path.name}.*.tmp"):
+    for stray in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
         stray.unlink(missing_ok=True)
 
 

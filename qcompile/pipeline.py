@@ -67,6 +67,7 @@ class Context:
         notes: ``(node, text)`` lines for the report, such as why a layer stays float.
         cache: folder for cached statistics, None for no cache.
         kernel_times: table of measured kernel times, None for the one in the cache folder.
+        kernel_times_used: the entries of that table that decided something.
     """
 
     target: Target
@@ -78,6 +79,7 @@ class Context:
     notes: list[tuple[str, str]] = field(default_factory=list)
     cache: Path | None = None
     kernel_times: Path | None = None
+    kernel_times_used: dict[str, dict[str, float]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

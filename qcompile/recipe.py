@@ -49,7 +49,6 @@ class Recipe(BaseModel):
         schemes: what each layer becomes.
         calibration_samples: how many samples of the calibration data are used.
         needs_data: the pipeline reads calibration data.
-        speed_gate: a layer whose low-bit kernel is measured slower than its float kernel stays float.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -60,7 +59,6 @@ class Recipe(BaseModel):
     schemes: Schemes = Schemes()
     calibration_samples: int = Field(default=128, ge=1)
     needs_data: bool = True
-    speed_gate: bool = True
 
     @field_validator("pipeline", mode="before")
     @classmethod

@@ -62,6 +62,7 @@ def build_report(graph: Graph, context: Context, errors: Mapping[str, float]) ->
     return {
         "layers": [{key: value for key, value in layer.items() if key not in ("stored_bits",)} for layer in layers],
         "float_ops": float_ops,
+        "kernel_times": context.kernel_times_used,
         "notes": [list(note) for note in context.notes],
         "bits_per_weight": round(bits / elements, 4) if elements else 32.0,
         "bytes": sum(stored.values()),

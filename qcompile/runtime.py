@@ -59,12 +59,25 @@ def _check(name: str, value: Any, expected: TensorType, graph: Graph, sizes: dic
 
 def _to_tensor(name: str, value: Any) -> torch.Tensor:
     try:
-        if isinstance(value, np.ndarray) and not (value.flags.writeable and value.dtype.isnative):
-            value = value.astype(value.dtype.newbyteorder("="))
+        if isinstance(value, np.ndarray) and not _shareable(value):
+            value = np.ascontiguousarray(value, value.dtype.newbyteorder("=")).copy()
         tensor = value if isinstance(value, torch.Tensor) else torch.from_numpy(value) if isinstance(value, np.ndarray) else torch.from_dlpack(value)
     except (TypeError, ValueError, BufferError, RuntimeError, AttributeError) as error:
         raise Refused(f"a {type(value).__name__} is no array that can be taken", node=name, way_out="give a NumPy array or a torch tensor") from error
     return tensor.detach().contiguous()
+
+
+def _shareable(array: np.ndarray) -> bool:
+    """Say whether torch can look at the array's own memory."""
+    strides = all(stride >= 0 and stride % array.itemsize == 0 for stride in array.strides)
+    return bool(array.flags.writeable and array.dtype.isnative and strides)
+
+
+def check_indices(graph: Graph, tensors: Sequence[torch.Tensor], rows: Sequence[int | None]) -> None:
+    """Raise Refused where an input that indexes a table points beyond it; kernels read where they are told to."""
+    for node, tensor, count in zip(graph.inputs, tensors, rows, strict=True):
+        if count is not None and tensor.numel() and not (int(tensor.min()) >= 0 and int(tensor.max()) < count):
+            raise Refused(f"it holds an index outside of its table, allowed are 0 to {count - 1}", node=node.name)
 
 
 def to_output_kind(output: torch.Tensor, kind: str) -> Any:

@@ -50,12 +50,13 @@ class Target(ABC):
         name: the name on the command line.
         summary: one line for ``qcompile targets``.
         kernels: the support table.
-        exact: the target computes the qc operators by their meaning, so every legal graph runs.
+        measures: kernel times can be measured on this machine.
     """
 
     name: str
     summary: str
     kernels: tuple[Kernel, ...] = ()
+    measures: bool = False
 
     def supports(self, operator: str, scheme: LayerScheme) -> str | None:
         """Return None if there is a kernel for this operator and scheme, else the reason with the nearest scheme that runs."""
@@ -88,6 +89,14 @@ class Target(ABC):
             graph: is not changed.
             threads: worker threads, by default every physical core this process may use.
         """
+
+    def measure(self, graph: Graph, inputs: Sequence[torch.Tensor]) -> float:
+        """Return the median microseconds of one call of a graph; only where ``measures``."""
+        raise NotImplementedError(f"{self.name} does not measure")
+
+    def machine(self) -> str:
+        """Return what kernel times depend on: processor and threads."""
+        return self.name
 
     def leftovers(self, graph: Graph) -> list[tuple[str, str, str]]:
         """Return (node, operator, reason) of every operator that no kernel of this target runs in low bits."""

@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+import importlib.util
+import json
 import os
 import random
+import sys
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 import hypothesis
 import numpy as np
 import pytest
 
+if TYPE_CHECKING:
+    from qcompile import Artifact
+
 REPOSITORY = Path(__file__).resolve().parents[1]
 GOLDEN = REPOSITORY / "tests" / "golden"
+TINY = REPOSITORY / "tests" / "tiny_models.py"
 
 # Derandomized: a run fails or passes for what the tree holds. No deadline: time is never judged in a test.
 hypothesis.settings.register_profile("project", derandomize=True, deadline=None, database=None, print_blob=True)
@@ -86,3 +96,66 @@ def golden(request: pytest.FixtureRequest) -> Callable[[str, str], None]:
         assert text == path.read_text(encoding="utf-8")
 
     return compare
+
+
+@pytest.fixture(scope="session")
+def tiny() -> ModuleType:
+    """tests/tiny_models.py, loaded by path."""
+    spec = importlib.util.spec_from_file_location("tiny_models", TINY)
+    assert spec is not None
+    assert spec.loader is not None
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def tiny_artifact(tiny: ModuleType, _own_cache: None) -> Callable[..., Artifact]:
+    """Return a function that compiles a model of tests/tiny_models.py for a target, each combination once."""
+    import torch
+
+    import qcompile
+
+    made: dict[tuple[str, str, str], Artifact] = {}
+
+    def compiled(name: str = "mlp", recipe: str = "w8a8", target: str = "reference") -> Artifact:
+        if (name, recipe, target) not in made:
+            module, examples, sizes = getattr(tiny, name)()
+            generator = torch.Generator().manual_seed(3)
+            batches = [tuple(x if x.dtype == torch.int64 else torch.randn(x.shape, generator=generator) for x in examples) for _ in range(4)]
+            made[name, recipe, target] = qcompile.compile(
+                module, examples, recipe=recipe, target=target, calibration=batches, dynamic_shapes=sizes
+            )
+        return made[name, recipe, target]
+
+    return compiled
+
+
+@dataclass
+class Ended:
+    """How a command ended: exit code, standard output and standard error."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> Any:
+        """The one JSON document on standard output."""
+        return json.loads(self.out)
+
+
+@pytest.fixture
+def cli(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Ended]:
+    """Run the command line in this process: ``cli("compile", model, "-o", path)``."""
+    from qcompile.cli import main
+
+    def run(*arguments: object) -> Ended:
+        monkeypatch.setattr(sys, "argv", ["qcompile", *map(str, arguments)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as end:
+            main()
+        captured = capsys.readouterr()
+        return Ended(int(end.value.code or 0), captured.out, captured.err)
+
+    return run

@@ -49,7 +49,7 @@ def test_npz_is_cut_into_batches(plain: Graph, tmp_path: Path) -> None:
     assert [len(part[0]) for part in parts] == [8, 8, 4]
     assert torch.equal(torch.cat([part[0] for part in parts]), torch.from_numpy(array(20, 4)))
     assert data.samples == 20
-    assert list(data.batches(plain))[0][0].equal(parts[0][0])
+    assert next(iter(data.batches(plain)))[0].equal(parts[0][0])
     assert parse_calibration(f"{tmp_path}/a.npz?limit=3", limit=9).samples == 3
     assert parse_calibration(f"{tmp_path}/a.npz", limit=9).samples == 9
 
@@ -147,8 +147,8 @@ def test_pictures_that_do_not_fit_are_refused(pictures: Path, plain: Graph) -> N
     (pictures / "class0" / "bad.png").write_bytes(b"\x89PNG\r\n\x1a\n broken")
     with pytest.raises(Refused, match=r"bad\.png: the picture cannot be read"):
         list(parse_calibration(f"images:{pictures}?resize=6x8").batches(graph))
+    (pictures / "empty").mkdir()
     with pytest.raises(Refused, match="no calibration data"):
-        (pictures / "empty").mkdir()
         list(parse_calibration(f"images:{pictures}/empty").batches(graph))
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.utils.dlpack
 import tvm
 import tvm_ffi
 from qcompile.backends.cpu.kernels import isa
@@ -91,7 +92,7 @@ class Executable:
         """
         arguments = self._prepare(inputs)
         set_threads(self.threads)
-        return tuple(torch.from_dlpack(result) for result in self._machine()(*arguments, self._argument))
+        return tuple(torch.utils.dlpack.from_dlpack(result) for result in self._machine()(*arguments, self._argument))
 
     def tapped(self, *inputs: torch.Tensor | np.ndarray) -> tuple[tuple[torch.Tensor, ...], dict[str, torch.Tensor]]:
         """Run the model; return its outputs, and by node name the values it was built to tap."""

@@ -118,7 +118,7 @@ def _activation_name(node: fx.Node) -> str:
         return "gelu_tanh" if node.kwargs.get("approximate") == "tanh" else "gelu"
     if node.target is aten.hardtanh.default and list(node.args[1:]) == [0.0, 6.0]:
         return "relu6"
-    return _FLOAT_ACTIVATIONS.get(node.target, "")  # type: ignore[call-overload, no-any-return]
+    return _FLOAT_ACTIVATIONS.get(node.target, "")
 
 
 def _residual_of(walk: Walk, node: fx.Node, product_node: fx.Node) -> fx.Node | None:

@@ -45,12 +45,12 @@ def _conv2d(walk: Walk, node: fx.Node, a: Arguments) -> Any:
         walk.report(f"'{scheme}' with a float input runs with its weight dequantized to float32")
         weight = dequantize(codes, walk.constant(a.weight_scale), walk.constant(a.weight_zero_point), scheme)  # type: ignore[arg-type]
         spec = _spec(walk, a.x, weight, a, "float32", False, False, epilogue)
-        return spec if isinstance(spec, str) else _call(walk, node, spec, a, [weight.numpy()])
+        return spec if isinstance(spec, str) else _call(walk, node, spec, a, (weight.numpy(), None, None))
     x = parse_scheme(a.x_scheme)
     if not is_plain_tensor(x):
         return f"no kernel reads an input as '{x}'"
     spec = _spec(walk, a.x, codes, a, code_dtype(x), a.x_zero_point is not None, zero_point is not None, epilogue)
-    return spec if isinstance(spec, str) else _call(walk, node, spec, a, [codes.numpy(), scale, zero_point])
+    return spec if isinstance(spec, str) else _call(walk, node, spec, a, (codes.numpy(), scale, zero_point))
 
 
 def _float_conv2d(walk: Walk, node: fx.Node, a: Arguments) -> Any:
@@ -66,7 +66,7 @@ def _float_conv2d(walk: Walk, node: fx.Node, a: Arguments) -> Any:
     spec = _spec(walk, a.input, weight, a, "float32", False, False, epilogue)
     if isinstance(spec, str):
         return spec
-    _call(walk, node, spec, arguments, [weight.numpy()], swallowed)
+    _call(walk, node, spec, arguments, (weight.numpy(), None, None), swallowed)
     return None
 
 
@@ -76,16 +76,19 @@ def _spec(
     _, channels, height, width = walk.shape(x)
     if not all(isinstance(size, int) for size in (channels, height, width)):
         return "no kernel for images whose size is known only at the call"
-    pair = [(p[0], p[-1]) for p in (a.stride, a.padding, a.dilation)]
+    stride, padding, dilation = ((p[0], p[-1]) for p in (a.stride, a.padding, a.dilation))
     kernel = (int(weight.shape[2]), int(weight.shape[3]))
-    return Convolution(channels, weight.shape[0], height, width, kernel, *pair, a.groups, dtype, x_affine, weight_affine, epilogue)
+    place = (channels, weight.shape[0], height, width, kernel, stride, padding, dilation, a.groups)
+    try:
+        return Convolution(*place, dtype, x_affine, weight_affine, epilogue)
+    except ValueError as reason:
+        return str(reason)
 
 
-def _call(walk: Walk, node: fx.Node, spec: Convolution, a: Arguments, weight: list[Any], swallowed: Any = ()) -> None:
+def _call(walk: Walk, node: fx.Node, spec: Convolution, a: Arguments, weight: tuple[Any, Any, Any], swallowed: Any = ()) -> None:
     """Emit the kernel of ``spec`` and bind the node and those after it that the kernel computes too."""
     is_depthwise = spec.groups == spec.channels == spec.out_channels
     build, pack, name = (depthwise, pack_depthwise, "depthwise") if is_depthwise else (convolution, pack_convolution, "convolution")
-    weight += [None] * (3 - len(weight))
     bias = constant_array(walk, a.bias)
 
     def arrays() -> list[torch.Tensor]:
@@ -112,7 +115,8 @@ def _max_pool2d(walk: Walk, node: fx.Node, a: Arguments) -> Any:
     """aten.max_pool2d of values or codes."""
     _, channels, height, width = walk.shape(a.self)
     fake = walk.fake(node)
-    if not all(isinstance(size, int) for size in (channels, height, width)) or a.ceil_mode or fake.dtype not in (torch.float32, torch.int8, torch.uint8):
+    static = all(isinstance(size, int) for size in (channels, height, width))
+    if not static or a.ceil_mode or fake.dtype not in (torch.float32, torch.int8, torch.uint8):
         return "no kernel for this pooling: it takes static sizes, rounded down, float32 or 8-bit codes"
     kernel, padding, dilation = ((p[0], p[-1]) for p in (a.kernel_size, a.padding, a.dilation))
     stride = (a.stride[0], a.stride[-1]) if a.stride else kernel

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from qcompile.backends.cpu.kernels import attention, matmul, normalization, pack, quantization
+from qcompile.backends.cpu.kernels import attention, hadamard, matmul, normalization, pack, quantization, softmax
 from qcompile.backends.cpu.kernels.matmul_epilogue import Epilogue
 from qcompile.backends.cpu.kernels.matmul_spec import Linear
 from qcompile.backends.cpu.legalize_arguments import (
@@ -29,6 +29,7 @@ from qcompile.formats import Channel, Group, Integer, Scheme, Tensor, Token, par
 
 qc = torch.ops.qc
 
+Weight = tuple[Any, Any, Any]  # codes or values, scale, zero point
 
 # ---- linear ---------------------------------------------------------------------------------------------------------------
 
@@ -40,11 +41,13 @@ def _linear(walk: Walk, node: fx.Node, a: Arguments) -> Any:
         return epilogue
     scheme = parse_scheme(a.weight_scheme)
     weight = _weight_codes(walk, a, scheme)
-    spec = weight if isinstance(weight, str) else _linear_spec(a, scheme, weight, epilogue)
+    if isinstance(weight, str):
+        return weight
+    spec = _linear_spec(a, scheme, weight, epilogue)
     return spec if isinstance(spec, str) else _call_linear(walk, node, spec, a, weight)
 
 
-def _weight_codes(walk: Walk, a: Arguments, scheme: Scheme) -> list[Any] | str:
+def _weight_codes(walk: Walk, a: Arguments, scheme: Scheme) -> Weight | str:
     """Return codes [out, in], scale and zero point (or None) of a weight, or why no kernel reads them.
 
     8-bit codes are stored less their zero points: then they must fit in int8, as almost all do.
@@ -60,10 +63,10 @@ def _weight_codes(walk: Walk, a: Arguments, scheme: Scheme) -> list[Any] | str:
         codes, zero_point = codes.to(torch.int32) - zero_point, None
     if scheme.bits == 8 and (int(codes.max()) > 127 or int(codes.min()) < -128):
         return "8-bit weights less their zero points do not fit in int8"
-    return [(codes.to(torch.int8) if scheme.bits == 8 else codes).numpy(), scale, zero_point]
+    return (codes.to(torch.int8) if scheme.bits == 8 else codes).numpy(), scale, zero_point
 
 
-def _linear_spec(a: Arguments, scheme: Scheme, weight: list[Any], epilogue: Epilogue) -> Linear | str:
+def _linear_spec(a: Arguments, scheme: Scheme, weight: Weight, epilogue: Epilogue) -> Linear | str:
     x = parse_scheme(a.x_scheme) if a.x_scheme else None
     if x is not None and not (isinstance(x.format, Integer) and isinstance(x.granularity, Tensor | Token)):
         return f"no kernel reads an input as '{x}'"
@@ -73,12 +76,13 @@ def _linear_spec(a: Arguments, scheme: Scheme, weight: list[Any], epilogue: Epil
     per_token = x is not None and isinstance(x.granularity, Token)
     dtype, x_affine = code_dtype(x) if x is not None else "float32", x is not None and a.x_zero_point is not None
     try:
-        return Linear(a.in_features, codes.shape[0], dtype, per_token, x_affine, scheme.bits, group, signed, zero_point is not None, epilogue)
+        affine = zero_point is not None
+        return Linear(a.in_features, codes.shape[0], dtype, per_token, x_affine, scheme.bits, group, signed, affine, epilogue)
     except ValueError as reason:
         return str(reason)
 
 
-def _call_linear(walk: Walk, node: fx.Node, spec: Linear, a: Arguments, weight: list[Any]) -> Any:
+def _call_linear(walk: Walk, node: fx.Node, spec: Linear, a: Arguments, weight: Weight) -> Any:
     """Emit the kernel of ``spec``; ``a`` holds the node's arguments by the names of qc.linear."""
     x, rows, _ = rows_of(walk, a.x)
     inputs = [x]
@@ -97,11 +101,11 @@ def _call_linear(walk: Walk, node: fx.Node, spec: Linear, a: Arguments, weight: 
 
 def _linear_name(spec: Linear) -> str:
     """Return a name that tells a reader of a profile what the kernel is."""
-    kind = f"{spec.x[0]}{spec.x.lstrip('uintfloa')}w{spec.bits}"
-    return f"linear_{kind}_{spec.in_features}x{spec.out_features}" + (f"_{spec.epilogue.activation}" if spec.epilogue.activation != "none" else "")
+    activation = "" if spec.epilogue.activation == "none" else f"_{spec.epilogue.activation}"
+    return f"linear_{spec.x}_w{spec.bits}_{spec.in_features}x{spec.out_features}{activation}"
 
 
-def _packed_linear(walk: Walk, spec: Linear, a: Arguments, weight: list[Any]) -> list[Any]:
+def _packed_linear(walk: Walk, spec: Linear, a: Arguments, weight: Weight) -> list[Any]:
     """Return the constants of a linear kernel as values, packed once for each weight."""
     bias = constant_array(walk, a.bias)
 
@@ -120,7 +124,7 @@ def _float_linear(walk: Walk, node: fx.Node, a: Arguments) -> Any:
     epilogue = Epilogue("none" if a.bias is None else "float32", activation, residual is not None)
     spec = Linear(weight.shape[1], weight.shape[0], "float32", bits=32, epilogue=epilogue)
     arguments = SimpleNamespace(x=a.input, weight=a.weight, bias=a.bias, residual=residual)
-    y = _call_linear(walk, node, spec, arguments, [weight.numpy(), None, None])
+    y = _call_linear(walk, node, spec, arguments, (weight.numpy(), None, None))
     for later in (node, *swallowed):
         walk.bind(later, y)
     return None
@@ -131,22 +135,22 @@ def _float_linear(walk: Walk, node: fx.Node, a: Arguments) -> Any:
 
 def _layer_norm(walk: Walk, node: fx.Node, a: Arguments) -> Any:
     """aten.layer_norm over the last axis; also writes the codes that a following qc.quantize asks for."""
-    width = a.normalized_shape[-1]
+    width, epsilon = a.normalized_shape[-1], a.eps
     affine = a.weight is not None and a.bias is not None
     if len(a.normalized_shape) != 1 or (a.weight is None) != (a.bias is None) or walk.fake(node).dtype != torch.float32:
         return "no kernel for this layer norm: it runs over one axis of float32 with weight and bias, or neither"
     x, rows, _ = rows_of(walk, a.input)
     inputs = [x, *([walk.plain(a.weight), walk.plain(a.bias)] if affine else [])]
     quantize = _first_quantize(node)
-    if quantize is None:
-        kernel = walk.kernel(("layer_norm", width, a.eps, affine), lambda: normalization.layer_norm(width, a.eps, affine=affine), "layer_norm")
-        return walk.reshape(walk.call_kernel(kernel, inputs, ([rows, width], "float32")), walk.shape(node))
-    scheme = parse_scheme(str(quantize.args[3]))
-    dtype = code_dtype(scheme)
+    dtype = code_dtype(parse_scheme(str(quantize.args[3]))) if quantize is not None else ""
     kernel = walk.kernel(
-        ("layer_norm", width, a.eps, affine, dtype), lambda: normalization.layer_norm(width, a.eps, affine=affine, codes=dtype), f"layer_norm_{dtype}"
+        ("layer_norm", width, epsilon, affine, dtype),
+        lambda: normalization.layer_norm(width, epsilon, affine=affine, codes=dtype),
+        f"layer_norm_{dtype}" if dtype else "layer_norm",
     )
-    inputs += [flat(walk, quantize.args[1]), zero_or(walk, quantize.args[2])]  # type: ignore[arg-type]
+    if quantize is None:
+        return walk.reshape(walk.call_kernel(kernel, inputs, ([rows, width], "float32")), walk.shape(node))
+    inputs += [flat(walk, quantize.args[1]), zero_or(walk, quantize.args[2])]
     y, codes = walk.call_kernel(kernel, inputs, ([rows, width], "float32"), ([rows, width], dtype))
     walk.bind(node, walk.reshape(y, walk.shape(node)))
     walk.bind(quantize, walk.reshape(codes, walk.shape(node)))
@@ -158,7 +162,7 @@ def _first_quantize(node: fx.Node) -> fx.Node | None:
     for user in node.users:
         if user.target is qc.quantize.default and len(user.args) == 4:
             scheme = parse_scheme(str(user.args[3]))
-            constant = all(p is None or p.op == "get_attr" for p in user.args[1:3])  # type: ignore[union-attr]
+            constant = all(p is None or p.op == "get_attr" for p in user.args[1:3])
             if is_plain_tensor(scheme) and scheme.bits == 8 and constant:
                 return user
     return None
@@ -176,14 +180,32 @@ def _rms_norm(walk: Walk, node: fx.Node, a: Arguments) -> Any:
 
 def _attention(walk: Walk, node: fx.Node, a: Arguments) -> Any:
     """qc.attention."""
-    depth = int(walk.fake(a.q).shape[-1]) // a.heads
-    masked = a.key_mask is not None
-    key = ("attention", a.heads, a.kv_heads, depth, a.scale, masked, a.causal)
+    depth, masked = int(walk.fake(a.q).shape[-1]) // a.heads, a.key_mask is not None
     kernel = walk.kernel(
-        key, lambda: attention.attention(a.heads, a.kv_heads, depth, a.scale, key_mask=masked, causal=a.causal), f"attention_{a.heads}x{depth}"
+        ("attention", a.heads, a.kv_heads, depth, a.scale, masked, a.causal),
+        lambda: attention.attention(a.heads, a.kv_heads, depth, a.scale, key_mask=masked, causal=a.causal),
+        f"attention_{a.heads}x{depth}",
     )
     inputs = [walk.plain(t) for t in (a.q, a.k, a.v)] + ([walk.plain(a.key_mask)] if masked else [])
     return walk.call_kernel(kernel, inputs, (walk.shape(node), "float32"))
+
+
+def _softmax(walk: Walk, node: fx.Node, a: Arguments) -> Any:
+    """aten.softmax over a last axis of constant length."""
+    width, fake = walk.fake(a.self).shape[-1], walk.fake(node)
+    last = a.dim % max(fake.ndim, 1) == fake.ndim - 1
+    if not isinstance(width, int) or not last or {walk.fake(a.self).dtype, fake.dtype} != {torch.float32}:
+        return "no kernel for this softmax: it runs over a last axis of constant length, in float32"
+    x, rows, _ = rows_of(walk, a.self)
+    kernel = walk.kernel(("softmax", width), lambda: softmax.softmax(width), "softmax")
+    return walk.reshape(walk.call_kernel(kernel, [x], ([rows, width], "float32")), walk.shape(node))
+
+
+def _hadamard(walk: Walk, node: fx.Node, a: Arguments) -> Any:
+    """qc.hadamard."""
+    x, rows, width = rows_of(walk, a.x)
+    kernel = walk.kernel(("hadamard", width, a.block), lambda: hadamard.hadamard(width, a.block), "hadamard")
+    return walk.reshape(walk.call_kernel(kernel, [x], ([rows, width], "float32")), walk.shape(node))
 
 
 # ---- quantize, dequantize, embedding --------------------------------------------------------------------------------------
@@ -270,6 +292,9 @@ def _gather(walk: Walk, node: fx.Node, indices: fx.Node, kernel: Any, table: lis
 LEGALIZE_LAYERS: dict[str, Legalizer] = {
     "qc.linear": _linear,
     "qc.attention": _attention,
+    "qc.hadamard": _hadamard,
+    "aten.softmax": _softmax,
+    "aten._softmax": _softmax,
     "qc.quantize": _quantize,
     "qc.dequantize": _dequantize,
     "qc.quantize_dynamic": _quantize_dynamic,

@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+import statistics
 import tempfile
+import time
 from collections.abc import Sequence
 from functools import lru_cache
 from importlib import resources
@@ -21,6 +23,7 @@ from qcompile.graph import Graph
 from qcompile.graph.text import bound_arguments, operator_name
 from qcompile.target import Executable, Kernel, Target
 
+MEASURE_SECONDS = 0.05  # for each kernel; a median of some hundred calls of a small one
 _LOW_BITS = tuple(range(1, 9))
 
 
@@ -29,6 +32,7 @@ class CpuTarget(Target):
 
     name = "cpu"
     summary = "this machine's processor, through TVM and LLVM (AVX512-VNNI, portable)"
+    measures = True
     kernels = (
         Kernel("qc.linear", (8,), ("tensor", "channel"), "static", "int8 x int8, int32 accumulators, fused epilogue"),
         Kernel("qc.linear", (8,), ("tensor", "channel"), "dynamic", "int8 x int8 with a scale for each token"),
@@ -53,6 +57,26 @@ class CpuTarget(Target):
         built = build(graph.module, threads=threads)
         _store(built, place)
         return _Callable(built)
+
+    def measure(self, graph: Graph, inputs: Sequence[torch.Tensor]) -> float:
+        from qcompile.backends.cpu.build import build
+
+        run = build(graph.module)
+        for _ in range(3):
+            run(*inputs)
+        times = []
+        stop = time.perf_counter() + MEASURE_SECONDS
+        while len(times) < 9 or (time.perf_counter() < stop and len(times) < 500):
+            start = time.perf_counter()
+            run(*inputs)
+            times.append(time.perf_counter() - start)
+        return 1e6 * statistics.median(times)
+
+    def machine(self) -> str:
+        from qcompile.backends.cpu.kernels import isa
+
+        description = isa.target_description()
+        return f"{description.get('mcpu', '')} {isa.thread_count()} threads"
 
     def leftovers(self, graph: Graph) -> list[tuple[str, str, str]]:
         found = []

@@ -46,7 +46,7 @@ def _result_dtype(walk: Walk) -> str:
 
 def _common_dtype(walk: Walk) -> str:
     """Return the dtype in which torch computes a binary operator."""
-    operands = [a for a in walk.node.args[:2]] + [v for k, v in walk.node.kwargs.items() if k in ("other", "exponent")]
+    operands = [*walk.node.args[:2]] + [v for k, v in walk.node.kwargs.items() if k in ("other", "exponent")]
     fakes = [walk.fake(a) if hasattr(a, "meta") else a for a in operands]
     fakes = [1 if isinstance(f, torch.SymInt) else f for f in fakes]
     return dtype_name(torch.result_type(*fakes[:2]))
@@ -275,7 +275,8 @@ def _variance(walk: Walk, a: Arguments) -> Any:
     centered = walk.emit(op.subtract(a.self, op.mean(a.self, axes, True)))
     total = walk.emit(op.sum(op.multiply(centered, centered), axes, keepdim))
     divisor = count - correction
-    return op.divide(total, relax.const(float(int(divisor)), "float32") if isinstance(divisor, tirx.IntImm) else scalar(walk, divisor, "float32"))
+    divisor = int(divisor) if isinstance(divisor, tirx.IntImm) else divisor
+    return op.divide(total, scalar(walk, divisor, "float32"))
 
 
 @converts("aten.argmax", "aten.argmin")

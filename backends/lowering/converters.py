@@ -16,6 +16,7 @@ from qcompile.backends.lowering.translate import Walk
 from torch import fx
 
 from qcompile.errors import Refused
+from qcompile.formats import Tensor, parse_scheme
 
 PLAIN, POINTWISE, SPATIAL = "plain", "pointwise", "spatial"
 NCHW, NHWC = "NCHW", "NHWC"
@@ -110,7 +111,10 @@ def named_arguments(node: fx.Node) -> dict[str, Any]:
 
 def _emit(walk: Walk, node: fx.Node, entry: Entry, arguments: dict[str, Any]) -> None:
     tensors = [n for n in node.all_input_nodes if isinstance(walk.fake(n), torch.Tensor)]
-    last = entry.order != PLAIN and any(walk.is_channels_last(n) for n in tensors) and _result_rank(walk, node) == 4
+    keeps = entry.order != PLAIN and all(
+        parse_scheme(v).granularity == Tensor() for k, v in arguments.items() if k.endswith("scheme") and v
+    )
+    last = keeps and any(walk.is_channels_last(n) for n in tensors) and _result_rank(walk, node) == 4
     read = walk.channels_last if last else walk.plain
     values = {key: fx.map_arg(value, lambda n: read(n) if n in tensors else walk.plain(n)) for key, value in arguments.items()}
     value = entry.emit(walk, SimpleNamespace(**values, order=NHWC if last else NCHW))
@@ -131,4 +135,5 @@ def _load() -> None:
     """Import the modules that fill the table (they import this one)."""
     from qcompile.backends.lowering import arithmetic, layers, quantized, structure
 
-    assert arithmetic and layers and quantized and structure
+    for module in (arithmetic, layers, quantized, structure):
+        assert module

@@ -16,6 +16,11 @@ from qcompile.errors import Refused
 
 Arguments = SimpleNamespace
 
+
+def _place(walk: Walk) -> dict[str, str]:
+    return {"node": walk.node.name, "operator": str(walk.node.target)}
+
+
 # ---- products -------------------------------------------------------------------------------------------------------------
 
 
@@ -51,7 +56,7 @@ def _add_product(walk: Walk, a: Arguments) -> Any:
 @converts("aten.scaled_dot_product_attention")
 def _attention(walk: Walk, a: Arguments) -> Any:
     if a.dropout_p:
-        raise Refused("attention with dropout is a training operator", node=walk.node.name, operator=str(walk.node.target))
+        raise Refused("attention with dropout is a training operator", **_place(walk))
     query, key, value = a.query, a.key, a.value
     scale = a.scale if a.scale is not None else 1 / math.sqrt(int(query.ty.shape[-1]))
     rank = len(query.ty.shape)
@@ -93,17 +98,17 @@ def causal_mask(walk: Walk, tokens: Size, keys: Size, from_end: bool) -> Any:
 @converts("aten.convolution", "aten.conv2d", "aten.conv1d")
 def _convolution(walk: Walk, a: Arguments) -> Any:
     if getattr(a, "transposed", False):
-        raise Refused("a transposed convolution cannot be lowered", node=walk.node.name, operator=str(walk.node.target))
+        raise Refused("a transposed convolution cannot be lowered", **_place(walk))
     rank = walk.fake(walk.node).ndim - 2
     stride, padding, dilation = (_spread(p, rank) for p in (a.stride, a.padding, a.dilation))
     if isinstance(padding, str):
-        raise Refused("padding by name should have been decomposed", node=walk.node.name, operator=str(walk.node.target))
+        raise Refused("padding by name should have been decomposed", **_place(walk))
     if rank == 1:
         y = walk.emit(op.nn.conv1d(a.input, a.weight, stride, padding, dilation, a.groups))
     elif rank == 2:
         y = walk.emit(op.nn.conv2d(a.input, a.weight, stride, padding, dilation, a.groups))
     else:
-        raise Refused(f"a convolution over {rank} axes cannot be lowered", node=walk.node.name, operator=str(walk.node.target))
+        raise Refused(f"a convolution over {rank} axes cannot be lowered", **_place(walk))
     return y if a.bias is None else op.add(y, walk.reshape(a.bias, [a.bias.ty.shape[0], *[1] * rank]))
 
 
@@ -130,7 +135,7 @@ def _max_pool2d(walk: Walk, a: Arguments) -> Any:
 @converts("aten.max_pool2d_with_indices", order=SPATIAL)
 def _max_pool2d_with_indices(walk: Walk, a: Arguments) -> list[Any]:
     if any(user.args[1] == 1 and user.users for user in walk.node.users):
-        raise Refused("the indices of max pooling cannot be lowered", node=walk.node.name, operator=str(walk.node.target))
+        raise Refused("the indices of max pooling cannot be lowered", **_place(walk))
     a.order = NCHW
     return [walk.emit(_pool(walk, a, *_window(a), _spread(a.dilation, 2), largest=True))]
 
@@ -262,7 +267,7 @@ def _group_norm(walk: Walk, a: Arguments) -> Any:
 @converts("aten.batch_norm", "aten._native_batch_norm_legit_no_training", "aten.native_batch_norm")
 def _batch_norm(walk: Walk, a: Arguments) -> Any:
     if getattr(a, "training", False):
-        raise Refused("batch norm in training mode cannot be lowered", node=walk.node.name, operator=str(walk.node.target), way_out="call eval()")
+        raise Refused("batch norm in training mode cannot be lowered", **_place(walk), way_out="call eval()")
     rank = len(a.input.ty.shape)
 
     def spread(t: Any) -> Any:
@@ -277,7 +282,5 @@ def _batch_norm(walk: Walk, a: Arguments) -> Any:
 @converts("aten.dropout", "aten.native_dropout")
 def _dropout(walk: Walk, a: Arguments) -> Any:
     if a.train:
-        raise Refused("dropout in training mode cannot be lowered", node=walk.node.name, operator=str(walk.node.target), way_out="call eval()")
+        raise Refused("dropout in training mode cannot be lowered", **_place(walk), way_out="call eval()")
     return a.input if "native" not in str(walk.node.target) else [a.input]
-
-

@@ -20,7 +20,7 @@ from tvm.relax import op
 
 import qcompile.graph.dialect as dialect
 from qcompile.errors import Refused
-from qcompile.formats import Block, Channel, Group, Scheme, parse_scheme, unpack
+from qcompile.formats import Block, Channel, Group, Scheme, dequantize, parse_scheme, unpack
 from qcompile.formats.integer import Integer
 
 Arguments = SimpleNamespace
@@ -177,7 +177,7 @@ def _weight(walk: Walk, dtype: torch.dtype, size: int, order: str, arrange: Any)
         codes = unpack(packed, scheme.bits, scheme.format.lowest < 0, size)
         zero_point = walk.constant(_argument(walk, "weight_zero_point"))
         if dtype == torch.float32:
-            return arrange(dialect.dequantize(codes, walk.constant(_argument(walk, "weight_scale")), zero_point, scheme))
+            return arrange(dequantize(codes, walk.required_constant(_argument(walk, "weight_scale")), zero_point, scheme))
         return arrange(dialect._centered(codes, zero_point, scheme).to(torch.int32))
 
     return walk.packed(node, f"{order} {dtype}", make)
@@ -263,7 +263,7 @@ def _embedding(walk: Walk, a: Arguments) -> Any:
 
     def table(packed: torch.Tensor) -> torch.Tensor:
         codes = unpack(packed, scheme.bits, scheme.format.lowest < 0, a.size)
-        return dialect.dequantize(codes, walk.constant(_argument(walk, "scale")), walk.constant(_argument(walk, "zero_point")), scheme)
+        return dequantize(codes, walk.required_constant(_argument(walk, "scale")), walk.constant(_argument(walk, "zero_point")), scheme)
 
     return op.take(walk.packed(node, "float32", table), a.indices, axis=0, mode="clip")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import sympy
@@ -76,7 +77,7 @@ def _wide(value: Size) -> tirx.PrimExpr:
     return tirx.const(value, "int64") if isinstance(value, int) else value
 
 
-_COMBINE = {
+_COMBINE: dict[str, Callable[..., Size]] = {
     "Add": _sum,
     "Mul": _product,
     "Pow": _power,

@@ -1,13 +1,13 @@
 """Make a lowered Relax function's shapes few and their order steady.
 
-**ShareShapes.** ``VMShapeLower`` makes a new shape object for every allocation and view; a transformer layer has some forty, of a handful of
-different shapes. Each costs the virtual machine about a microsecond.
+**ShareShapes.** ``VMShapeLower`` makes a new shape object for every allocation and view; a transformer layer has some forty, of a handful
+of different shapes. Each costs the virtual machine about a microsecond.
 
     gv1 = make_shape(heap, 2, 1, 0, 0, 384)        gv1 = make_shape(heap, 2, 1, 0, 0, 384)
     gv2 = make_shape(heap, 2, 1, 0, 0, 384)   ->   gv2 = gv1
 
-**OrderShapes.** The functions that compute derived sizes write one slot of the shape heap in each statement, in an order that follows
-addresses of objects and so changes from process to process. Sorted by slot, the same model gives the same library, byte for byte.
+**OrderShapes.** The functions that compute derived sizes write one slot of the shape heap in each statement, in an order that
+follows addresses of objects and so changes from process to process. Sorted by slot, the same model gives the same library.
 """
 
 from __future__ import annotations
@@ -56,8 +56,8 @@ def _shared(binding: Any, first: dict[tuple[Any, ...], relax.Var]) -> Any:
 def _shape_key(binding: Any) -> tuple[Any, ...] | None:
     """Return what a ``make_shape`` reads: slots of the one shape heap and constants."""
     value = getattr(binding, "value", None)
-    target = getattr(value, "op", None)
-    if not isinstance(target, relax.ExternFunc) or target.global_symbol != MAKE_SHAPE:
+    target = getattr(value, "op", None) if value is not None else None
+    if value is None or not isinstance(target, relax.ExternFunc) or target.global_symbol != MAKE_SHAPE:
         return None
     return tuple(str(argument) for argument in value.args[1:])
 
@@ -68,7 +68,8 @@ class OrderShapes:
 
     def transform_module(self, module: tvm.IRModule, _context: Any) -> tvm.IRModule:
         for variable, function in list(module.functions.items()):
-            if isinstance(function, tirx.PrimFunc) and variable.name_hint.startswith("shape_func") and isinstance(function.body, tirx.SeqStmt):
+            derived = isinstance(function, tirx.PrimFunc) and variable.name_hint.startswith("shape_func")
+            if derived and isinstance(function.body, tirx.SeqStmt):
                 ordered = sorted(function.body.seq, key=lambda statement: int(statement.indices[0]))
                 module[variable] = function.with_body(tirx.SeqStmt(ordered))
         return module

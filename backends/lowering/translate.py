@@ -191,7 +191,7 @@ class Walk:
 
     def packed(self, node: fx.Node, order: str, pack: Callable[[torch.Tensor], torch.Tensor]) -> Any:
         """Return a constant in another order in memory; ``order`` names it, so equal requests share one copy."""
-        return self.parameter(f"{_constant_name(node)}:{order}", lambda: pack(self._require_constant(node)))
+        return self.parameter(f"{_constant_name(node)}:{order}", lambda: pack(self.required_constant(node)))
 
     def plain(self, node: fx.Node) -> Any:
         """Return the Relax value of a node in the order of the graph (NCHW)."""
@@ -228,7 +228,12 @@ class Walk:
         """Report that the node being translated runs without a kernel of the target."""
         self.fallbacks.append(Fallback(self.node.name, str(self.node.target), reason))
 
-    def _require_constant(self, node: fx.Node) -> torch.Tensor:
+    def required_constant(self, node: fx.Node) -> torch.Tensor:
+        """Return the tensor of a node that depends on constants only.
+
+        Raises:
+            Refused: it depends on an input.
+        """
         tensor = self.constant(node)
         if tensor is None:
             raise Refused("must be a constant", node=node.name, operator=str(node.target))
@@ -242,13 +247,12 @@ class Walk:
 
     def _to_channels_last(self, node: fx.Node) -> Any:
         rank = len(self.fake(node).shape)
+        if not rank:
+            return self.plain(node)
+        shape = [1] * (4 - rank) + self.shape(node)
         if node in self._constant_nodes:
-            order = "NHWC"
-            return self.packed(node, order, lambda t: t.reshape([1] * (4 - rank) + list(t.shape)).permute(TO_CHANNELS_LAST)) if rank else self.plain(node)
-        value = self.plain(node)
-        if rank < 4:
-            value = self.reshape(value, [1] * (4 - rank) + self.shape(node)) if rank else value
-        return self.emit(relax.op.permute_dims(value, TO_CHANNELS_LAST)) if rank else value
+            return self.packed(node, "NHWC", lambda t: t.reshape(shape).permute(TO_CHANNELS_LAST))
+        return self.emit(relax.op.permute_dims(self.reshape(self.plain(node), shape), TO_CHANNELS_LAST))
 
     # ---- walking ---------------------------------------------------------------------------------------------------------
 
@@ -340,9 +344,10 @@ def _nodes_of_constants_only(graph_module: fx.GraphModule) -> set[fx.Node]:
     for node in graph_module.graph.nodes:
         if node.op == "get_attr":
             constant.add(node)
-        elif node.op == "call_function" and all(argument in constant for argument in node.all_input_nodes):
-            if torch.Tag.nondeterministic_seeded not in getattr(node.target, "tags", ()):
-                constant.add(node)
+            continue
+        random = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+        if node.op == "call_function" and not random and all(argument in constant for argument in node.all_input_nodes):
+            constant.add(node)
     return constant
 
 
@@ -354,7 +359,7 @@ def _evaluate(graph_module: fx.GraphModule, node: fx.Node, constant: Callable[[A
         return value
     arguments, keywords = fx.map_arg((node.args, dict(node.kwargs)), constant)
     with torch.no_grad():
-        return node.target(*arguments, **keywords)  # type: ignore[operator]
+        return node.target(*arguments, **keywords)
 
 
 def _bundle_constants(module: IRModule, inputs: list[Any], parameters: dict[str, Any]) -> tuple[IRModule, list[str]]:

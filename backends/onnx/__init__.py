@@ -1,6 +1,5 @@
-"""The ``onnx`` target: export to QDQ models, and running them in ONNX Runtime."""
+"""The ``onnx`` target: export to QDQ models, and running them in ONNX Runtime. Loading it loads neither."""
 
-from qcompile.backends.onnx.export import export_onnx
-from qcompile.backends.onnx.runner import OnnxRunner
+from qcompile.backends.onnx.target import TARGET, OnnxTarget
 
-__all__ = ["OnnxRunner", "export_onnx"]
+__all__ = ["TARGET", "OnnxTarget"]

@@ -27,7 +27,7 @@ def make_examples(graph: Graph, seed: int = 0) -> tuple[torch.Tensor, ...]:
         elif type.dtype == torch.bool:
             examples.append(torch.ones(shape, dtype=torch.bool))
         elif type.dtype in (torch.int64, torch.int32, torch.int8, torch.uint8, torch.int16):
-            examples.append(torch.randint(0, table_rows(graph, node), shape, generator=generator).to(type.dtype) if "mask" not in node.name else torch.ones(shape, dtype=type.dtype))
+            examples.append(torch.randint(0, table_rows(graph, node) or 2, shape, generator=generator).to(type.dtype) if "mask" not in node.name else torch.ones(shape, dtype=type.dtype))
         else:
             raise Refused(f"no example can be made of {short_dtype(type.dtype)}", node=node.name, way_out="give example inputs")
     return tuple(examples)
@@ -39,13 +39,13 @@ def _size(graph: Graph, name: str) -> int:
     return min(max(FIRST_SIZE if leading else OTHER_SIZE, low), high)
 
 
-def table_rows(graph: Graph, node: fx.Node) -> int:
-    """Return how many values an integer input may take: the rows of the smallest table it indexes, else 2."""
-    rows = [2**31]
+def table_rows(graph: Graph, node: fx.Node) -> int | None:
+    """Return how many values an integer input may take, the rows of the smallest table it indexes; None where it indexes none."""
+    rows = []
     for user in node.users:
         if user.op == "call_function" and operator_name(user.target) in ("aten.embedding", "qc.embedding"):
             rows.append(int(bound_arguments(user)["weight"].meta["val"].shape[0]))
-    return min(rows) if len(rows) > 1 else 2
+    return min(rows, default=None)
 
 
 def resize_examples(graph: Graph, examples: Sequence[torch.Tensor], text: str) -> list[torch.Tensor]:

@@ -260,6 +260,9 @@ class Graph:
 
     def _free_name(self, name: str) -> str:
         taken = {str(n.target) for n in self.module.graph.nodes if n.op in ("get_attr", "call_module")}
+        for other in sorted(taken, key=len):  # nothing can lie under a tensor or a quantizer
+            if name.startswith(f"{other}."):
+                name = f"{other}_{name[len(other) + 1 :]}"
         free, number = name, 0
         while free in taken or _is_inside(free, taken):
             number += 1

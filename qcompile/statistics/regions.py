@@ -107,6 +107,17 @@ def split_regions(graph: Graph, limit: int = 2**28, cost: Callable[[Graph, fx.No
     return [order[a:b] for a, b in itertools.pairwise(borders)]
 
 
+def split_after_products(graph: Graph) -> list[list[fx.Node]]:
+    """Cut right after every product, so that what a product feeds is seen only when the product has been solved."""
+    regions: list[list[fx.Node]] = [[]]
+    for node in graph.nodes:
+        if node.op not in ("placeholder", "output", "get_attr"):
+            regions[-1].append(node)
+            if product_count(graph, node):
+                regions.append([])
+    return [region for region in regions if region]
+
+
 def _bytes_alive(order: Sequence[fx.Node]) -> list[int]:
     """Return, for each node, the bytes of the values that are computed by then and still read later."""
     index = {node: i for i, node in enumerate(order)}

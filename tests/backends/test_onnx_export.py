@@ -11,8 +11,9 @@ import onnx
 import pytest
 import torch
 import torch.fx as fx
-from qcompile.backends.onnx import OnnxRunner, export_onnx
 from qcompile.backends.onnx.emit import TABLE
+from qcompile.backends.onnx.export import export_onnx
+from qcompile.backends.onnx.runner import OnnxRunner
 from torch import nn
 
 from qcompile.capture.onnx import capture_onnx

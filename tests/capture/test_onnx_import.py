@@ -1,9 +1,8 @@
-"""The ONNX importer against ONNX Runtime, the ONNX project's node tests, and files made to harm."""
+"""The ONNX importer against ONNX Runtime and the ONNX project's node tests."""
 
 from __future__ import annotations
 
 import io
-import os
 from pathlib import Path
 from typing import Any
 
@@ -77,8 +76,8 @@ def scalar(value: Any, dtype: Any = np.float32) -> np.ndarray:
 
 X, IMAGE = floats(3, 5), floats(2, 4, 9, 8)
 
-UNARY = ["Abs", "Neg", "Exp", "Erf", "Floor", "Ceil", "Round", "Sign", "Tanh", "Sigmoid", "Relu", "Softplus", "HardSwish", "Mish",
-         "LeakyRelu", "Elu", "HardSigmoid", "Selu", "Softsign", "Gelu", "Identity", "Reciprocal", "IsNaN", "Sin", "Cos", "Atan"]  # fmt: skip
+UNARY = ["Abs", "Neg", "Exp", "Erf", "Floor", "Ceil", "Round", "Sign", "Tanh", "Sigmoid", "Relu", "Softplus", "HardSwish",
+         "Mish", "LeakyRelu", "Elu", "HardSigmoid", "Selu", "Softsign", "Gelu", "Identity", "Reciprocal", "IsNaN", "Sin", "Cos", "Atan"]  # fmt: skip
 BINARY = ["Add", "Sub", "Mul", "Div", "Min", "Max", "Equal", "Less", "Greater", "LessOrEqual", "GreaterOrEqual"]
 REDUCTIONS = [
     "ReduceMean",
@@ -219,8 +218,8 @@ def test_operator_equals_onnx_runtime(op: str, inputs: Any, constants: Any, outp
 
 # ---- the node tests of the ONNX project -----------------------------------------------------------------------------------
 
-# Each fifth case: the whole suite takes a minute. Of these cases so many give the right answer; the others are refused.
-STRIDE, PASSING = 5, 215
+# Each eighth case: the whole suite takes a minute. Of these cases at least so many give the right answer; the others are refused.
+STRIDE, PASSING = 8, 120
 
 
 def _value(array: Any) -> torch.Tensor:
@@ -422,170 +421,6 @@ def test_dynamic_quantization() -> None:
     node = helper.make_node("DynamicQuantizeLinear", ["x"], ["q", "s", "z"])
     model = make_model([node], {"x": X}, {}, ["q", "s", "z"])
     assert_same(capture_onnx(model), model, {"x": X})
-
-
-# ---- refusals -------------------------------------------------------------------------------------------------------------
-
-
-def refusal(source: Any) -> Refused:
-    with pytest.raises(Refused) as caught:
-        capture_onnx(source)
-    assert "\n" not in str(caught.value)
-    return caught.value
-
-
-def relu_model(**constants: np.ndarray) -> onnx.ModelProto:
-    return make_model([helper.make_node("Add", ["x", "w"], ["y"], name="sum")], {"x": X}, constants, ["y"])
-
-
-def test_unknown_operator_is_named() -> None:
-    error = refusal(make_model([helper.make_node("Frobnicate", ["x"], ["y"], name="n7")], {"x": X}, {}, ["y"]))
-    assert (error.node, error.operator) == ("n7", "Frobnicate")
-    assert error.way_out
-
-
-def test_operator_of_another_domain_is_named() -> None:
-    error = refusal(make_model([helper.make_node("Relu", ["x"], ["y"], name="n", domain="evil\x1b[31m")], {"x": X}, {}, ["y"]))
-    assert error.operator == "Relu"
-    assert "\x1b" not in str(error)
-
-
-def test_missing_file(tmp_path: Path) -> None:
-    assert "cannot be read" in str(refusal(tmp_path / "no.onnx"))
-    assert "regular" in str(refusal(tmp_path))
-
-
-@pytest.mark.parametrize("data", [b"", b"PK\x03\x04 not a model", b"\x00" * 64, os.urandom(0) + bytes(range(256))])
-def test_other_files_are_refused(data: bytes) -> None:
-    refusal(data)
-
-
-def test_file_cut_at_any_place_is_refused() -> None:
-    data = relu_model(w=floats(5)).SerializeToString()
-    capture_onnx(data)
-    for length in range(len(data)):
-        refusal(data[:length])
-
-
-def test_cycle_is_refused() -> None:
-    nodes = [helper.make_node("Add", ["x", "b"], ["a"], name="first"), helper.make_node("Relu", ["a"], ["b"], name="second")]
-    error = refusal(make_model(nodes, {"x": X}, {}, ["b"]))
-    assert "cycle" in error.reason
-    assert error.node in ("first", "second")
-
-
-def test_undefined_input_is_refused() -> None:
-    error = refusal(make_model([helper.make_node("Add", ["x", "ghost"], ["y"], name="sum")], {"x": X}, {}, ["y"]))
-    assert "ghost" in error.reason
-    assert error.node == "sum"
-    error = refusal(make_model([helper.make_node("Add", ["x"], ["y"], name="sum")], {"x": X}, {}, ["y"]))
-    assert "input 1 is missing" in error.reason
-
-
-@pytest.mark.parametrize("dims", [(1 << 40,), (1 << 32, 1 << 32), (1 << 62, 4), (-4,), (0, 1 << 62, 3)])
-def test_sizes_that_the_data_does_not_have_are_refused_before_memory_is_taken(dims: tuple[int, ...]) -> None:
-    """CVE-2024-27319, GGUF's integer overflows: a file of a hundred bytes must not ask for terabytes."""
-    for raw in (True, False):
-        tensor = TensorProto(name="w", data_type=TensorProto.FLOAT, dims=dims)
-        if raw:
-            tensor.raw_data = b"\x00" * 4
-        else:
-            tensor.float_data.append(0.0)
-        model = relu_model()
-        model.graph.initializer.append(tensor)
-        assert refusal(model).node == "w"
-
-
-@pytest.mark.parametrize("operator", ["ConstantOfShape", "Expand", "Tile"])
-def test_constants_computed_at_import_are_bounded(operator: str) -> None:
-    inputs = ["shape"] if operator == "ConstantOfShape" else ["one", "shape"]
-    nodes = [
-        helper.make_node(operator, inputs, ["h"], name="huge"),
-        helper.make_node("Exp", ["h"], ["e"]),
-        helper.make_node("Add", ["x", "e"], ["y"]),
-    ]
-    assert "bytes" in refusal(make_model(nodes, {"x": X}, {"shape": ints(1 << 40), "one": floats(1)}, ["y"])).reason
-
-
-@pytest.mark.parametrize("bad", [np.nan, np.inf])
-def test_weights_that_are_no_numbers_are_refused(bad: float) -> None:
-    weight = floats(5)
-    weight[2] = bad
-    assert refusal(relu_model(w=weight)).node == "w"
-
-
-def test_infinite_mask_is_accepted() -> None:
-    capture_onnx(relu_model(w=np.array([0, -np.inf, 0, 0, -np.inf], np.float32)))
-
-
-def test_string_and_control_flow_are_refused() -> None:
-    refusal(make_model([helper.make_node("Identity", ["x"], ["y"])], {"x": (TensorProto.STRING, [2])}, {}, ["y"]))
-    body = helper.make_graph([helper.make_node("Identity", ["x"], ["t"])], "b", [], [onnx.ValueInfoProto(name="t")])
-    node = helper.make_node("If", ["c"], ["y"], name="branch", then_branch=body, else_branch=body)
-    assert refusal(make_model([node], {"x": X, "c": np.array(True)}, {}, ["y"])).node == "branch"
-
-
-def test_old_operator_set_is_refused() -> None:
-    assert "operator set 6" in refusal(make_model([helper.make_node("Relu", ["x"], ["y"])], {"x": X}, {}, ["y"], opset=6)).reason
-
-
-def external_model(location: str, length: int = 20, offset: int = 0) -> onnx.ModelProto:
-    model = relu_model()
-    tensor = TensorProto(name="w", data_type=TensorProto.FLOAT, dims=[5], data_location=TensorProto.EXTERNAL)
-    for key, value in {"location": location, "offset": str(offset), "length": str(length)}.items():
-        tensor.external_data.add(key=key, value=value)
-    model.graph.initializer.append(tensor)
-    return model
-
-
-def saved(model: onnx.ModelProto, folder: Path) -> Path:
-    path = folder / "model.onnx"
-    path.write_bytes(model.SerializeToString())
-    return path
-
-
-def test_external_data_is_read(tmp_path: Path) -> None:
-    (tmp_path / "data").mkdir()
-    values = floats(5)
-    (tmp_path / "data" / "w.bin").write_bytes(b"pad!" + values.tobytes())
-    graph = capture_onnx(saved(external_model("data/w.bin", offset=4), tmp_path))
-    assert torch.equal(graph.constants["w"], torch.from_numpy(values))
-
-
-@pytest.mark.parametrize("location", ["../w.bin", "a/../../w.bin", "/etc/hostname", "..\\w.bin", "C:w.bin", "w\x00.bin", "absent.bin", ""])
-def test_external_data_outside_the_folder_is_refused(tmp_path: Path, location: str) -> None:
-    """CVE-2022-25882, CVE-2024-27318."""
-    (tmp_path / "w.bin").write_bytes(bytes(20))
-    inner = tmp_path / "inner"
-    inner.mkdir()
-    assert "data" in refusal(saved(external_model(location), inner)).reason
-
-
-@pytest.mark.parametrize("kind", ["symlink", "parent symlink", "hard link", "fifo", "short", "length"])
-def test_external_data_that_is_no_plain_file_is_refused(tmp_path: Path, kind: str) -> None:
-    """CVE-2026-27489, CVE-2026-34446: links reach other files; a FIFO would wait for ever."""
-    (tmp_path / "secret").mkdir()
-    (tmp_path / "secret" / "w.bin").write_bytes(bytes(20))
-    inner = tmp_path / "inner"
-    inner.mkdir()
-    location, length = "w.bin", 20
-    if kind == "symlink":
-        (inner / "w.bin").symlink_to(tmp_path / "secret" / "w.bin")
-    elif kind == "parent symlink":
-        (inner / "d").symlink_to(tmp_path / "secret")
-        location = "d/w.bin"
-    elif kind == "hard link":
-        os.link(tmp_path / "secret" / "w.bin", inner / "w.bin")
-    elif kind == "fifo":
-        os.mkfifo(inner / "w.bin")
-    else:
-        (inner / "w.bin").write_bytes(bytes(8))
-        length = 20 if kind == "short" else 8
-    refusal(saved(external_model(location, length), inner))
-
-
-def test_external_data_of_a_model_from_memory_is_refused() -> None:
-    assert "folder" in refusal(external_model("w.bin")).reason
 
 
 # ---- real models ----------------------------------------------------------------------------------------------------------

@@ -9,9 +9,30 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qcompile.formats import (
-    Block, Channel, Format, Group, Integer, LayerScheme, Quantized, Scheme, Tensor, Token, bits_per_weight, choose_scale, dequantize, pack,
-    parse_format, parse_granularity, parse_layer_scheme, parse_scheme, quantize, quantize_dynamic, quantize_tensor, register_family,
-    stored_bytes, unpack,
+    Block,
+    Channel,
+    Format,
+    Group,
+    Integer,
+    LayerScheme,
+    Quantized,
+    Scheme,
+    Tensor,
+    Token,
+    bits_per_weight,
+    choose_scale,
+    dequantize,
+    pack,
+    parse_format,
+    parse_granularity,
+    parse_layer_scheme,
+    parse_scheme,
+    quantize,
+    quantize_dynamic,
+    quantize_tensor,
+    register_family,
+    stored_bytes,
+    unpack,
 )  # fmt: skip
 
 INTEGERS = [Integer(bits, signed) for bits in range(1, 9) for signed in (True, False)]
@@ -228,7 +249,9 @@ def onnx_quantize(x: np.ndarray, scale: np.ndarray, zero_point: np.ndarray | Non
     return onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"]).run(None, {"x": x})[0]
 
 
-@pytest.mark.parametrize("text", ["int8 tensor sym", "uint8 tensor affine", "int8 channel=0 sym", "uint8 channel=1 affine", "int8 tensor affine"])
+@pytest.mark.parametrize(
+    "text", ["int8 tensor sym", "uint8 tensor affine", "int8 channel=0 sym", "uint8 channel=1 affine", "int8 tensor affine"]
+)
 @pytest.mark.parametrize("scale", [0.5, 0.1, 0.037, 3.0])
 def test_codes_are_those_of_onnx_quantize_linear(text, scale) -> None:
     scheme = parse_scheme(text)
@@ -243,7 +266,12 @@ def test_codes_are_those_of_onnx_quantize_linear(text, scale) -> None:
     assert np.array_equal(codes.numpy(), onnx_quantize(x.numpy(), scales.numpy(), None if zero is None else zero.numpy(), dtype, axis))
 
 
-SCHEMES = [Scheme(f, g, symmetric) for f in (Integer(8, True), Integer(4, True), Integer(3, False)) for g in GRANULARITIES for symmetric in (True, False)]
+SCHEMES = [
+    Scheme(f, g, symmetric)
+    for f in (Integer(8, True), Integer(4, True), Integer(3, False))
+    for g in GRANULARITIES
+    for symmetric in (True, False)
+]
 
 
 @pytest.mark.parametrize("scheme", SCHEMES, ids=str)

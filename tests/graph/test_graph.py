@@ -74,10 +74,15 @@ def test_a_constant_of_another_shape_changes_the_type() -> None:
 
 def test_names_under_taken_names_get_a_number() -> None:
     graph = two_layers()
-    assert graph.add_constant("w.inner", torch.zeros(1)).target == "w.inner_1" or graph.add_constant("w", torch.zeros(1)).target == "w_1"
-    added = graph.add_constant("w", torch.zeros(1))
-    assert added.target != "w"
-    graph.module.graph.lint()
+    names = ["w", "w", "w.inner", "w.inner.most", "block.w", "block"]
+    assert [graph.add_constant(name, torch.zeros(1)).target for name in names] == [
+        "w_1",
+        "w_2",
+        "w_inner",
+        "w_inner_most",
+        "block.w",
+        "block_1",
+    ]
 
 
 def test_replace_hands_over_notes_and_spares_the_new_node() -> None:

@@ -18,7 +18,9 @@ def graph_of(*lines: str, result: str = "y") -> Graph:
 
 
 T = "f32[n,4]"
-RELU_NEG = Rule("relu-neg", Op("aten.relu", self=Op("aten.neg", self=Any_("x"))), lambda g, m: g.call(aten.abs.default, m["x"], before=m.root))
+RELU_NEG = Rule(
+    "relu-neg", Op("aten.relu", self=Op("aten.neg", self=Any_("x"))), lambda g, m: g.call(aten.abs.default, m["x"], before=m.root)
+)
 
 
 def test_a_rule_fires_and_is_counted() -> None:

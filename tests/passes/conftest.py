@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-
 from qcompile.backends.reference.target import ReferenceTarget
+
 from qcompile.graph import Graph, parse_graph, print_graph, tensor_digest
 from qcompile.pipeline import Context, Pass, Pipeline, sqnr_db
 

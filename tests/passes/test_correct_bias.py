@@ -2,13 +2,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from qcompile.passes.correct_bias import CorrectBias
 from torch import nn
 
 from qcompile.capture.torch_export import capture_module
 from qcompile.formats import parse_scheme
 from qcompile.graph import Graph, Quantizer, Stage
 from qcompile.graph.text import bound_arguments
-from qcompile.passes.correct_bias import CorrectBias
 from qcompile.pipeline import Context
 from qcompile.statistics import collect
 

@@ -2,19 +2,25 @@ from __future__ import annotations
 
 import pytest
 import torch
-
 from qcompile.passes.fold_batch_norm import FoldBatchNorm
 
 NORM = "{training=false, momentum=0.1, eps=1e-05, cudnn_enabled=false}"
 
 
 def constants(channels: int = 6, inputs: int = 4, groups: int = 1) -> dict[str, torch.Tensor]:
-    statistics = {"gain": torch.randn(channels), "shift": torch.randn(channels), "mean": torch.randn(channels), "variance": torch.rand(channels) + 0.2}
+    statistics = {
+        "gain": torch.randn(channels),
+        "shift": torch.randn(channels),
+        "mean": torch.randn(channels),
+        "variance": torch.rand(channels) + 0.2,
+    }
     return {"w": torch.randn(6, inputs // groups, 3, 3), "b": torch.randn(6), **statistics}
 
 
 def conv_norm(conv: str = "%w, %b", options: str = " {padding=[1, 1]}", norm: str = NORM, result: str = '%y as "y"', more: str = "") -> str:
-    names = "\n".join(f"  %{name} = const @{name}" for name in ("w", "b", "gain", "shift", "mean", "variance") if name != "b" or "%b" in conv)
+    names = "\n".join(
+        f"  %{name} = const @{name}" for name in ("w", "b", "gain", "shift", "mean", "variance") if name != "b" or "%b" in conv
+    )
     return f"""graph @main float(%x: f32[n,4,8,8]) where n in 1..64 {{
 {names}
   %c = aten.conv2d(%x, {conv}){options} : f32[n,6,8,8]
@@ -26,7 +32,13 @@ def conv_norm(conv: str = "%w, %b", options: str = " {padding=[1, 1]}", norm: st
 
 def test_golden(build, run_pass, golden) -> None:
     ones = torch.ones(6)
-    fixed = {"w": torch.arange(54.0).reshape(6, 1, 3, 3), "gain": -2 * ones, "shift": torch.arange(6.0), "mean": ones, "variance": 4 * ones - 1e-5}
+    fixed = {
+        "w": torch.arange(54.0).reshape(6, 1, 3, 3),
+        "gain": -2 * ones,
+        "shift": torch.arange(6.0),
+        "mean": ones,
+        "variance": 4 * ones - 1e-5,
+    }
     text = conv_norm("%w", " {padding=[1, 1], groups=2}").replace("f32[n,4,8,8]", "f32[n,2,8,8]")
     golden("passes/fold_batch_norm", run_pass(build(text, **fixed), FoldBatchNorm()).golden_text)
 

@@ -5,9 +5,9 @@ import math
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from qcompile.passes.fold_constants import FoldConstants
 
 from qcompile.graph import parse_graph
-from qcompile.passes.fold_constants import FoldConstants
 from qcompile.pipeline import Context, Pipeline
 
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from qcompile.passes.quantize_weights import QuantizeWeights
 
 from qcompile.calibration import from_iterable
 from qcompile.errors import Refused
@@ -10,7 +11,6 @@ from qcompile.graph import parse_graph, print_graph
 from qcompile.graph.graph import Graph, tensor_digest
 from qcompile.graph.quantizer import Quantizer
 from qcompile.graph.stage import Stage
-from qcompile.passes.quantize_weights import QuantizeWeights
 from qcompile.pipeline import Context, Pipeline
 from qcompile.solvers.gptq import row_errors, solve
 from qcompile.solvers.nearest import solve as nearest
@@ -135,7 +135,9 @@ def test_gptq_lowers_the_error_of_a_grouped_convolution() -> None:
 
 
 def test_a_weight_without_a_product_does_not_fire_gptq_and_says_why() -> None:
-    text = LINEARS.replace("aten.linear(%relu, %b)", "aten.add.Tensor(%relu, %b)").replace("f32[batch,8]) where batch in 1..64", "f32[8,8])")
+    text = LINEARS.replace("aten.linear(%relu, %b)", "aten.add.Tensor(%relu, %b)").replace(
+        "f32[batch,8]) where batch in 1..64", "f32[8,8])"
+    )
     graph, given = build(text.replace("batch", "8"), "int4 channel=0 sym"), context(8)
     given.calibration = from_iterable([torch.randn(8, 8)])
     Pipeline((QuantizeWeights(solver="gptq"),)).run(graph, given)
@@ -167,7 +169,7 @@ def test_tied_weights_take_the_gram_of_all_their_inputs() -> None:
 
 def test_a_failure_names_the_layer() -> None:
     graph, given = build(LINEARS, "int4 channel=1 sym"), context(8)
-    with pytest.raises(Refused, match="linear: gptq fails: .*not channel=1"):
+    with pytest.raises(Refused, match=r"linear: gptq fails: .*not channel=1"):
         Pipeline((QuantizeWeights(solver="gptq"),)).run(graph, given)
 
 

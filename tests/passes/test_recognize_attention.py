@@ -4,7 +4,6 @@ import math
 
 import pytest
 import torch
-
 from qcompile.passes.canonicalize import Canonicalize
 from qcompile.passes.recognize_attention import RecognizeAttention
 
@@ -64,14 +63,21 @@ CAUSAL = """  %ones = aten.ones() {size=[%t, %t], dtype=dtype:bool} : bool[t,t]
 PADDING = """  %u = aten.unsqueeze(%mask) {dim=1} : i64[n,1,t]
   %uu = aten.unsqueeze(%u) {dim=2} : i64[n,1,1,t]
 """
-FLOAT_PADDING = PADDING + """  %f = aten._to_copy(%uu) {dtype=dtype:float32} : f32[n,1,1,t]
+FLOAT_PADDING = (
+    PADDING
+    + """  %f = aten._to_copy(%uu) {dtype=dtype:float32} : f32[n,1,1,t]
   %r = aten.rsub.Scalar(%f, 1.0) : f32[n,1,1,t]
   %big = aten.mul.Tensor(%r, -10000.0) : f32[n,1,1,t]
 """
+)
 MASKED = PADDING + "  %hidden = aten.eq.Scalar(%uu, 0) : bool[n,1,1,t]\n"
-BOTH = PADDING + CAUSAL + """  %seen = aten.ne.Scalar(%uu, 0) : bool[n,1,1,t]
+BOTH = (
+    PADDING
+    + CAUSAL
+    + """  %seen = aten.ne.Scalar(%uu, 0) : bool[n,1,1,t]
   %m = aten.__and__.Tensor(%seen, %tril) : bool[n,1,t,t]
 """
+)
 
 FORMS = {  # text of the attention, whether there is a mask input, whether it is causal
     "whole": (whole(), False, False),
@@ -134,7 +140,9 @@ def test_repeated_keys_are_read_once(build, run_pass, kind) -> None:
 
 
 def test_a_scale_on_the_query_joins_the_scale(build, run_pass) -> None:
-    text = heads().replace("aten.view(%lq)", "aten.view(%zq)").replace("  %sq =", "  %zq = aten.mul.Tensor(%lq, 0.5) : f32[n,t,32]\n  %sq =")
+    text = (
+        heads().replace("aten.view(%lq)", "aten.view(%zq)").replace("  %sq =", "  %zq = aten.mul.Tensor(%lq, 0.5) : f32[n,t,32]\n  %sq =")
+    )
     ran = run_pass(build(head() + text + whole(options=" {scale=1.0}") + END, **weights()), Canonicalize(), RecognizeAttention())
     assert ran.operators == ["aten.linear"] * 3 + ["qc.attention"]
     assert "scale=0.5" in ran.text
@@ -154,7 +162,11 @@ def test_a_query_that_sees_no_key_gives_zeros(build, run_pass) -> None:
     ("extra", "text", "reason"),
     [
         ("", whole(", %bias", before="%bias = aten.full() {size=[%t, %t], fill_value=0.5} : f32[t,t]"), "adds other numbers than zero"),
-        ("", whole(", %band", before=f"{CAUSAL}  %band = aten.triu(%tril) {{diagonal=-1}} : bool[t,t]"), "neither a padding of keys nor causal"),
+        (
+            "",
+            whole(", %band", before=f"{CAUSAL}  %band = aten.triu(%tril) {{diagonal=-1}} : bool[t,t]"),
+            "neither a padding of keys nor causal",
+        ),
         (", %bias: f32[n,4,t,t]", whole(", %bias"), "depends on the activation %bias"),
         ("", whole(options=" {dropout_p=0.1}"), "training mode"),
         ("", written().replace("{dim=-1}", "{dim=2}"), "its softmax is not over the last axis"),
@@ -178,10 +190,10 @@ def test_weights_with_another_user_stay(build, run_pass) -> None:
 
 def test_keys_of_another_layout_are_turned(build, run_pass) -> None:
     """Heads that come from no linear layer at all are right, if not free."""
-    text = f"""graph @main float(%q: f32[n,4,6,8], %k: f32[n,4,9,8], %v: f32[n,4,9,8]) where n in 1..64 {{
+    text = """graph @main float(%q: f32[n,4,6,8], %k: f32[n,4,9,8], %v: f32[n,4,9,8]) where n in 1..64 {
   %y = aten.scaled_dot_product_attention(%q, %k, %v) : f32[n,4,6,8]
   return %y as "y"
-}}
+}
 """
     ran = run_pass(build(text), Canonicalize(), RecognizeAttention())
     assert ran.operators.count("qc.attention") == 1

@@ -15,7 +15,14 @@ from qcompile.solvers.gptq import solve as gptq
 from qcompile.solvers.mse import solve as mse
 from qcompile.solvers.nearest import solve as nearest
 
-SCHEMES = ["int4 channel=0 sym", "int8 channel=0 sym", "uint4 channel=0 affine", "int4 group=8 sym", "uint3 group=5 affine", "int3 tensor sym"]
+SCHEMES = [
+    "int4 channel=0 sym",
+    "int8 channel=0 sym",
+    "uint4 channel=0 affine",
+    "int4 group=8 sym",
+    "uint3 group=5 affine",
+    "int3 tensor sym",
+]
 OPTIONS = [
     ("nearest", {}),
     ("mse", {}),
@@ -25,7 +32,7 @@ OPTIONS = [
     ("gptq", {"static_groups": False, "block": 7}),
     ("gptq", {"grid": "mse"}),
 ]
-every_solver = pytest.mark.parametrize(("name", "options"), OPTIONS, ids=lambda value: str(value))
+every_solver = pytest.mark.parametrize(("name", "options"), OPTIONS, ids=str)
 seeds = st.integers(0, 2**31)
 
 
@@ -107,7 +114,7 @@ def test_scaling_the_weight_scales_the_scale(name: str, options: dict, scheme: s
 
 
 def obq_in_order(weight: torch.Tensor, H: torch.Tensor, scale: torch.Tensor, scheme: Scheme) -> torch.Tensor:
-    """Round columns from first to last; the inverse of the rest of H is computed anew for each by elimination (Frantar 2022, equations 2, 3)."""
+    """Round columns from first to last; the inverse of the rest of H is found by elimination (Frantar 2022, equations 2, 3)."""
     W, codes = weight.double().clone(), torch.empty_like(weight)
     inverse = torch.linalg.inv(H)
     for j in range(W.shape[1]):

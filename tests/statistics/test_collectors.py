@@ -19,7 +19,11 @@ def gather(request: Request, parts: tuple[torch.Tensor, ...] | list[torch.Tensor
     return collector.result()
 
 
-@given(seed=st.integers(0, 2**31), sizes=st.lists(st.integers(1, 4), min_size=1, max_size=5), exponents=st.lists(st.integers(-20, 20), min_size=5))
+@given(
+    seed=st.integers(0, 2**31),
+    sizes=st.lists(st.integers(1, 4), min_size=1, max_size=5),
+    exponents=st.lists(st.integers(-20, 20), min_size=5),
+)
 @settings(max_examples=40, deadline=None)
 @pytest.mark.parametrize("request_", EVERY, ids=lambda r: type(r).__name__)
 def test_result_does_not_depend_on_batches(request_: Request, seed: int, sizes: list[int], exponents: list[int]) -> None:
@@ -64,9 +68,11 @@ def test_channels_of_an_inner_axis() -> None:
     torch.testing.assert_close(gather(AbsMean("x", 1), [x])["abs_mean"], x.abs().mean((0, 2)))
 
 
-@pytest.mark.parametrize(("stride", "padding", "dilation", "groups"), [((1, 1), (0, 0), (1, 1), 1), ((2, 1), (1, 2), (1, 1), 2), ((1, 2), (0, 1), (2, 1), 4)])
+@pytest.mark.parametrize(
+    ("stride", "padding", "dilation", "groups"), [((1, 1), (0, 0), (1, 1), 1), ((2, 1), (1, 2), (1, 1), 2), ((1, 2), (0, 1), (2, 1), 4)]
+)
 def test_convolution_gram_gives_the_energy_of_the_output(stride, padding, dilation, groups) -> None:  # type: ignore[no-untyped-def]
-    """sum over places of conv(x, w)^2 = rows * w H w^T, whatever the weight."""
+    """Sum over places of conv(x, w)^2 = rows * w H w^T, whatever the weight."""
     generator = torch.Generator().manual_seed(3)
     x = torch.randn(3, 4, 7, 6, generator=generator)
     w = torch.randn(8, 4 // groups, 3, 2, generator=generator)

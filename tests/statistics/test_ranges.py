@@ -51,7 +51,9 @@ def test_percentile_100_is_minmax() -> None:
     assert find_range("percentile", histogram(x), AFFINE, 100.0) == (x.min(), x.max())
 
 
-@pytest.mark.parametrize("scheme", ["int8 tensor sym", "uint8 tensor affine", "int4 tensor sym", "uint4 tensor affine", "uint2 tensor affine"])
+@pytest.mark.parametrize(
+    "scheme", ["int8 tensor sym", "uint8 tensor affine", "int4 tensor sym", "uint4 tensor affine", "uint2 tensor affine"]
+)
 def test_mse_range_beats_every_shrink_factor(scheme: str) -> None:
     parsed, x = parse_scheme(scheme), normal_with_outliers()
     found = squared_error(x, *find_range("mse", histogram(x), parsed), parsed)

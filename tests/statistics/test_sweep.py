@@ -13,7 +13,7 @@ from qcompile.errors import Refused
 from qcompile.formats import parse_scheme
 from qcompile.graph import parse_graph
 from qcompile.graph.graph import Graph, tensor_digest
-from qcompile.statistics import Gram, Histogram, MinMax, collect, collect_sequentially
+from qcompile.statistics import Gram, Histogram, MinMax, collect, collect_sequentially, sweep
 from qcompile.statistics.regions import assign_regions, product_count, split_regions
 
 CONSTANTS = [torch.randn(8, 8, generator=torch.Generator().manual_seed(i)) for i in range(3)]
@@ -94,7 +94,7 @@ def test_split_regions_cuts_where_little_is_alive(graph: Graph) -> None:
 
 
 def test_a_node_of_a_region_moves_behind_what_it_reads(graph: Graph) -> None:
-    first, second = assign_regions(graph, [["linear_1"], ["linear"]])
+    _, second = assign_regions(graph, [["linear_1"], ["linear"]])
     assert "linear_1" in [node.name for node in second]
     with pytest.raises(Refused, match="two regions"):
         assign_regions(graph, [["linear"], ["linear"]])
@@ -145,18 +145,20 @@ def test_sequential_visits_see_what_earlier_regions_became(graph: Graph) -> None
             return True
         return False
 
-    collect_sequentially(graph, [MinMax("x"), MinMax("relu"), MinMax("add")], batches(), visit, regions=split_regions(graph, 1, product_count))
+    collect_sequentially(
+        graph, [MinMax("x"), MinMax("relu"), MinMax("add")], batches(), visit, regions=split_regions(graph, 1, product_count)
+    )
     found = {name: result for part in seen for name, result in part.items()}
     assert found["add"] == {"min": min(x.min() for (x,) in batches()), "max": max(x.max() for (x,) in batches())}
 
 
 def test_refusals_name_the_node(graph: Graph) -> None:
-    with pytest.raises(Refused, match="^gone: there is no such node"):
+    with pytest.raises(Refused, match=r"^gone: there is no such node"):
         collect(graph, [MinMax("gone")], batches())
     with pytest.raises(Refused, match="no calibration data"):
         collect(graph, [MinMax("x")], [])
     graph.set_constant(graph.node("a"), torch.full((8, 8), 1e38))
-    with pytest.raises(Refused, match="^linear .*not finite"):
+    with pytest.raises(Refused, match=r"^linear .*not finite"):
         collect(graph, [MinMax("linear")], [(torch.ones(1, 1, 8) * 9,)])
 
 
@@ -174,3 +176,16 @@ def test_quantizers_and_constants_are_computed_once_for_a_region(graph: Graph, m
     monkeypatch.setattr(Quantizer, "forward", lambda self, x: calls.append(1) or forward(self, x))
     collect(graph, [MinMax("linear_2"), MinMax("b_quantizer")], batches())
     assert len(calls) == 1
+
+
+def test_values_are_dropped_after_their_last_use(graph: Graph, monkeypatch: pytest.MonkeyPatch) -> None:
+    alive = {}
+    run_node = sweep._run_node
+
+    def watch(interpreter, node):  # type: ignore[no-untyped-def]
+        alive[node.name] = {other.name for other in interpreter.env if other.op != "get_attr"}
+        return run_node(interpreter, node)
+
+    monkeypatch.setattr(sweep, "_run_node", watch)
+    collect(graph, [MinMax("linear_2")], batches())
+    assert alive == {"linear": {"x"}, "relu": {"x", "linear"}, "linear_1": {"x", "relu"}, "add": {"x", "linear_1"}, "linear_2": {"add"}}

@@ -8,7 +8,7 @@ import torch
 import torch.fx as fx
 
 from qcompile.capture.onnx.builder import Size, Value
-from qcompile.capture.onnx.operators import Call, Result, normal_axis, operator
+from qcompile.capture.onnx.operators import Call, Result, bounded, normal_axis, operator
 from qcompile.errors import Refused
 
 aten = torch.ops.aten
@@ -49,7 +49,9 @@ def _slice(call: Call, starts: list[Size], ends: list[Size], axes: list[int], st
                 raise Refused("a slice that runs backwards needs known bounds")
             first = min(start, size - 1) if start >= 0 else max(start + size, -1)
             last = min(end, size - 1) if end >= 0 else max(end + size, -1)
-            x = call.call(aten.index_select.default, x, axis, torch.arange(first, last, step) if first > last else torch.arange(0))
+            places = range(first, last, step)
+            bounded(len(places))
+            x = call.call(aten.index_select.default, x, axis, torch.arange(first, last, step) if places else torch.arange(0))
     return x
 
 
@@ -92,9 +94,17 @@ def gather_nd(call: Call) -> Result:
     if call.integer("batch_dims"):
         raise Refused("GatherND with batch_dims is not supported")
     indices = call.build.cast(call[1], torch.int64)
-    count = call.build.static_shape(indices, [-1])[0]
+    count = _index_length(call, indices)
     picked = [call.call(aten.select.int, indices, -1, position) for position in range(count)]
     return call.call(aten.index.Tensor, call[0], picked)
+
+
+def _index_length(call: Call, indices: Value) -> int:
+    """Return how many axes each index of GatherND or ScatterND names."""
+    count = call.build.static_shape(indices, [-1])[0]
+    if not 1 <= count <= call.build.rank(call[0]):
+        raise Refused(f"an index names {count} axes of a tensor that has {call.build.rank(call[0])}")
+    return count
 
 
 @operator("ScatterElements", since=11)
@@ -112,7 +122,7 @@ def scatter_nd(call: Call) -> Result:
     if call.string("reduction", "none") not in ("none", "add"):
         raise Refused("ScatterND with this reduction is not supported")
     indices = call.build.cast(call[1], torch.int64)
-    count = call.build.static_shape(indices, [-1])[0]
+    count = _index_length(call, indices)
     places = [call.call(aten.select.int, indices, -1, position) for position in range(count)]
     accumulate = call.string("reduction", "none") == "add"
     return call.call(aten.index_put.default, call[0], places, call[2], accumulate)
@@ -123,6 +133,7 @@ def one_hot(call: Call) -> Result:
     depth = int(call.constant(1).reshape(()).item())
     if depth < 0:
         raise Refused("OneHot has a negative depth")
+    bounded(depth)
     rank = call.build.rank(call[0])
     axis = normal_axis(call.integer("axis", -1), rank + 1)
     indices = call.build.cast(call[0], torch.int64)

@@ -6,7 +6,7 @@ import torch
 import torch.fx as fx
 
 from qcompile.capture.onnx.builder import Value
-from qcompile.capture.onnx.operators import Call, Result, operator
+from qcompile.capture.onnx.operators import Call, Result, bounded, operator
 from qcompile.capture.onnx.quantization import transposed_weight
 
 aten = torch.ops.aten
@@ -74,6 +74,7 @@ def _gemm_bias(call: Call, c: Value | None, beta: float, weight: Value) -> torch
         return None
     if tuple(c.shape) == (features,) and beta == 1:
         return c
+    bounded(features)
     return call.build.derive(c, f"bias {beta} {features}", lambda t: (t.reshape(-1) * beta).expand(features))
 
 

@@ -93,6 +93,8 @@ def mean_variance_normalization(call: Call) -> Result:
 def local_response_normalization(call: Call) -> Result:
     """Divide by the mean square over neighbouring channels, ``size`` of them, the odd one after the channel."""
     x, size = call[0], call.integer("size")
+    if not 1 <= size <= 1024:
+        raise Refused(f"a window of {size} channels is not supported")
     rank = call.build.rank(x)
     before = (size - 1) // 2
     square = call.call(aten.mul.Tensor, x, x)

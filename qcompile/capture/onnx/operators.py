@@ -15,6 +15,9 @@ from qcompile.errors import Refused
 Result = Value | tuple[Value | None, ...]
 OperatorFunction = Callable[["Call"], Result]
 
+# More elements than any table of positions has.
+LARGEST_COUNT = 1 << 24
+
 # (domain, operator) -> functions by the operator set they begin with, ascending.
 TABLE: dict[tuple[str, str], list[tuple[int, OperatorFunction]]] = {}
 
@@ -139,6 +142,13 @@ class Call:
         """Say whether this node is the only reader of its input, so that the call behind it may be changed."""
         source = self.node.inputs[index]
         return source is not None and len(source.uses()) == 1 and not source.is_graph_output()
+
+
+def bounded(count: int) -> int:
+    """Return a number of elements that import is about to make, or refuse one that no real model has (a small file can ask for any)."""
+    if count > LARGEST_COUNT:
+        raise Refused(f"the operator asks for {count} elements while it is imported")
+    return count
 
 
 def normal_axis(axis: int, rank: int) -> int:

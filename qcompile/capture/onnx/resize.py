@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from qcompile.capture.onnx.builder import Value
-from qcompile.capture.onnx.operators import Call, Result, normal_axis, operator
+from qcompile.capture.onnx.operators import Call, Result, bounded, normal_axis, operator
 from qcompile.errors import Refused
 
 aten = torch.ops.aten
@@ -106,6 +106,7 @@ def _resize_axis(call: Call, x: Value, axis: int, scale: float, count: int | Non
     mode, coordinates, nearest = how
     size = call.build.static_shape(x, [axis])[0]
     count = math.floor(size * scale) if count is None else count
+    bounded(count * (1 if mode == "nearest" else size))
     places = [_COORDINATES[coordinates](out, scale, size, count) for out in range(count)]
     if mode == "nearest":
         if nearest not in _NEAREST:

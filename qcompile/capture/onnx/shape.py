@@ -13,7 +13,7 @@ import torch
 from qcompile.capture.onnx.builder import Size, Sizes, Value
 from qcompile.capture.onnx.load import NARROW_DTYPES
 from qcompile.capture.onnx.normalization import flat_size
-from qcompile.capture.onnx.operators import Call, Result, normal_axis, operator
+from qcompile.capture.onnx.operators import Call, Result, bounded, normal_axis, operator
 from qcompile.errors import Refused
 
 aten = torch.ops.aten
@@ -148,6 +148,7 @@ def pad(call: Call) -> Result:
 def _pad_by_index(call: Call, x: Value, axis: int, before: int, after: int, mode: str) -> Value:
     """Pad one axis by selecting elements: reflect mirrors without the edge, edge repeats it, wrap starts again."""
     size = call.build.static_shape(x, [axis])[0]
+    bounded(before + size + after)
     positions = torch.arange(-before, size + after)
     if mode == "edge":
         positions = positions.clamp(0, size - 1)
@@ -216,6 +217,7 @@ def value_range(call: Call) -> Result:
 @operator("EyeLike", since=9)
 def eye_like(call: Call) -> Result:
     rows, columns = call.build.static_shape(call[0])
+    bounded(rows * columns)
     from qcompile.capture.onnx.load import torch_dtype
 
     dtype = torch_dtype(ir.DataType(call.integer("dtype")), "") if call.has("dtype") else call.build.dtype(call[0])

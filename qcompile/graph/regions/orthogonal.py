@@ -38,4 +38,4 @@ def orthogonal_matrix(size: int, kind: str, seed: int) -> torch.Tensor:
 
 def _haar(size: int, generator: torch.Generator) -> torch.Tensor:
     q, r = torch.linalg.qr(torch.randn(size, size, generator=generator, dtype=torch.float64))
-    return q * torch.sign(torch.diagonal(r))
+    return (q * torch.sign(torch.diagonal(r))).contiguous()

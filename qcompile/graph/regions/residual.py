@@ -223,7 +223,7 @@ def _rsqrt_of(product: fx.Node, value: fx.Node) -> tuple[fx.Node, ...]:
 def _is_square(node: object, value: fx.Node) -> bool:
     name = operator_name_of(node)
     if name == "aten.pow.Tensor_Scalar":
-        arguments = bound_arguments(node)  # type: ignore[arg-type]
+        arguments = bound_arguments(node)
         return arguments["self"] is value and arguments["exponent"] == 2
     return name == "aten.mul.Tensor" and set(node.all_input_nodes) == {value}  # type: ignore[attr-defined]
 

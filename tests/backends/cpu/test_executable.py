@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import nn
-
 from qcompile.backends.cpu.build import build
 from qcompile.backends.cpu.executable import Executable, aligned
 from qcompile.backends.lowering.translate import translate
+from torch import nn
+
 from qcompile.capture.torch_export import capture_module
 from qcompile.errors import Refused
 
@@ -120,9 +120,7 @@ build(_mlp().module, threads=2).save(sys.argv[1])
 def test_another_process_writes_the_same_bytes(executable: Executable, tmp_path: Path) -> None:
     executable.save(tmp_path / "here")
     subprocess.run([sys.executable, "-c", _BUILD_TWICE, str(tmp_path / "there"), str(Path(__file__).parent)], check=True, timeout=300)
-    digests = [
-        {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in (tmp_path / place).iterdir()} for place in ("here", "there")
-    ]
+    digests = [{p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in (tmp_path / place).iterdir()} for place in ("here", "there")]
     assert digests[0] == digests[1]
 
 
@@ -205,7 +203,9 @@ class _Residual(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.stem = nn.Sequential(nn.Conv2d(3, 16, 3, 2, 1), nn.ReLU6())
-        self.expand = nn.Sequential(nn.Conv2d(16, 48, 1), nn.ReLU6(), nn.Conv2d(48, 48, 3, 1, 1, groups=48), nn.ReLU6(), nn.Conv2d(48, 16, 1))
+        self.expand = nn.Sequential(
+            nn.Conv2d(16, 48, 1), nn.ReLU6(), nn.Conv2d(48, 48, 3, 1, 1, groups=48), nn.ReLU6(), nn.Conv2d(48, 16, 1)
+        )
         self.pool, self.block = nn.MaxPool2d(3, 2, 1), nn.Conv2d(16, 16, 3, 1, 1)
         self.head = nn.Linear(16, 10)
 
@@ -246,9 +246,10 @@ def sentence_model() -> Callable[..., torch.Tensor]:
 
 def test_sentence_model_agrees_with_torch(sentence_model: Any) -> None:
     """all-MiniLM-L6-v2 in float32: six layers share their kernels, nothing falls back."""
-    from qcompile.capture.huggingface import capture_folder
-    from qcompile.passes.recognize_attention import RecognizeAttention
     from qcompile.backends.cpu.target import TARGET
+    from qcompile.passes.recognize_attention import RecognizeAttention
+
+    from qcompile.capture.huggingface import capture_folder
     from qcompile.pipeline import Context
 
     graph, _ = capture_folder(Path(sentence_model.config._name_or_path))

@@ -1,0 +1,264 @@
+"""The meaning of each qc operator against plain numpy integers, and its result type against its result."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from qcompile.formats import pack, parse_scheme
+from qcompile.graph import parse_graph
+from qcompile.graph.dialect import ACTIVATIONS, hadamard_matrix
+
+qc = torch.ops.qc
+F32 = np.float32
+
+
+def codes(shape: tuple[int, ...], scheme: str) -> torch.Tensor:
+    format = parse_scheme(scheme).format
+    return torch.randint(int(format.lowest), int(format.highest) + 1, shape).to(format.storage)
+
+
+def rounded(y: np.ndarray, scale: float, zero: int, scheme: str) -> np.ndarray:
+    format = parse_scheme(scheme).format
+    return np.clip(np.rint(y / F32(scale)) + zero, format.lowest, format.highest)
+
+
+def zero_of(scheme: str, value: int) -> torch.Tensor | None:
+    return None if parse_scheme(scheme).symmetric else torch.tensor(value, dtype=torch.int32)
+
+
+def check_meta(operator, *args) -> None:
+    """Hold the fake result's shape and dtype against the real one."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode() as mode:
+        fake = operator(*(mode.from_tensor(a) if isinstance(a, torch.Tensor) else a for a in args))
+    real = operator(*args)
+    for one, other in zip(
+        fake if isinstance(fake, (tuple, list)) else [fake], real if isinstance(real, (tuple, list)) else [real], strict=True
+    ):
+        assert (one.shape, one.dtype) == (other.shape, other.dtype)
+
+
+# ---- linear ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "weight_scheme", ["int8 channel=0 sym", "int4 channel=0 sym", "int4 group=4 sym", "int3 group=5 sym", "int8 tensor sym"]
+)
+@pytest.mark.parametrize("x_scheme", ["uint8 tensor affine", "int8 token sym dynamic"])
+@pytest.mark.parametrize(("bias", "activation", "residual", "out"), [
+    (None, "none", False, ""), ("float", "relu", True, ""), ("int", "relu6", False, "uint8 tensor affine"), ("float", "add_relu", True, "int8 tensor sym"),
+])  # fmt: skip
+def test_linear(weight_scheme, x_scheme, bias, activation, residual, out) -> None:
+    grouped = "group" in weight_scheme
+    if grouped and bias == "int":
+        bias = None  # an integer bias has no place in a sum over groups
+    scheme = parse_scheme(weight_scheme)
+    x, w = codes((2, 3, 13), x_scheme), codes((6, 13), weight_scheme)
+    x_scale = torch.rand(2, 3, 1) / 50 if "token" in x_scheme else torch.tensor(0.02)
+    x_zero, w_scale = zero_of(x_scheme, 121), torch.rand(scheme.granularity.scale_shape((6, 13))) / 50
+    b = {None: None, "float": torch.randn(6), "int": torch.randint(-900, 900, (6,), dtype=torch.int32)}[bias]
+    r = torch.randn(2, 3, 6) if residual else None
+    out_scale, out_zero = (torch.tensor(0.05), zero_of(out, 7)) if out else (None, None)
+    args = (
+        x,
+        x_scale,
+        x_zero,
+        pack(w, scheme.bits),
+        w_scale,
+        None,
+        b,
+        r,
+        out_scale,
+        out_zero,
+        x_scheme,
+        weight_scheme,
+        13,
+        activation,
+        out,
+    )
+
+    a64 = x.numpy().astype(np.int64) - (0 if x_zero is None else 121)
+    w64 = w.numpy().astype(np.int64)
+    if grouped:
+        size, y = scheme.granularity.size, np.zeros((2, 3, 6), F32)
+        for g in range(w_scale.shape[1]):
+            part = slice(g * size, (g + 1) * size)
+            y = y + (a64[..., part] @ w64[:, part].T).astype(F32) * w_scale[:, g].numpy()
+    else:
+        acc = a64 @ w64.T + (b.numpy() if bias == "int" else 0)
+        y = acc.astype(F32) * w_scale.numpy()
+    y = y * x_scale.numpy()
+    y = y + b.numpy() if bias == "float" else y
+    clamp = {"none": lambda t: t, "relu": lambda t: np.maximum(t, 0), "relu6": lambda t: np.clip(t, 0, 6)}
+    y = y if activation.startswith("add_") else clamp[activation](y)
+    y = y + r.numpy() if residual else y
+    y = np.maximum(y, 0) if activation == "add_relu" else y
+    y = rounded(y, 0.05, 0 if out_zero is None else 7, out) if out else y
+    assert np.array_equal(qc.linear(*args).numpy(), y.astype(F32) if not out else y)
+    check_meta(qc.linear, *args)
+
+
+def test_linear_over_float_activations_dequantizes_the_weight() -> None:
+    x, w, scale = torch.randn(2, 8), codes((3, 8), "int4 group=4 sym"), torch.rand(3, 2)
+    y = qc.linear(x, None, None, pack(w, 4), scale, None, None, None, None, None, "", "int4 group=4 sym", 8)
+    assert torch.allclose(y, x @ (w * scale.repeat_interleave(4, 1)).t())
+
+
+def test_linear_names_the_sizes_that_differ() -> None:
+    with pytest.raises(RuntimeError, match="reads 8 features, its input has 9"):
+        check_meta(qc.linear, torch.randn(2, 9), None, None, torch.zeros(3, 4, dtype=torch.uint8), torch.ones(3), None, None, None, None, None, "",
+                   "int4 channel=0 sym", 8)  # fmt: skip
+
+
+# ---- convolution ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bits", [8, 4, 3])
+@pytest.mark.parametrize(("stride", "padding", "dilation", "groups"), [(1, 1, 1, 1), (2, 0, 1, 2), (1, 2, 2, 4)])
+def test_conv2d(bits, stride, padding, dilation, groups) -> None:
+    weight_scheme, x_scheme, out = f"int{bits} channel=0 sym", "uint8 tensor affine", "uint8 tensor affine"
+    x, w = codes((2, 4, 7, 6), x_scheme), codes((8, 4 // groups, 3, 3), weight_scheme)
+    w_scale, bias = torch.rand(8) / 50, torch.randint(-900, 900, (8,), dtype=torch.int32)
+    zero = torch.tensor(100, dtype=torch.int32)
+    args = (x, torch.tensor(0.02), zero, pack(w, bits), w_scale, None, bias, None, torch.tensor(0.1), zero, x_scheme, weight_scheme, 3,
+            [stride] * 2, [padding] * 2, [dilation] * 2, groups, "relu", out)  # fmt: skip
+    a = np.pad(x.numpy().astype(np.int64) - 100, ((0, 0), (0, 0), (padding,) * 2, (padding,) * 2))  # padding is the real zero
+    size = [(a.shape[2 + d] - 2 * dilation - 1) // stride + 1 for d in range(2)]
+    acc = np.zeros((2, 8, *size), np.int64)
+    for o in range(8):
+        first = o // (8 // groups) * (4 // groups)
+        for c, i, j in np.ndindex(4 // groups, 3, 3):
+            window = a[:, first + c, i * dilation :, j * dilation :][:, ::stride, ::stride][:, : size[0], : size[1]]
+            acc[:, o] += window * int(w[o, c, i, j])
+    y = ((acc + bias.numpy()[:, None, None]).astype(F32) * w_scale.numpy()[:, None, None]) * F32(0.02)
+    assert np.array_equal(qc.conv2d(*args).numpy(), rounded(np.maximum(y, 0), 0.1, 100, out))
+    check_meta(qc.conv2d, *args)
+
+
+# ---- the others -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("out", ["", "uint8 tensor affine"])
+def test_matmul(out) -> None:
+    a, b = codes((2, 3, 4, 5), "uint8 tensor affine"), codes((2, 3, 5, 6), "int8 tensor sym")
+    zero = torch.tensor(9, dtype=torch.int32)
+    args = (a, torch.tensor(0.02), zero, b, torch.tensor(0.03), None, torch.tensor(0.1) if out else None, zero if out else None,
+            "uint8 tensor affine", "int8 tensor sym", out)  # fmt: skip
+    acc = (a.numpy().astype(np.int64) - 9) @ b.numpy().astype(np.int64)
+    y = (acc.astype(F32) * F32(0.03)) * F32(0.02)
+    assert np.array_equal(qc.matmul(*args).numpy(), rounded(y, 0.1, 9, out) if out else y)
+    check_meta(qc.matmul, *args)
+
+
+@pytest.mark.parametrize("activation", ["none", "relu"])
+def test_add(activation) -> None:
+    s = "uint8 tensor affine"
+    a, b, zero = codes((2, 3, 4), s), codes((3, 4), s), torch.tensor(50, dtype=torch.int32)
+    args = (a, torch.tensor(0.02), zero, b, torch.tensor(0.05), zero, torch.tensor(0.06), zero, s, s, s, activation)
+    y = (a.numpy().astype(F32) - 50) * F32(0.02) + (b.numpy().astype(F32) - 50) * F32(0.05)
+    y = np.maximum(y, 0) if activation == "relu" else y
+    assert np.array_equal(qc.add(*args).numpy(), rounded(y, 0.06, 50, s))
+    check_meta(qc.add, *args)
+
+
+@pytest.mark.parametrize("scheme", ["int4 group=4 sym", "int8 channel=0 sym", "uint3 channel=0 affine"])
+def test_embedding(scheme) -> None:
+    parsed, table, indices = parse_scheme(scheme), codes((9, 10), scheme), torch.tensor([[0, 8], [3, 3]])
+    shape = parsed.granularity.scale_shape((9, 10))
+    scale, zero = torch.rand(shape), None if parsed.symmetric else torch.full(shape, 2, dtype=torch.int32)
+    args = (indices, pack(table, parsed.bits), scale, zero, scheme, 10)
+    wide = np.repeat(scale.numpy().reshape(9, -1), 4 if "group" in scheme else 10, 1)[:, :10]
+    expected = (table.numpy().astype(F32) - (0 if zero is None else 2)) * wide
+    assert np.array_equal(qc.embedding(*args).numpy(), expected[indices.numpy()])
+    check_meta(qc.embedding, *args)
+
+
+@pytest.mark.parametrize("scheme", ["int8 token sym dynamic", "uint8 tensor affine dynamic"])
+def test_quantize_and_dequantize(scheme) -> None:
+    x = torch.randn(3, 5)
+    parsed = parse_scheme(scheme)
+    found, scale, zero = qc.quantize_dynamic(x, scheme)
+    low, high = (x.amin(-1, True), x.amax(-1, True)) if "token" in scheme else (x.amin(), x.amax())
+    s = np.maximum(abs(low.numpy()), high.numpy()) / F32(127) if parsed.symmetric else (high.numpy() - low.numpy()) / F32(255)
+    z = np.zeros_like(s) if parsed.symmetric else np.rint(-low.numpy() / s)
+    assert np.array_equal(scale.numpy(), s)
+    assert np.array_equal(zero.numpy(), z)
+    given = None if parsed.symmetric else zero
+    assert np.array_equal(found.numpy(), np.clip(np.rint(x.numpy() / s) + z, parsed.format.lowest, parsed.format.highest))
+    assert torch.equal(qc.quantize(x, scale, given, scheme), found)
+    assert np.array_equal(qc.dequantize(found, scale, given, scheme).numpy(), (found.numpy().astype(F32) - z.astype(F32)) * s)
+    check_meta(qc.quantize_dynamic, x, scheme)
+    check_meta(qc.quantize, x, scale, given, scheme)
+    check_meta(qc.dequantize, found, scale, given, scheme)
+
+
+def test_dequantize_reads_packed_codes() -> None:
+    table, scale = codes((3, 7), "int3 channel=0 sym"), torch.rand(3)
+    args = (pack(table, 3), scale, None, "int3 channel=0 sym", 7)
+    assert torch.equal(qc.dequantize(*args), table * scale[:, None])
+    check_meta(qc.dequantize, *args)
+
+
+@pytest.mark.parametrize("block", [1, 2, 8, 16])
+def test_hadamard(block) -> None:
+    matrix = hadamard_matrix(block, torch.float64)
+    assert torch.allclose(matrix @ matrix.t(), torch.eye(block, dtype=torch.float64))
+    x = torch.randn(3, 16)
+    signs = np.array([[(-1) ** bin(i & j).count("1") for j in range(block)] for i in range(block)]) / math.sqrt(block)
+    expected = (x.numpy().astype(np.float64).reshape(3, -1, block) @ signs).reshape(3, 16)
+    assert np.allclose(qc.hadamard(x, block).numpy(), expected, atol=1e-6)
+    check_meta(qc.hadamard, x, block)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+@pytest.mark.parametrize("masked", [False, True])
+def test_attention_one_query_at_a_time(causal, kv_heads, masked) -> None:
+    q, k, v = torch.randn(2, 3, 8), torch.randn(2, 5, 2 * kv_heads), torch.randn(2, 5, 2 * kv_heads)
+    mask = torch.tensor([[True, False, True, True, False], [False] * 5]) if masked else None
+    result = qc.attention(q, k, v, mask, 4, kv_heads, 0.5, causal)
+    expected = np.zeros((2, 3, 8))
+    for b, i, h in np.ndindex(2, 3, 4):
+        own, shared = slice(2 * h, 2 * h + 2), slice(2 * (h * kv_heads // 4), 2 * (h * kv_heads // 4) + 2)
+        seen = [j for j in range(5) if (mask is None or mask[b, j]) and (not causal or j <= i + 2)]
+        if seen:
+            scores = np.exp([0.5 * float(q[b, i, own] @ k[b, j, shared]) for j in seen])
+            expected[b, i, own] = sum(s * v[b, j, shared].numpy() for s, j in zip(scores / scores.sum(), seen, strict=True))
+    assert np.allclose(result.numpy(), expected, atol=1e-6)
+    check_meta(qc.attention, q, k, v, mask, 4, kv_heads, 0.5, causal)
+
+
+def test_activations() -> None:
+    y = torch.linspace(-8, 8, 33, dtype=torch.float64)
+    erf = np.array([math.erf(v / math.sqrt(2)) for v in y.tolist()])
+    n, sigmoid = y.numpy(), 1 / (1 + np.exp(-y.numpy()))
+    expected = {
+        "none": n, "relu": np.maximum(n, 0), "relu6": np.clip(n, 0, 6), "gelu": n * 0.5 * (1 + erf), "silu": n * sigmoid, "tanh": np.tanh(n),
+        "gelu_tanh": n * 0.5 * (1 + np.tanh(math.sqrt(2 / math.pi) * (n + 0.044715 * n**3))), "sigmoid": sigmoid,
+        "hardswish": n * np.clip(n + 3, 0, 6) / 6, "add_relu": np.maximum(n, 0), "add_relu6": np.clip(n, 0, 6),
+    }  # fmt: skip
+    assert set(expected) == set(ACTIVATIONS)
+    for name, values in expected.items():
+        assert np.allclose(ACTIVATIONS[name](y).numpy(), values, atol=1e-12), name
+
+
+def test_types_follow_symbolic_sizes() -> None:
+    text = """graph @main integer(%x: f32[n,4,t,16], %ids: i64[n,t]) where n in 1..8, t in 1..64 {
+  %q = qc.quantize_dynamic(%x) {scheme="int8 token sym dynamic"} : (i8[n,4,t,16], f32[n,4,t,1], i32[n,4,t,1])
+  %codes = py.getitem(%q, 0) : i8[n,4,t,16]
+  %scale = py.getitem(%q, 1) : f32[n,4,t,1]
+  %back = qc.dequantize(%codes, %scale) {scheme="int8 token sym dynamic"} : f32[n,4,t,16]
+  %turned = qc.hadamard(%back) {block=16} : f32[n,4,t,16]
+  %rows = aten.select.int(%turned) {dim=1, index=0} : f32[n,t,16]
+  %seen = aten.ne.Scalar(%ids) {other=0} : bool[n,t]
+  %y = qc.attention(%rows, %rows, %rows, %seen) {heads=4, kv_heads=4, scale=0.5, causal=false} : f32[n,t,16]
+  return %y as "y"
+}
+"""
+    graph = parse_graph(text, {})
+    assert graph(torch.randn(2, 4, 5, 16), torch.ones(2, 5, dtype=torch.long))[0].shape == (2, 5, 16)
