@@ -57,14 +57,12 @@ def tidy_layout(graph: Graph, log: RewriteLog) -> int:
 
 
 def repair_views(graph: Graph) -> None:
-    """Turn views that the strides of their input no longer allow into reshapes, and infer all types again."""
-    while True:
+    """Turn views that the strides of their input no longer allow into reshapes; all types, and with them strides, are inferred again."""
+    for node in graph.nodes:
         try:
-            graph.infer_types()
-        except Refused as error:
-            node = graph.node(error.node)
+            graph.infer_type(node)
+        except Refused:
             if node.target is not aten.view.default:
                 raise
             node.target = aten.reshape.default
-        else:
-            return
+            graph.infer_type(node)

@@ -33,6 +33,7 @@ from qcompile.errors import Refused
 from qcompile.files import atomic_file, remove_strays
 from qcompile.graph import Graph, parse_graph, print_graph, tensor_digest
 from qcompile.graph.text import DIGEST_LENGTH
+from qcompile.registry import check_name
 from qcompile.runtime import check_indices, check_inputs, to_output_kind
 from qcompile.target import Executable
 
@@ -196,6 +197,7 @@ def load(path: str | Path, *, target: str | None = None, threads: int | None = N
     path = Path(path)
     members = read_members(path)
     manifest = _parse_manifest(path, members.pop("manifest.json"))
+    check_name("target", target or manifest.target)
     try:
         constants = safetensors.torch.load(members["constants.safetensors"])
         golden = safetensors.torch.load(members["golden.safetensors"])
@@ -274,9 +276,12 @@ def _read_checked(path: Path, archive: zipfile.ZipFile, manifest: Manifest) -> d
 
 def _parse_manifest(path: Path, data: bytes) -> Manifest:
     try:
-        return Manifest.model_validate(json.loads(data), strict=False)
+        manifest = Manifest.model_validate(json.loads(data), strict=False)
     except (ValidationError, ValueError, RecursionError) as error:
         raise Refused("the manifest is damaged: it is not understood", node=str(path)) from error
+    if manifest.format != FORMAT_VERSION:
+        raise Refused(f"the manifest has format {manifest.format}, this is qcompile for format {FORMAT_VERSION}", node=str(path))
+    return manifest
 
 
 def _comment(manifest: bytes) -> bytes:

@@ -201,9 +201,14 @@ def _run_pipeline(captured: Captured, pipeline: Pipeline, context: Context, opti
             _dump(options.dump, number + 1, item.name(), changed)
 
     check = [captured.example_inputs] if options.check else []
-    steps = pipeline.run(
-        graph, context, first=first, check=check, hold=options.hold_promises, observers=(after, *options.observers), before=before
-    )
+    try:
+        steps = pipeline.run(
+            graph, context, first=first, check=check, hold=options.hold_promises, observers=(after, *options.observers), before=before
+        )
+    except Refused:
+        if checkpoints:
+            checkpoints.remove()  # the same inputs would be refused again: there is nothing to resume
+        raise
     return graph, steps, state.errors
 
 

@@ -41,16 +41,21 @@ def _torch(graph: Graph, inputs: Sequence[torch.Tensor], threads: int) -> Run:
 
 
 def _qcompile_float(graph: Graph, inputs: Sequence[torch.Tensor], threads: int) -> Run:
+    return find_target("cpu").build(_folded(graph, inputs), threads=threads)
+
+
+def _onnx_model(graph: Graph, inputs: Sequence[torch.Tensor]) -> bytes:
+    return find_target("onnx").export(_folded(graph, inputs))
+
+
+def _folded(graph: Graph, inputs: Sequence[torch.Tensor]) -> Graph:
+    """Return the graph folded and fused as the ``float`` recipe does: a peer gets no worse a graph than this project's own float path."""
     from qcompile.pipeline import Context
     from qcompile.recipe import load_recipe
 
-    target, folded = find_target("cpu"), graph.copy()
-    load_recipe("float").parsed_pipeline().run(folded, Context(target, example_inputs=inputs))
-    return target.build(folded, threads=threads)
-
-
-def _onnx_model(graph: Graph) -> bytes:
-    return find_target("onnx").export(graph)  # type: ignore[attr-defined,no-any-return]
+    folded = graph.copy()
+    load_recipe("float").parsed_pipeline().run(folded, Context(find_target("reference"), example_inputs=inputs))
+    return folded
 
 
 def _session(model: bytes, threads: int) -> Run:
@@ -64,7 +69,7 @@ def _session(model: bytes, threads: int) -> Run:
 
 
 def _onnxruntime(graph: Graph, inputs: Sequence[torch.Tensor], threads: int) -> Run:
-    return _session(_onnx_model(graph), threads)
+    return _session(_onnx_model(graph, inputs), threads)
 
 
 def _onnxruntime_dynamic(graph: Graph, inputs: Sequence[torch.Tensor], threads: int) -> Run:
@@ -76,7 +81,7 @@ def _onnxruntime_dynamic(graph: Graph, inputs: Sequence[torch.Tensor], threads: 
 
     with tempfile.TemporaryDirectory() as folder:
         source, result = Path(folder) / "float.onnx", Path(folder) / "int8.onnx"
-        source.write_bytes(_onnx_model(graph))
+        source.write_bytes(_onnx_model(graph, inputs))
         quantize_dynamic(source, result, weight_type=QuantType.QInt8)
         return _session(result.read_bytes(), threads)
 
@@ -99,7 +104,7 @@ def _onnxruntime_static(graph: Graph, inputs: Sequence[torch.Tensor], threads: i
 
     with tempfile.TemporaryDirectory() as folder:
         source, result = Path(folder) / "float.onnx", Path(folder) / "int8.onnx"
-        source.write_bytes(_onnx_model(graph))
+        source.write_bytes(_onnx_model(graph, inputs))
         quantize_static(source, result, Reader(), quant_format=QuantFormat.QDQ, per_channel=True)
         return _session(result.read_bytes(), threads)
 
@@ -110,7 +115,7 @@ def _openvino(graph: Graph, inputs: Sequence[torch.Tensor], threads: int) -> Run
     import openvino
 
     core = openvino.Core()
-    compiled = core.compile_model(core.read_model(io.BytesIO(_onnx_model(graph))), "CPU", {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY"})
+    compiled = core.compile_model(core.read_model(io.BytesIO(_onnx_model(graph, inputs))), "CPU", {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY"})
     request = compiled.create_infer_request()
     return lambda values: request.infer([value.numpy() for value in values])
 

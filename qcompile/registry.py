@@ -60,11 +60,15 @@ def names(kind: str) -> list[str]:
     return sorted(_known(kind))
 
 
+def check_name(kind: str, name: str) -> None:
+    """Raise Refused, with the nearest name, unless there is a ``pass``, ``target`` or ``solver`` of this name."""
+    if name not in _known(kind):
+        raise Refused(f"unknown {_KINDS[kind].word} '{name}'", way_out=nearest_name(name, _known(kind)))
+
+
 def _load(kind: str, name: str, attribute: Callable[[str], str]) -> Any:
-    known = _known(kind)
-    if name not in known:
-        raise Refused(f"unknown {_KINDS[kind].word} '{name}'", way_out=nearest_name(name, known))
-    place = known[name]
+    check_name(kind, name)
+    place = _known(kind)[name]
     if isinstance(place, EntryPoint):
         return place.load()
     return getattr(importlib.import_module(place), attribute(name))

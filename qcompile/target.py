@@ -9,6 +9,7 @@ from typing import Protocol
 
 import torch
 
+from qcompile.errors import Refused
 from qcompile.formats import LayerScheme, Scheme
 from qcompile.graph.graph import Graph
 
@@ -89,6 +90,14 @@ class Target(ABC):
             graph: is not changed.
             threads: worker threads, by default every physical core this process may use.
         """
+
+    def export(self, graph: Graph) -> bytes:
+        """Return the graph as a file of the target's own format.
+
+        Raises:
+            Refused: the target has none, or an operator has no form in it.
+        """
+        raise Refused(f"target {self.name} exports no file")
 
     def measure(self, graph: Graph, inputs: Sequence[torch.Tensor]) -> float:
         """Return the median microseconds of one call of a graph; only where ``measures``."""

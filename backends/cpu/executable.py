@@ -25,8 +25,7 @@ from qcompile.errors import Refused
 ALIGNMENT = 64  # bytes; kernels load whole 512-bit vectors, and TVM refuses less
 LIBRARY, CONSTANTS, INTERFACE = "library.so", "constants.safetensors", "interface.json"
 
-_pool_lock = threading.Lock()
-_pool_threads = 0
+_pool = threading.local()  # how many threads the calling thread's pool was given
 
 
 @dataclass(frozen=True)
@@ -134,6 +133,7 @@ class Executable:
 
     def library(self, path: str | os.PathLike[str]) -> None:
         """Write the code as a shared library; the same model gives the same bytes."""
+        self._machine()  # the just-in-time compiler alters LLVM's module: the bytes must not depend on whether the model was called
         with tvm.target.Target(isa.target_description()):
             self._module.export_library(os.fspath(path))
 
@@ -182,13 +182,17 @@ def aligned(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def set_threads(threads: int) -> None:
-    """Give TVM's pool this many threads; left alone it may take one of two cores."""
-    global _pool_threads
-    if threads == _pool_threads:
+    """Give the calling thread's pool this many threads.
+
+    TVM keeps a pool for each calling thread. A pool is made with ``TVM_NUM_THREADS`` workers (without it, half of the processors on
+    x86) when it is first used, and may be given fewer afterwards, never more: so the variable is set before.
+    """
+    if getattr(_pool, "threads", None) == threads:
         return
-    with _pool_lock:
-        tvm.get_global_func("runtime.config_threadpool")(1, threads)
-        _pool_threads = threads
+    if "TVM_NUM_THREADS" not in os.environ:
+        os.environ["TVM_NUM_THREADS"] = str(len(os.sched_getaffinity(0)))
+    tvm.get_global_func("runtime.config_threadpool")(1, threads)
+    _pool.threads = threads
 
 
 def _check_shape(port: Port, shape: tuple[int, ...], sizes: dict[str, int]) -> None:

@@ -228,6 +228,10 @@ class Graph:
             elif node.op != "output":
                 self._infer(node)
 
+    def infer_type(self, node: fx.Node) -> None:
+        """Infer the type of one node again, from those of its inputs as they stand; raises as ``infer_types`` does."""
+        self._infer(node)
+
     def check(self) -> None:
         """Raise Refused if the graph is not legal in its stage."""
         check_legal(self.module, self.stage)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import io
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -18,7 +20,6 @@ from qcompile.capture.onnx.operators import TABLE
 from qcompile.errors import Refused
 from qcompile.graph import Graph, Stage, parse_graph, print_graph, tensor_digest
 
-DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
 RANDOM = np.random.default_rng(7)
 
 
@@ -76,8 +77,10 @@ def scalar(value: Any, dtype: Any = np.float32) -> np.ndarray:
 
 X, IMAGE = floats(3, 5), floats(2, 4, 9, 8)
 
-UNARY = ["Abs", "Neg", "Exp", "Erf", "Floor", "Ceil", "Round", "Sign", "Tanh", "Sigmoid", "Relu", "Softplus", "HardSwish",
-         "Mish", "LeakyRelu", "Elu", "HardSigmoid", "Selu", "Softsign", "Gelu", "Identity", "Reciprocal", "IsNaN", "Sin", "Cos", "Atan"]  # fmt: skip
+UNARY = [
+    "Abs", "Neg", "Exp", "Erf", "Floor", "Ceil", "Round", "Sign", "Tanh", "Sigmoid", "Relu", "Softplus", "HardSwish", "Mish",
+    "LeakyRelu", "Elu", "HardSigmoid", "Selu", "Softsign", "Gelu", "Identity", "Reciprocal", "IsNaN", "Sin", "Cos", "Atan",
+]  # fmt: skip
 BINARY = ["Add", "Sub", "Mul", "Div", "Min", "Max", "Equal", "Less", "Greater", "LessOrEqual", "GreaterOrEqual"]
 REDUCTIONS = [
     "ReduceMean",
@@ -492,10 +495,30 @@ def test_exported_convolutional_network() -> None:
     assert_same(graph, data, {"x": floats(3, 3, 16, 16)})
 
 
-def test_fastestdet() -> None:
-    path = DATA / "fastestdet_coco" / "FastestDet.onnx"
+def test_fastestdet(data_folder: Path) -> None:
+    path = data_folder / "fastestdet_coco" / "FastestDet.onnx"
     if not path.exists():
-        pytest.skip("no folder fastestdet_coco in the data beside the repository")
+        pytest.skip("the folder fastestdet_coco is absent from the data")
     graph = capture_onnx(path)
     name = onnx.load(path).graph.input[0].name
     assert_same(graph, path.read_bytes(), {name: floats(1, 3, 352, 352)}, atol=1e-4)
+
+
+def benchmark_model(repository: Path, name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"imported_{name}", repository / "benchmarks" / "models" / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize(("name", "classes"), [("resnet20", 10), ("mcunet", 1000)])
+def test_trained_network_from_a_file(repository: Path, data_folder: Path, tmp_path: Path, name: str, classes: int) -> None:
+    module, inputs, *_ = getattr(benchmark_model(repository, name), name)()
+    path = tmp_path / "net.onnx"
+    benchmark_model(repository, "onnx_file").write(module, inputs, path)
+    graph = capture_onnx(path)
+    assert graph.type_text(graph.outputs[0]) == f"f32[batch,{classes}]"
+    assert "aten.linear.default" in targets(graph)
+    assert_same(graph, path.read_bytes(), {"input0": floats(3, *inputs[0].shape[1:])}, atol=1e-3)

@@ -176,7 +176,8 @@ schemes = st.builds(
     Scheme,
     st.sampled_from(INTEGERS),
     st.one_of(
-        st.just(Tensor()), st.just(Token()), st.builds(Channel, st.integers(-3, 3)), st.builds(Group, st.integers(1, 512), st.integers(-3, 3)),
+        st.just(Tensor()), st.just(Token()), st.builds(Channel, st.integers(-3, 3)),
+        st.builds(Group, st.integers(1, 512), st.integers(-3, 3)),
         st.builds(Block, st.integers(1, 64), st.integers(1, 64)),
     ),
     st.booleans(), st.booleans(), st.sampled_from(["f32", "f16", "bf16"]),

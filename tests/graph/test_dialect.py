@@ -51,7 +51,8 @@ def check_meta(operator, *args) -> None:
 )
 @pytest.mark.parametrize("x_scheme", ["uint8 tensor affine", "int8 token sym dynamic"])
 @pytest.mark.parametrize(("bias", "activation", "residual", "out"), [
-    (None, "none", False, ""), ("float", "relu", True, ""), ("int", "relu6", False, "uint8 tensor affine"), ("float", "add_relu", True, "int8 tensor sym"),
+    (None, "none", False, ""), ("float", "relu", True, ""), ("int", "relu6", False, "uint8 tensor affine"),
+    ("float", "add_relu", True, "int8 tensor sym"),
 ])  # fmt: skip
 def test_linear(weight_scheme, x_scheme, bias, activation, residual, out) -> None:
     grouped = "group" in weight_scheme
@@ -111,7 +112,8 @@ def test_linear_over_float_activations_dequantizes_the_weight() -> None:
 
 def test_linear_names_the_sizes_that_differ() -> None:
     with pytest.raises(RuntimeError, match="reads 8 features, its input has 9"):
-        check_meta(qc.linear, torch.randn(2, 9), None, None, torch.zeros(3, 4, dtype=torch.uint8), torch.ones(3), None, None, None, None, None, "",
+        check_meta(qc.linear, torch.randn(2, 9), None, None, torch.zeros(3, 4, dtype=torch.uint8), torch.ones(3),
+                   None, None, None, None, None, "",
                    "int4 channel=0 sym", 8)  # fmt: skip
 
 
@@ -238,7 +240,8 @@ def test_activations() -> None:
     erf = np.array([math.erf(v / math.sqrt(2)) for v in y.tolist()])
     n, sigmoid = y.numpy(), 1 / (1 + np.exp(-y.numpy()))
     expected = {
-        "none": n, "relu": np.maximum(n, 0), "relu6": np.clip(n, 0, 6), "gelu": n * 0.5 * (1 + erf), "silu": n * sigmoid, "tanh": np.tanh(n),
+        "none": n, "relu": np.maximum(n, 0), "relu6": np.clip(n, 0, 6), "gelu": n * 0.5 * (1 + erf), "silu": n * sigmoid,
+        "tanh": np.tanh(n),
         "gelu_tanh": n * 0.5 * (1 + np.tanh(math.sqrt(2 / math.pi) * (n + 0.044715 * n**3))), "sigmoid": sigmoid,
         "hardswish": n * np.clip(n + 3, 0, 6) / 6, "add_relu": np.maximum(n, 0), "add_relu6": np.clip(n, 0, 6),
     }  # fmt: skip

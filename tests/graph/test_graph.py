@@ -50,7 +50,7 @@ def test_new_nodes_get_type_scope_and_maker() -> None:
 
 def test_a_call_that_does_not_type_names_the_operator() -> None:
     graph = two_layers()
-    with pytest.raises(Refused, match="aten.linear"):
+    with pytest.raises(Refused, match=r"aten\.linear"):
         graph.call(aten.linear.default, graph.node("a"), graph.node("w"), before=graph.node("y"))
 
 

@@ -37,7 +37,8 @@ def test_golden(build, run_pass, golden) -> None:
 
 
 NO_OPS = [
-    "aten.clone(%x)", "aten.dropout(%x) {p=0.1, train=false}", "aten._to_copy(%x) {dtype=dtype:float32}", "aten.expand(%x) {size=[-1, 4, 8]}",
+    "aten.clone(%x)", "aten.dropout(%x) {p=0.1, train=false}", "aten._to_copy(%x) {dtype=dtype:float32}",
+    "aten.expand(%x) {size=[-1, 4, 8]}",
     "aten.slice.Tensor(%x) {dim=1, start=0, end=9223372036854775807}", "aten.view(%x) {size=[-1, 4, 8]}", "aten.mul.Tensor(%x, 1)",
     "aten.add.Tensor(%x, 0)", "aten.contiguous(%x)", "aten.permute(%x) {dims=[0, 1, 2]}", "aten.div.Tensor(%x, 1)",
 ]  # fmt: skip
@@ -99,7 +100,8 @@ T = "f32[n,4,8]"
 SIGMOID = f"%s = aten.sigmoid(%x) : {T}"
 PLUS_3 = [f"%a = aten.add.Tensor(%x, 3) : {T}", f"%c = aten.clamp(%a) {{min=0, max=6}} : {T}"]
 TANH_GELU = [
-    f"%p = aten.pow.Tensor_Scalar(%x) {{exponent=3}} : {T}", f"%q = aten.mul.Tensor(%p, 0.044715) : {T}", f"%a = aten.add.Tensor(%x, %q) : {T}",
+    f"%p = aten.pow.Tensor_Scalar(%x) {{exponent=3}} : {T}", f"%q = aten.mul.Tensor(%p, 0.044715) : {T}",
+    f"%a = aten.add.Tensor(%x, %q) : {T}",
     f"%m = aten.mul.Tensor(%a, 0.7978845608) : {T}", f"%t = aten.tanh(%m) : {T}", f"%o = aten.add.Tensor(%t, 1) : {T}",
 ]  # fmt: skip
 ERF = [f"%d = aten.div.Tensor(%x, 1.41421354) : {T}", f"%e = aten.erf(%d) : {T}", f"%o = aten.add.Tensor(%e, 1) : {T}"]
@@ -205,7 +207,8 @@ def test_native_names_become_the_plain_ones(build, run_pass) -> None:
     kind = "f32[n,6,8,8]"
     text = float_graph(
         "%w = const @w", "%v = const @v", "%m = const @m",
-        f"%c = aten.convolution(%x, %w, none) {{stride=[1, 1], padding=[1, 1], dilation=[1, 1], transposed=false, output_padding=[0, 0], groups=1}} : {kind}",
+        "%c = aten.convolution(%x, %w, none) {stride=[1, 1], padding=[1, 1], dilation=[1, 1], "
+        f"transposed=false, output_padding=[0, 0], groups=1}} : {kind}",
         f"%b = aten._native_batch_norm_legit_no_training(%c, %v, %m, %m, %v) {{momentum=0.1, eps=1e-05}} : ({kind}, f32[0], f32[0])",
         f"%y = py.getitem(%b, 0) : {kind}", head=head,
     )  # fmt: skip

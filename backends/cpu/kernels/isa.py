@@ -9,6 +9,10 @@ from typing import Any
 import tvm
 from tvm.target import codegen
 
+# TVM's thread pool would pin the calling thread to one core, for good and for every other library in the process (measured:
+# sched_getaffinity shrinks from two cores to one at the first parallel kernel). The pool reads this when it starts.
+os.environ.setdefault("TVM_BIND_THREADS", "0")
+
 PORTABLE = "portable"
 AVX512_VNNI = "avx512vnni"
 KNOWN = (AVX512_VNNI, PORTABLE)

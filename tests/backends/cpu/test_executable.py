@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import os
 import subprocess
 import sys
 import threading
@@ -141,6 +142,36 @@ def test_threads_share_one_executable(graph: Any, executable: Executable) -> Non
     for worker in workers:
         worker.join()
     assert wrong == []
+
+
+_COUNT_THREADS = """
+import os, sys, torch
+sys.path.insert(0, sys.argv[1])
+os.environ.pop("TVM_NUM_THREADS", None)
+torch.set_num_threads(1)
+from test_executable import _mlp
+from qcompile.backends.cpu.build import build
+
+def ticks():
+    stat = {t: open(f"/proc/self/task/{t}/stat").read().rsplit(")", 1)[1].split() for t in os.listdir("/proc/self/task")}
+    return {t: int(fields[11]) + int(fields[12]) for t, fields in stat.items()}
+
+executable, x = build(_mlp().module, threads=int(sys.argv[2])), torch.randn(64, 512, 48)
+executable(x)
+before = ticks()
+while max(now - before.get(t, 0) for t, now in ticks().items()) < 40:
+    executable(x)
+print(sum(now - before.get(t, 0) > 4 for t, now in ticks().items()))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir() or (os.cpu_count() or 1) < 2, reason="needs two processors and /proc")
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_call_uses_the_threads_it_is_given(threads: int) -> None:
+    """Left to itself TVM's pool takes half of the processors."""
+    command = [sys.executable, "-c", _COUNT_THREADS, str(Path(__file__).parent), str(threads)]
+    done = subprocess.run(command, check=True, timeout=300, capture_output=True, text=True)
+    assert int(done.stdout) == threads
 
 
 def test_threads_compile_at_the_same_time(graph: Any) -> None:
