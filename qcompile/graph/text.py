@@ -89,8 +89,10 @@ def _split_arguments(node: fx.Node) -> tuple[list[Any], dict[str, Any]]:
         return list(node.args), dict(node.kwargs)
     operands: list[Any] = []
     others: dict[str, Any] = {}
+    leading = True  # a tensor after another argument is named: its position would be lost when defaults are left out
     for argument, value in bound_arguments(node).items():
-        if not others and _is_tensor_argument(node.target, argument):
+        leading = leading and _is_tensor_argument(node.target, argument)
+        if leading:
             operands.append(value)
         elif value != _argument(node.target, argument).default_value or isinstance(value, fx.Node):
             others[argument] = value

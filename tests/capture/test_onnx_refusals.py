@@ -119,7 +119,7 @@ def test_constants_computed_at_import_are_bounded(operator: str) -> None:
         helper.make_node("Exp", ["h"], ["e"]),
         helper.make_node("Add", ["x", "e"], ["y"]),
     ]
-    assert "bytes" in refusal(make_model(nodes, {"x": X}, {"shape": ints(1 << 40), "one": floats(1)})).reason
+    assert "the result is a constant" in refusal(make_model(nodes, {"x": X}, {"shape": ints(1 << 40), "one": floats(1)})).reason
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
