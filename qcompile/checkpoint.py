@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import safetensors
 import safetensors.torch
 import torch
 
@@ -60,8 +61,21 @@ class Checkpoints:
         write_atomic(self.folder / "journal.json", json.dumps(self.journal).encode())
 
     def load(self, number: int) -> Graph:
-        """Return the graph after the pass of this number (0 is the capture)."""
-        return parse_graph(self._graph(number).read_text(), _Constants(self))
+        """Return the graph after the pass of this number (0 is the capture).
+
+        Raises:
+            Refused: a file of it is damaged or gone.
+        """
+        try:
+            return parse_graph(self._graph(number).read_text(), _Constants(self))
+        except (OSError, UnicodeDecodeError, safetensors.SafetensorError) as error:
+            raise Refused(f"a checkpoint is damaged: {error}", node=str(self.folder)) from error
+
+    def restart(self) -> None:
+        """Forget every finished pass."""
+        self.remove()
+        self.folder.mkdir(parents=True)
+        self.journal = {"key": self.key, "passes": [], "state": {}}
 
     def remove(self) -> None:
         """Remove the folder and all in it."""
@@ -75,7 +89,8 @@ class Checkpoints:
     def _read(self) -> dict[str, Any] | None:
         try:
             journal = json.loads((self.folder / "journal.json").read_text())
-            return journal if journal.get("key") == self.key else None
+            ours = isinstance(journal, dict) and set(journal) == {"key", "passes", "state"} and journal["key"] == self.key
+            return journal if ours else None
         except (OSError, ValueError):
             return None
 

@@ -176,10 +176,8 @@ def _run_pipeline(captured: Captured, pipeline: Pipeline, context: Context, opti
     if options.output:
         checkpoints = Checkpoints(options.output, _key(captured, pipeline, context), resume=options.resume)
         if checkpoints.done:
-            first = checkpoints.done - 1
-            graph = checkpoints.load(first)
-            state = _State.restore(checkpoints.journal["state"], checkpoints, graph, context)
-        else:
+            first, graph, state = _resumed(checkpoints, captured.graph, context)
+        if not checkpoints.done:
             checkpoints.save(graph, "capture", state.dump(context))
     if options.dump:
         options.dump.mkdir(parents=True, exist_ok=True)
@@ -212,6 +210,17 @@ def _run_pipeline(captured: Captured, pipeline: Pipeline, context: Context, opti
     return graph, steps, state.errors
 
 
+def _resumed(checkpoints: Checkpoints, captured: Graph, context: Context) -> tuple[int, Graph, _State]:
+    """Return number of passes done, graph and state where a killed compile stopped; from the start where its checkpoints are damaged."""
+    number = checkpoints.done - 1
+    try:
+        graph = checkpoints.load(number)
+        return number, graph, _State.restore(checkpoints.journal["state"], checkpoints, context)
+    except Refused:
+        checkpoints.restart()
+        return 0, captured, _State()
+
+
 def _dump(folder: Path, number: int, name: str, graph: Graph) -> None:
     write_atomic(folder / f"{number:03}_{name.replace('-', '_')}.txt", print_graph(graph).encode())
 
@@ -229,12 +238,13 @@ class _State:
                 "notes": context.notes, "kernel_times": context.kernel_times_used, "reasons": context.log.reasons}  # fmt: skip
 
     @classmethod
-    def restore(cls, saved: Mapping[str, Any], checkpoints: Checkpoints, graph: Graph, context: Context) -> _State:
+    def restore(cls, saved: Mapping[str, Any], checkpoints: Checkpoints, context: Context) -> _State:
+        number = saved["float_number"]
+        state = cls(dict(saved["errors"]), checkpoints.load(number) if number is not None else None, number)
         context.notes += [tuple(note) for note in saved["notes"]]
         context.kernel_times_used = dict(saved["kernel_times"])
         context.log.reasons.update(saved["reasons"])
-        number = saved["float_number"]
-        return cls(dict(saved["errors"]), checkpoints.load(number) if number is not None else None, number)
+        return state
 
 
 def _make_artifact(captured: Captured, graph: Graph, pipeline: Pipeline, context: Context, errors: Mapping[str, float]) -> Artifact:

@@ -124,7 +124,10 @@ class Pass:
 def _option_text(value: Any) -> str:
     if isinstance(value, bool):
         return str(value).lower()
-    return f'"{value}"' if isinstance(value, str) and not re.fullmatch(r"[\w.+-]+", value) else str(value)
+    if not isinstance(value, str):
+        return str(value)
+    plain = re.fullmatch(r"[\w.+-]+", value) and isinstance(_parse_value(value), str)
+    return value if plain else f'"{value}"'
 
 
 def make_pass(kind: type[Pass], options: dict[str, Any]) -> Pass:
@@ -143,6 +146,8 @@ def make_pass(kind: type[Pass], options: dict[str, Any]) -> Pass:
             options = options | {key: float(value)}
         elif isinstance(expected, type) and type(value) is not expected:
             raise Refused(f"option {key} of {kind.name()} is {expected.__name__}, not {value!r}")
+        elif isinstance(value, str) and ('"' in value or not value.isprintable()):
+            raise Refused(f"option {key} of {kind.name()} holds a quotation mark or a control character")
     return kind(**options)
 
 
@@ -184,6 +189,8 @@ def _parse_options(text: str) -> dict[str, Any]:
 def _parse_value(text: str) -> Any:
     if text in ("true", "false"):
         return text == "true"
+    if text.startswith('"'):
+        return text[1:-1]  # as it stands: there are no escapes
     try:
         return ast.literal_eval(text)
     except (ValueError, SyntaxError):

@@ -95,12 +95,19 @@ def load_recipe(recipe: str | Path | Recipe) -> Recipe:
         return _validated(resources.files("qcompile.recipes").joinpath(f"{text}.yaml").read_text(), text)
     path = Path(text)
     if path.suffix in (".yaml", ".yml"):
-        if not path.is_file():
-            raise Refused("there is no such recipe file", node=text)
-        return _validated(path.read_text(), text)
+        return _validated(_read(path), text)
     if "," in text or "{" in text or _is_pass(text):
         return Recipe(name="custom", summary="given as pipeline text", pipeline=str(parse_pipeline(text, find_pass)), schemes=Schemes(linear="W8A8", conv2d="W8A8", embedding=_TABLE))  # fmt: skip
     raise Refused(f"unknown recipe '{text}'", way_out=nearest_name(text, recipe_names()))
+
+
+def _read(path: Path) -> str:
+    if not path.is_file():
+        raise Refused("there is no such recipe file", node=str(path))
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise Refused(f"the recipe is no text that can be read: {error}", node=str(path)) from error
 
 
 _TABLE = "weight=int8 channel=0 sym; activation=float"

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ import torch.utils.dlpack
 import tvm
 import tvm_ffi
 from qcompile.backends.cpu.kernels import isa
+from qcompile.backends.cpu.pipeline import COMPILE_LOCK
 from qcompile.backends.lowering.translate import Fallback
 from safetensors.torch import load_file, save_file
 from tvm import relax
@@ -134,7 +137,7 @@ class Executable:
     def library(self, path: str | os.PathLike[str]) -> None:
         """Write the code as a shared library; the same model gives the same bytes."""
         self._machine()  # the just-in-time compiler alters LLVM's module: the bytes must not depend on whether the model was called
-        with tvm.target.Target(isa.target_description()):
+        with COMPILE_LOCK, _without_native_log(), tvm.target.Target(isa.target_description()):
             self._module.export_library(os.fspath(path))
 
     @classmethod
@@ -149,7 +152,9 @@ class Executable:
         if missing:
             raise Refused(f"{', '.join(missing)} is missing", node=str(folder), way_out="compile the model again")
         interface = _interface(json.loads((folder / INTERFACE).read_text()))
-        return cls(tvm.runtime.load_module(os.fspath(folder / LIBRARY)), load_file(folder / CONSTANTS), interface, threads)
+        with _without_native_log():
+            module = tvm.runtime.load_module(os.fspath(folder / LIBRARY))
+        return cls(module, load_file(folder / CONSTANTS), interface, threads)
 
     def _machine(self) -> Any:
         if not hasattr(self._machines, "main"):
@@ -171,6 +176,20 @@ class Executable:
             _check_shape(port, tuple(tensor.shape), sizes)
             prepared.append(tvm_ffi.from_dlpack(aligned(tensor)))
         return prepared
+
+
+@contextmanager
+def _without_native_log() -> Iterator[None]:
+    """Send what native code writes to standard error nowhere: TVM logs an empty warning for every constant that it saves."""
+    sys.stderr.flush()
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
 
 
 def aligned(tensor: torch.Tensor) -> torch.Tensor:
