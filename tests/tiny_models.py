@@ -100,3 +100,19 @@ def untraceable() -> tuple[nn.Module, tuple[torch.Tensor, ...]]:
 def failing() -> None:
     """Fail."""
     raise RuntimeError("out of ideas")
+
+
+class Wide(nn.Module):
+    """A table and two linear layers, large enough that headers and activation scales do not count: i64[batch,seq] to f32[batch,seq,256]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.first, self.second = nn.Embedding(500, 256), nn.Linear(256, 512), nn.Linear(512, 256)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        return self.second(torch.relu(self.first(self.table(tokens))))
+
+
+def wide() -> tuple[nn.Module, tuple[torch.Tensor, ...], list[dict[int, str]]]:
+    """Return Wide and one row of nine tokens."""
+    return _seeded(Wide), (torch.arange(9).view(1, 9),), [{0: "batch", 1: "seq"}]

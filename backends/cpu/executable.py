@@ -6,6 +6,7 @@ import json
 import os
 import sys
 import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -104,25 +105,30 @@ class Executable:
 
     def profile(self, *inputs: torch.Tensor | np.ndarray) -> list[KernelTime]:
         """Run the model once with timers around every kernel; return the time of each, longest first."""
+        times: dict[str, list[float]] = {}
+        for kernel, milliseconds in self.kernel_calls(*inputs):
+            times.setdefault(kernel, []).append(milliseconds)
+        found = [KernelTime(name, len(spent), sum(spent)) for name, spent in times.items()]
+        return sorted(found, key=lambda kernel: -kernel.milliseconds)
+
+    def kernel_calls(self, *inputs: torch.Tensor | np.ndarray) -> list[tuple[str, float]]:
+        """Run the model once; return name and milliseconds of every kernel call in the order of the calls."""
         arguments = self._prepare(inputs)
         set_threads(self.threads)
         machine = relax.VirtualMachine(self._module, tvm.cpu())
-        times: dict[str, list[float]] = {}
-        import time
-
+        calls: list[tuple[str, float]] = []
         starts: list[float] = []
 
         def instrument(_function: Any, name: str, before: bool, _result: Any, *_arguments: Any) -> None:
             if before:
                 starts.append(time.perf_counter())
             else:
-                times.setdefault(name, []).append(1e3 * (time.perf_counter() - starts.pop()))
+                calls.append((name, 1e3 * (time.perf_counter() - starts.pop())))
 
         machine["main"](*arguments, self._argument)  # the first call allocates
         machine.set_instrument(instrument)
         machine["main"](*arguments, self._argument)
-        found = [KernelTime(name, len(spent), sum(spent)) for name, spent in times.items()]
-        return sorted(found, key=lambda kernel: -kernel.milliseconds)
+        return calls
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a folder with the library, its constants and its interface; it appears whole or not at all."""

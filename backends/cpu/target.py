@@ -49,14 +49,14 @@ class CpuTarget(Target):
         place = _cache_place(graph)
         if place.is_dir():
             try:
-                return _Callable(Built.load(place, threads))
+                return _Callable(Built.load(place, threads), graph)
             except Exception:  # a damaged cache is no reason to fail: build again
                 shutil.rmtree(place, ignore_errors=True)
         from qcompile.backends.cpu.build import build
 
         built = build(graph.module, threads=threads)
         _store(built, place)
-        return _Callable(built)
+        return _Callable(built, graph)
 
     def measure(self, graph: Graph, inputs: Sequence[torch.Tensor]) -> float:
         from qcompile.backends.cpu.build import build
@@ -97,11 +97,31 @@ def _layer_scheme(node: Any) -> Any:
     return LayerScheme(parsed(arguments.get("weight_scheme") or arguments.get("scheme")), parsed(arguments.get("x_scheme")))
 
 
+# Operator -> how the names of its kernels begin (``legalize.py`` names them), integer and float.
+_KERNELS = {"linear": ("linear_",), "conv2d": ("convolution_", "depthwise_"), "embedding": ("embedding_",)}
+_REPEATS = 5
+
+
 class _Callable:
     """An executable with the calling convention of ``qcompile.target.Executable``."""
 
-    def __init__(self, built: Any) -> None:
-        self.built = built
+    def __init__(self, built: Any, graph: Graph) -> None:
+        self.built, self.graph = built, graph
+
+    def layer_times(self, inputs: Sequence[torch.Tensor]) -> dict[str, float]:
+        """Return the median milliseconds of each layer's kernel by node name.
+
+        Kernels are called in the graph's order, so the n-th call of a family belongs to the n-th node of it; a family whose counts differ (a layer
+        that became several kernels) is left out.
+        """
+        runs = [self.built.kernel_calls(*inputs) for _ in range(_REPEATS)]
+        found: dict[str, float] = {}
+        for family, prefixes in _KERNELS.items():
+            nodes = [n.name for n in self.graph.nodes if n.op == "call_function" and operator_name(n.target) in (f"qc.{family}", f"aten.{family}")]
+            spent = [[milliseconds for name, milliseconds in run if name.startswith(prefixes)] for run in runs]
+            if all(len(times) == len(nodes) for times in spent):
+                found |= {name: round(statistics.median(times), 5) for name, times in zip(nodes, zip(*spent, strict=True), strict=True)}
+        return found
 
     def __call__(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         return list(self.built(*inputs))

@@ -135,7 +135,7 @@ def _print_done(done: Any, output: Path, size: int, seconds: float, json_: bool)
             {"artifact": str(output), "bytes": size, "seconds": round(seconds, 3), "recipe": done.context.recipe.name, "target": done.artifact.target,
              "bits_per_weight": report["bits_per_weight"], "weight_bytes": report["bytes"], "float_bytes": report["float_bytes"]}
         )  # fmt: skip
-    low = sum(layer["bits_per_weight"] < 16 for layer in report["layers"])
+    low = sum(layer["weight"] != "float32" for layer in report["layers"])
     click.echo(f"{output}: {size / 1e6:.2f} MB in {seconds:.1f} s, recipe {done.context.recipe.name}, target {done.artifact.target}")
     click.echo(f"{low} of {len(report['layers'])} layers in low bits, {report['bits_per_weight']:.2f} bits per weight, "
                f"constants {100 * report['bytes'] / max(report['float_bytes'], 1):.1f} % of float32")  # fmt: skip

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import click
 
 from qcompile.cli.main import as_json, print_json, threads_option
+
+
+WIDTH = 170  # a line holds a layer's name and both schemes
 
 
 @click.command()
@@ -42,14 +46,14 @@ def _layer_times(model: Any) -> dict[str, float]:
 
 def _print_layers(artifact: Path, model: Any, layers: list[dict[str, Any]]) -> None:
     from rich.console import Console
-    from rich.table import Table
+    from rich.table import Column, Table
 
-    table = Table("layer", "op", "weight", "activation", "bits", "SQNR dB", "ms", "reason", box=None)
+    table = Table(*(Column(name, no_wrap=True) for name in ("layer", "op", "weight", "activation", "bits", "SQNR dB", "ms", "reason")), box=None)
     for layer in layers:
         sqnr, ms = layer["sqnr_db"], layer["ms"]
         table.add_row(layer["name"], layer["op"], layer["weight"], layer["activation"], f"{layer['bits_per_weight']:.2f}",
                       "" if sqnr is None else f"{sqnr:.1f}", "" if ms is None else f"{ms:.3f}", layer["reason"])  # fmt: skip
-    console = Console()
+    console = Console(width=max(WIDTH, shutil.get_terminal_size().columns))
     console.print(table)
     kinds = sorted({item["op"] for item in model.report["float_ops"]})
     console.print(f"{len(model.report['float_ops'])} float operators: {', '.join(kinds)}")
