@@ -47,9 +47,10 @@ class AssignBits(Pass):
                 context.notes.append((node.name, "stays float: the weight is not a constant"))
                 continue
             text, source = self._chosen(node, str(weight.target), context)
-            scheme = _fitted(parse_layer_scheme(text), tuple(graph.constant(weight).shape), operator_name(node.target))  # type: ignore[union-attr]
+            scheme = _fitted(_parsed(text, node, source), tuple(graph.constant(weight).shape), operator_name(node.target))  # type: ignore[union-attr]
             if reason := context.target.supports(QUANTIZABLE[operator_name(node.target)], scheme):
                 raise Refused(reason, node=node.name, operator=operator_name(node.target), way_out=f"change {source} in the recipe")
+            node.meta["notes"].pop("reason", None)
             if scheme == LayerScheme():
                 node.meta["notes"]["reason"] = f"float by {source}"
             node.meta["notes"] |= {"layer": str(weight.target).removesuffix(".weight"), "float_node": node.name}
@@ -69,6 +70,13 @@ class AssignBits(Pass):
             if any(fnmatchcase(name, pattern) for name in (weight, weight.removesuffix(".weight"), node.name, node.meta.get("scope", ""))):
                 chosen = text, f"schemes.layers['{pattern}']"
         return chosen
+
+
+def _parsed(text: str, node: fx.Node, source: str) -> LayerScheme:
+    try:
+        return parse_layer_scheme(text)
+    except ValueError as error:
+        raise Refused(str(error), node=node.name, operator=operator_name(node.target), way_out=f"change {source}") from error
 
 
 def _fitted(scheme: LayerScheme, shape: tuple[int, ...], operator: str) -> LayerScheme:

@@ -20,7 +20,7 @@ import torch.fx as fx
 from qcompile.formats import parse_scheme
 from qcompile.graph import Graph, Stage
 from qcompile.graph.rewrite import Any_, Match, Op, Rule
-from qcompile.graph.text import bound_arguments
+from qcompile.graph.text import bound_arguments, operator_name
 from qcompile.passes.materialize import activation_name
 from qcompile.pipeline import BITS, Keeps, Pass
 
@@ -85,7 +85,11 @@ def _fuse_requantize(graph: Graph, m: Match) -> fx.Node:
 
 
 def _guard_same_grid(graph: Graph, m: Match) -> str | None:
-    q, d = m.arguments("quantize"), bound_arguments(m["dequantize"])
+    return _differ(graph, m.arguments("quantize"), m.arguments("dequantize"))
+
+
+def _differ(graph: Graph, q: dict[str, Any], d: dict[str, Any]) -> str | None:
+    """Return None where a quantize and a dequantize have one grid, so that codes pass through both unchanged."""
     same = all(q[key] is d[key] or _equal(graph, q[key], d[key]) for key in ("scale", "zero_point")) and q["scheme"] == d["scheme"]
     return None if same and d["size"] is None else "the two grids differ"
 
@@ -95,9 +99,25 @@ def _equal(graph: Graph, a: Any, b: Any) -> bool:
     return left is not None and right is not None and bool(left.equal(right))
 
 
+def _guard_concat(graph: Graph, m: Match) -> str | None:
+    q = m.arguments("quantize")
+    for part in m.arguments("cat")["tensors"]:
+        if part.op != "call_function" or operator_name(part.target) != "qc.dequantize":
+            return f"{part.name} is not on a grid"
+        if reason := _differ(graph, q, bound_arguments(part)):
+            return f"{part.name}: {reason}"
+    return None
+
+
+def _concat_codes(graph: Graph, m: Match) -> fx.Node:
+    arguments = m.arguments("cat")
+    codes = [bound_arguments(part)["codes"] for part in arguments["tensors"]]
+    return graph.call(m["cat"].target, codes, arguments["dim"], before=m.root, like=m["cat"])
+
+
 @dataclass(frozen=True)
 class FuseEpilogue(Pass):
-    """Fuse activations, residual sums and requantization into qc.linear and qc.conv2d, and drop quantize(dequantize(x)) on one grid."""
+    """Fuse activations, residual sums and requantization into qc.linear and qc.conv2d; on one grid, move codes instead of values."""
 
     stage: ClassVar[Stage] = Stage.INTEGER
     keeps: ClassVar[Keeps] = BITS
@@ -117,4 +137,5 @@ class FuseEpilogue(Pass):
             lambda graph, m: bound_arguments(m["dequantize"])["codes"],
             _guard_same_grid,
         ),
+        Rule("concat", Op("qc.quantize", name="quantize", x=Op("aten.cat", name="cat")), _concat_codes, _guard_concat),
     )

@@ -1,7 +1,7 @@
 """Keep a layer float where its low-bit kernel is measured slower than the float kernel.
 
     %conv2d = aten.conv2d(%x, %w, %b) !{scheme="weight=int8 ..; activation=uint8 .."}
-    %conv2d = aten.conv2d(%x, %w, %b) !{scheme="weight=float; activation=float", reason="low-bit kernel takes 1.32 times the float kernel"}
+    %conv2d = aten.conv2d(%x, %w, %b) !{scheme="weight=float; activation=float", reason="low-bit kernel takes 1.32x the float time"}
 
 Each different layer (operator, shapes at the example's sizes, scheme) is measured once for a machine, both ways, on the built kernels themselves. The table is
 an input of the build: its entries are reused and stand in the report. A target that measures nothing (reference, onnx) gates nothing.
@@ -54,7 +54,7 @@ class GateSpeed(Pass):
             times = table.get(key) or _measure(graph, node, shapes[node.name], scheme, context, table, key)
             ratio = times["low_us"] / times["float_us"]
             if ratio > self.margin:
-                reason = f"stays float: its low-bit kernel takes {ratio:.2f} times the float kernel"
+                reason = f"low-bit kernel takes {ratio:.2f}x the float time"
                 node.meta["notes"] |= {"scheme": str(LayerScheme()), "reason": reason}
                 changed += 1
         context.kernel_times_used = dict(sorted(table.used.items()))

@@ -51,6 +51,7 @@ class InsertQuantizers(Pass):
 
     range: str = "minmax"
     percentile: float = 99.99
+    clip: str = "none"
 
     def requests(self, graph: Graph, context: Context) -> Sequence[Request]:
         if self.range == "model":
@@ -161,9 +162,14 @@ class _Grids:
 
     def find(self, node: fx.Node, scheme: Scheme) -> tuple[torch.Tensor, torch.Tensor | None]:
         if self.model:
-            low, high = self.model.range(node)
+            low, high = self._modelled(self.model, node, scheme)
         else:
             assert self.context.statistics is not None
             result = self.context.statistics[range_request(self.item.range, node.name)]
             low, high = find_range(self.item.range, result, scheme, percentile=self.item.percentile)
         return choose_scale(torch.as_tensor(low, dtype=torch.float32), torch.as_tensor(high, dtype=torch.float32), scheme)
+
+    def _modelled(self, model: ModelRanges, node: fx.Node, scheme: Scheme) -> tuple[torch.Tensor | float, torch.Tensor | float]:
+        if self.item.clip == "none":
+            return model.range(node)
+        return find_range(self.item.clip, model.spread(node).histogram(), scheme, percentile=self.item.percentile)

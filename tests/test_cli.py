@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -90,7 +89,7 @@ def test_dry_run_predicts_and_writes_nothing(cli: Cli, python_model: Any, tiny_a
     assert {item["op"] for item in done.json["float_ops"]} <= {"aten.linear", "aten.relu", "aten.embedding"}
     text = cli("compile", python_model("wide"), "--recipe", recipe, "--target", "reference", "--dry-run")
     assert text.code == 0
-    assert "artifact     about 0." in text.out
+    assert text.out.startswith("artifact     about ")
 
 
 def test_dump_writes_the_graph_after_every_pass(cli: Cli, mlp: str, tmp_path: Path) -> None:
@@ -134,9 +133,11 @@ def test_stop_after_ends_early_and_writes_nothing(cli: Cli, mlp: str, tmp_path: 
 def test_time_and_check_print_a_table(cli: Cli, mlp: str, tmp_path: Path) -> None:
     done = cli("compile", mlp, "--recipe", "w8a8-dynamic", "--target", "reference", "-o", tmp_path / "m.qc", "--time", "--check")
     assert done.code == 0
-    row = next(line for line in done.out.splitlines() if line.startswith("materialize"))
-    assert float(row.split()[-1]) > 20
-    assert any(line.startswith("qc.linear-quantized") for line in done.out.splitlines())
+    rows = {line.split()[0]: line.split()[1:] for line in done.out.splitlines()}
+    changes, _, kept = rows["materialize"]
+    assert int(changes) > 0
+    assert float(kept) > 20
+    assert rows["qc.linear-quantized"][:2] == ["2", "2"]  # tried, matched
 
 
 def test_bisect_names_the_pass_that_loses_most(cli: Cli, mlp: str, tmp_path: Path, files: Any) -> None:
@@ -150,7 +151,7 @@ def test_bisect_names_the_pass_that_loses_most(cli: Cli, mlp: str, tmp_path: Pat
 def test_why_not_gives_the_reasons_of_rules(cli: Cli, python_model: Any, tmp_path: Path) -> None:
     done = cli("compile", python_model("cnn"), "--recipe", "w8a8-dynamic", "--target", "reference", "-o", tmp_path / "m.qc", "--why-not", "relu")
     assert done.code == 0
-    assert any("relu" in line or "rule" in line for line in done.out.splitlines())
+    assert "activation: %add_25 (aten.add.Tensor) is not qc.conv2d or qc.linear" in done.out
     none = cli("compile", python_model("cnn"), "--recipe", "float", "--target", "reference", "-o", tmp_path / "m.qc", "--why-not", "nothing")
     assert "no rule was tried at nothing" in none.out
 
@@ -259,13 +260,19 @@ def test_bench(cli: Cli, saved: Path) -> None:
 
 
 @pytest.mark.parametrize("task", ["sqnr", "kl"])
-def test_evaluate(cli: Cli, saved: Path, tmp_path: Path, task: str) -> None:
-    np.save(tmp_path / "x.npy", np.random.default_rng(0).standard_normal((12, 8)).astype(np.float32))
+def test_evaluate(cli: Cli, saved: Path, tiny: Any, tmp_path: Path, task: str) -> None:
+    x = np.random.default_rng(0).standard_normal((12, 8)).astype(np.float32)
+    np.save(tmp_path / "x.npy", x)
     done = cli("evaluate", saved, "--task", task, "--data", tmp_path / "x.npy", "--limit", 10, "--json")
     assert done.code == 0
     assert {"task", "value", "unit", "samples", "float_value"} <= set(done.json)
     assert (done.json["task"], done.json["samples"]) == (task, 10)
-    assert done.json["value"] > 20 if task == "sqnr" else 0 < done.json["value"] < 0.05
+    with torch.no_grad():
+        exact, found = tiny.mlp()[0](torch.from_numpy(x[:10])).double(), qcompile.load(saved)(torch.from_numpy(x[:10])).double()
+    sqnr = 10 * torch.log10(exact.square().sum() / (exact - found).square().sum())
+    p, q = exact.softmax(-1), found.softmax(-1)
+    expected = sqnr if task == "sqnr" else (p * (p / q).log()).sum(-1).mean()
+    assert done.json["value"] == pytest.approx(float(expected), rel=1e-3)
     assert cli("evaluate", saved, "--task", task).code == 0
 
 
@@ -414,7 +421,7 @@ COMPILE = [
 @pytest.mark.parametrize(("line", "message"), COMPILE, ids=[case[0] or "nothing" for case in COMPILE])
 def test_compile_refuses(cli: Cli, bad: Path, repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, files: Any, line: str, message: str) -> None:
     monkeypatch.chdir(tmp_path)
-    words = [word.replace("BAD", str(bad)).replace("TINY", f"python:{repository / 'tests' / 'tiny_models.py'}") for word in line.split()]
+    words = [word.replace("TINY", f"python:{repository / 'tests' / 'tiny_models.py'}").replace("BAD", str(bad)) for word in line.split()]
     words += [] if "--target" in words else ["--target", "reference"]
     words += [] if "--calibrate" in words else ["--calibrate", "random"]
     before = files()
@@ -426,7 +433,7 @@ def refused(done: Any, message: str) -> None:
     """Check that a command ended with exit code 2 and one line of error that fits a pattern."""
     import re
 
-    lines = [line for line in done.err.splitlines() if not line.startswith("[") and "random" not in line[:30]]
+    lines = [line for line in done.err.splitlines() if not line.startswith(("[", "calibrating on random data"))]
     assert done.code == 2, done.err
     assert len(lines) == 1, done.err
     assert lines[0].startswith("qcompile: ")
@@ -496,4 +503,4 @@ def test_a_closed_pipe_is_no_error(saved: Path) -> None:
     done = subprocess.run(["bash", "-c", f"set -o pipefail; {command}"], capture_output=True, text=True, check=False, env=os.environ)
     assert done.stderr == ""
     assert done.returncode == 0
-    assert json.loads(done.stdout.strip() or "[]") == []
+    assert done.stdout == "[\n {\n"

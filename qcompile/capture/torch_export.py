@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
+import io
 import operator
 import re
+import sys
 import traceback
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -58,8 +60,10 @@ def capture_module(
     kwargs = {name: _without_ones(value, chosen) for (name, value), chosen in zip(kwargs.items(), axes, strict=False)}
     was_training = module.training
     module.eval()
+    said = io.StringIO()
     try:
-        with torch.no_grad(), without_torch_notices():
+        # Where it fails, torch.export prints the half-made graph to stderr; the error says all that a reader needs.
+        with torch.no_grad(), without_torch_notices(), contextlib.redirect_stderr(said):
             shapes = _export_shapes(dynamic_shapes, args, kwargs)
             program = torch.export.export(module, args, kwargs, dynamic_shapes=shapes, strict=False)
     except Refused:
@@ -68,10 +72,11 @@ def capture_module(
         raise _untraceable(error) from error
     finally:
         module.train(was_training)
+    sys.stderr.write(said.getvalue())
     return capture_program(program, dynamic_shapes)
 
 
-@contextmanager
+@contextlib.contextmanager
 def without_torch_notices() -> Iterator[None]:
     """Leave out what torch.export says about its own code at every export: nothing that a user could change."""
     with warnings.catch_warnings():

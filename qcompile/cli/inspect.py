@@ -12,6 +12,7 @@ from qcompile.cli.main import as_json, print_json, threads_option
 
 
 WIDTH = 170  # a line holds a layer's name and both schemes
+COLUMNS = (("layer", 30), ("op", 12), ("weight", 18), ("activation", 19), ("bits", 5), ("SQNR dB", 7), ("ms", 6), ("reason", 20))
 
 
 @click.command()
@@ -48,7 +49,7 @@ def _print_layers(artifact: Path, model: Any, layers: list[dict[str, Any]]) -> N
     from rich.console import Console
     from rich.table import Column, Table
 
-    table = Table(*(Column(name, no_wrap=True) for name in ("layer", "op", "weight", "activation", "bits", "SQNR dB", "ms", "reason")), box=None)
+    table = Table(*(Column(name, no_wrap=True, min_width=width) for name, width in COLUMNS), box=None)
     for layer in layers:
         sqnr, ms = layer["sqnr_db"], layer["ms"]
         table.add_row(layer["name"], layer["op"], layer["weight"], layer["activation"], f"{layer['bits_per_weight']:.2f}",

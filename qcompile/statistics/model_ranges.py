@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 import torch.fx as fx
@@ -25,26 +25,52 @@ Bound = float | torch.Tensor
 
 @dataclass(frozen=True)
 class Spread:
-    """Mean, standard deviation and range of each channel (axis 1) of a value, float64 [channels]."""
+    """How each channel (axis 1) of a value is spread: clamp(N(center, width^2), low, high), float64 [channels] each.
+
+    ``mean`` and ``std`` are those after the clamp; without one they are ``center`` and ``width``.
+    """
 
     mean: torch.Tensor
     std: torch.Tensor
     low: torch.Tensor
     high: torch.Tensor
+    center: torch.Tensor
+    width: torch.Tensor
 
     @classmethod
     def normal(cls, mean: torch.Tensor, std: torch.Tensor) -> Spread:
         """Return a normal distribution with its range at DEVIATIONS."""
-        return cls(mean, std, mean - DEVIATIONS * std, mean + DEVIATIONS * std)
+        return cls(mean, std, mean - DEVIATIONS * std, mean + DEVIATIONS * std, mean, std)
 
     def clamp(self, low: Bound, high: Bound) -> Spread:
         """Return the distribution of clamp(x, low, high) for x normal with this mean and deviation."""
         mean, std = clamped_normal(self.mean, self.std, low, high)
         low, high = (torch.as_tensor(bound, dtype=torch.float64) for bound in (low, high))
-        return Spread(mean, std, self.low.clamp(low, high), self.high.clamp(low, high))
+        return Spread(mean, std, self.low.clamp(low, high), self.high.clamp(low, high), self.mean, self.std)
 
     def map(self, change) -> Spread:  # type: ignore[no-untyped-def]
-        return Spread(*(change(part) for part in (self.mean, self.std, self.low, self.high)))
+        return Spread(*(change(getattr(self, part.name)) for part in fields(self)))
+
+    def histogram(self, bins: int = 2048) -> dict[str, torch.Tensor]:
+        """Return what a Histogram request over this value is expected to gather, channels equally frequent (see collectors.Histogram).
+
+        ``counts`` sum to about 2^40; zero is an edge of the bins; what a clamp cuts stands in the bin of its bound.
+        """
+        low, high = self.low.min(), self.high.max()
+        step = float(torch.maximum(low.abs(), high.abs()).clamp(min=1e-30)) / bins
+        first, last = math.floor(float(low) / step), math.floor(float(high) / step) + 1
+        edges = torch.arange(first, last + 1, dtype=torch.float64) * step
+        share = torch.zeros(last - first, dtype=torch.float64)
+        for center, width, bottom, top in zip(self.center, self.width.clamp(min=1e-12), self.low, self.high, strict=True):
+            below = _normal_cdf((edges - center) / width)
+            below = torch.where(edges > top, 1.0, torch.where(edges <= bottom, 0.0, below))
+            share += below.diff()
+        counts = (share * (2.0**40 / len(self.center))).round().to(torch.int64)
+        return {"counts": counts, "low": edges[0], "high": edges[-1], "min": low, "max": high}
+
+
+def _normal_cdf(z: torch.Tensor) -> torch.Tensor:
+    return 0.5 * (1 + torch.erf(z / math.sqrt(2)))
 
 
 def clamped_normal(mean: torch.Tensor, std: torch.Tensor, low: Bound, high: Bound) -> tuple[torch.Tensor, torch.Tensor]:
@@ -52,19 +78,16 @@ def clamped_normal(mean: torch.Tensor, std: torch.Tensor, low: Bound, high: Boun
     std = std.clamp(min=1e-12)
     low, high = (torch.as_tensor(bound, dtype=torch.float64).expand_as(mean) for bound in (low, high))
 
-    def cdf(z: torch.Tensor) -> torch.Tensor:
-        return 0.5 * (1 + torch.erf(z / math.sqrt(2)))
-
     def pdf(z: torch.Tensor) -> torch.Tensor:
         return torch.exp(-0.5 * z.square()) / math.sqrt(2 * math.pi)
 
     a, b = (low - mean) / std, (high - mean) / std
-    inside = cdf(b) - cdf(a)
+    inside = _normal_cdf(b) - _normal_cdf(a)
     edge_a, edge_b = torch.nan_to_num(a * pdf(a)), torch.nan_to_num(b * pdf(b))  # the limit of z * pdf(z) at infinity is 0
     below, above = (torch.where(torch.isfinite(bound), bound, 0.0) for bound in (low, high))  # an infinite bound holds no mass
-    first = mean * inside + std * (pdf(a) - pdf(b)) + below * cdf(a) + above * (1 - cdf(b))
+    first = mean * inside + std * (pdf(a) - pdf(b)) + below * _normal_cdf(a) + above * (1 - _normal_cdf(b))
     second = (mean.square() + std.square()) * inside + 2 * mean * std * (pdf(a) - pdf(b)) + std.square() * (edge_a - edge_b)
-    second = second + below.square() * cdf(a) + above.square() * (1 - cdf(b))
+    second = second + below.square() * _normal_cdf(a) + above.square() * (1 - _normal_cdf(b))
     return first, (second - first.square()).clamp(min=0).sqrt()
 
 
@@ -97,6 +120,15 @@ class ModelRanges:
         Raises:
             Refused: the model does not say.
         """
+        spread = self.spread(node)
+        return float(spread.low.min()), float(spread.high.max())
+
+    def spread(self, node: fx.Node) -> Spread:
+        """Return how a value is spread.
+
+        Raises:
+            Refused: the model does not say.
+        """
         spread = self.spreads.get(node)
         if spread is None:
             raise Refused(
@@ -105,14 +137,15 @@ class ModelRanges:
                 operator=str(node.target),
                 way_out="give calibration data and a range such as minmax",
             )
-        return float(spread.low.min()), float(spread.high.max())
+        return spread
 
     def _input(self, node: fx.Node, examples: dict[fx.Node, torch.Tensor]) -> Spread | None:
         x = examples.get(node)
         if x is None or not x.is_floating_point() or x.ndim < 2:
             return None
         channels = x.movedim(1, 0).flatten(1).to(torch.float64)
-        return Spread(channels.mean(1), channels.std(1, correction=0), channels.amin(1), channels.amax(1))
+        mean, std = channels.mean(1), channels.std(1, correction=0)
+        return Spread(mean, std, channels.amin(1), channels.amax(1), mean, std)
 
     def _carry(self, node: fx.Node) -> Spread | None:
         if self.graph.quantizer(node):
@@ -129,7 +162,7 @@ class ModelRanges:
         if name == "aten.cat":
             parts = [self.spreads.get(t) for t in arguments["tensors"]]
             whole = all(part is not None for part in parts) and arguments["dim"] == 1
-            return Spread(*(torch.cat([getattr(p, f) for p in parts]) for f in ("mean", "std", "low", "high"))) if whole else None
+            return Spread(*(torch.cat([getattr(p, f.name) for p in parts]) for f in fields(Spread))) if whole else None  # type: ignore[union-attr]
         if source is None:
             return None
         if name in ("aten.relu", "aten.relu6", "aten.hardtanh", "aten.clamp"):
@@ -187,4 +220,5 @@ def _limits(name: str, arguments: dict) -> tuple[float, float]:  # type: ignore[
 
 def _sum(a: Spread, b: Spread) -> Spread:
     normal = Spread.normal(a.mean + b.mean, (a.std.square() + b.std.square()).sqrt())
-    return Spread(normal.mean, normal.std, torch.maximum(normal.low, a.low + b.low), torch.minimum(normal.high, a.high + b.high))
+    low, high = torch.maximum(normal.low, a.low + b.low), torch.minimum(normal.high, a.high + b.high)
+    return Spread(normal.mean, normal.std, low, high, normal.mean, normal.std)
