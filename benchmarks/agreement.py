@@ -30,7 +30,8 @@ TARGETS = ("cpu", "onnx")
 def with_code_outputs(graph: Graph) -> tuple[Graph, list[str]]:
     """Return the graph with every operator's codes as outputs, and their names."""
     tapped = graph.copy()
-    nodes = [n for n in tapped.nodes if n.op == "call_function" and isinstance(n.meta["val"], torch.Tensor) and n.meta["val"].dtype in (torch.int8, torch.uint8)]
+    tensors = [n for n in tapped.nodes if n.op == "call_function" and isinstance(n.meta["val"], torch.Tensor)]
+    nodes = [n for n in tensors if n.meta["val"].dtype in (torch.int8, torch.uint8)]
     tapped.output.args = ((*tapped.outputs, *nodes),)
     tapped.output_names = [*tapped.output_names, *(n.name for n in nodes)]
     tapped.module.recompile()
@@ -61,9 +62,12 @@ def compare_codes(artifact: Artifact, target: str) -> dict[str, Any]:
     steps = [(a.int() - b.int()).abs() for a, b in zip(expected[count:], actual[count:], strict=True)]
     total = sum(step.numel() for step in steps)
     return {
-        "values": len(names), "codes": total, "different": int(sum((step > 0).sum() for step in steps)), "largest": int(max((step.max() for step in steps), default=0)),
+        "values": len(names),
+        "codes": total,
+        "different": int(sum((step > 0).sum() for step in steps)),
+        "largest": int(max((step.max() for step in steps), default=0)),
         "outputs_sqnr_db": [round(min(sqnr_db(a, b), 999.0), 1) for a, b in zip(expected[:count], actual[:count], strict=True)],
-    }  # fmt: skip
+    }
 
 
 def main() -> None:
@@ -75,14 +79,19 @@ def main() -> None:
     for path in options.artifacts:
         artifact = load(path, target="reference")
         for target in TARGETS:
-            rows.append({"artifact": path, "target": target, "probes": compare_probes(artifact, target), "model": compare_codes(artifact, target)})
+            rows.append(
+                {"artifact": path, "target": target, "probes": compare_probes(artifact, target), "model": compare_codes(artifact, target)}
+            )
     if options.json:
         print(json.dumps(rows, indent=1))
         return
     for row in rows:
         p, m = row["probes"], row["model"]
-        print(f"{row['artifact']} on {row['target']}: probes {p['equal_layers']}/{p['layers']} layers equal ({p['different']} of {p['codes']} values differ, by at most {p['largest']}); "
-              f"whole model {m['different']} of {m['codes']} codes differ (at most {m['largest']}), outputs {m['outputs_sqnr_db']} dB")  # fmt: skip
+        print(
+            f"{row['artifact']} on {row['target']}: probes {p['equal_layers']}/{p['layers']} layers equal "
+            f"({p['different']} of {p['codes']} values differ, by at most {p['largest']}); "
+            f"whole model {m['different']} of {m['codes']} codes differ (at most {m['largest']}), outputs {m['outputs_sqnr_db']} dB"
+        )
 
 
 if __name__ == "__main__":

@@ -3,7 +3,8 @@
     python benchmarks/kill_resume.py                                  # ResNet-20, target reference, 20 moments
     python benchmarks/kill_resume.py python:FILE:FUNCTION --recipe w4a8 --kills 5 --json
 
-Every compile is a process of its own (forked from one that has only imported the compiler). After each kill: the artifact is absent, or whole; then
+Every compile is a process of its own (forked from one that has only imported the compiler). After each kill: the artifact is absent,
+or whole; then
 ``--resume`` must write the very bytes of a compile that nothing disturbed, and leave nothing beside them.
 """
 
@@ -98,7 +99,18 @@ def main() -> None:
         os.environ["QCOMPILE_CACHE"] = str(folder / "cache")
         output, log = folder / "out" / "model.qc", folder / "log"
         output.parent.mkdir()
-        arguments = ["compile", chosen.model, "--recipe", chosen.recipe, "--target", chosen.target, "--calibrate", chosen.calibrate, "-o", str(output)]
+        arguments = [
+            "compile",
+            chosen.model,
+            "--recipe",
+            chosen.recipe,
+            "--target",
+            chosen.target,
+            "--calibrate",
+            chosen.calibrate,
+            "-o",
+            str(output),
+        ]
         begin = time.monotonic()
         finish(start(arguments, log), log)
         whole_seconds = time.monotonic() - begin
@@ -110,7 +122,13 @@ def main() -> None:
             output.unlink()
             seconds = chance.uniform(0, whole_seconds)
             killed = kill_after(start(arguments, log), seconds)
-            row = {"kill": number + 1, "after_s": round(seconds, 3), "killed": killed, "passes_done": passes_done(output), "artifact": state_of(output)}
+            row = {
+                "kill": number + 1,
+                "after_s": round(seconds, 3),
+                "killed": killed,
+                "passes_done": passes_done(output),
+                "artifact": state_of(output),
+            }
             finish(start([*arguments, "--resume"], log), log)
             row["identical"] = output.read_bytes() == expected
             row["strays"] = sorted(item.name for item in output.parent.iterdir() if item != output)
@@ -122,7 +140,10 @@ def main() -> None:
         print(f"{chosen.model} {chosen.recipe} {chosen.target}: {len(expected)} bytes, a compile takes {whole_seconds:.1f} s")
         print("kill   after s  killed  passes done  artifact  identical after resume  strays")
         for row in rows:
-            print(f"{row['kill']:4} {row['after_s']:9.3f}  {row['killed']!s:6}  {row['passes_done']:11}  {row['artifact']:8}  {row['identical']!s:22}  {', '.join(row['strays']) or '-'}")
+            print(
+                f"{row['kill']:4} {row['after_s']:9.3f}  {row['killed']!s:6}  {row['passes_done']:11}  {row['artifact']:8}  "
+                f"{row['identical']!s:22}  {', '.join(row['strays']) or '-'}"
+            )
         print("ok" if good else "FAILED")
     sys.exit(0 if good else 1)
 

@@ -22,6 +22,7 @@ from qcompile.graph import Graph
 from qcompile.graph.regions import ScaleEdge, column_factors, divide_channels, scale_edges, tensor_of
 from qcompile.graph.text import bound_arguments
 from qcompile.pipeline import Context, Pass
+from qcompile.statistics.model_ranges import ModelRanges
 
 SETTLED = 1e-3  # a sweep that moves no factor by more than this is the last one
 
@@ -33,15 +34,18 @@ class Equalize(Pass):
     Attributes:
         sweeps: at most so many sweeps over all edges.
         linear: take linear -> linear edges too, not only those that start at or end in a convolution.
+        activations: even out the ranges of activations too, where batch normalization tells them.
     """
 
     sweeps: int = 100
     linear: bool = True
+    activations: bool = False
 
     def run(self, graph: Graph, context: Context) -> int:
         kinds = ("conv", "linear") if self.linear else ("conv",)
         edges = [edge for edge in scale_edges(graph, context.log) if edge.kind in kinds]
-        factors = _settle(graph, edges, self.sweeps)
+        spans = _activation_spans(graph, edges, context) if self.activations else {}
+        factors = _settle(graph, edges, self.sweeps, spans)
         changed = 0
         for edge, factor in zip(edges, factors, strict=True):
             if float(factor.log().abs().max()) > SETTLED:
@@ -50,7 +54,21 @@ class Equalize(Pass):
         return changed
 
 
-def _settle(graph: Graph, edges: list[ScaleEdge], sweeps: int) -> list[torch.Tensor]:
+def _activation_spans(graph: Graph, edges: list[ScaleEdge], context: Context) -> dict[int, torch.Tensor]:
+    """Return, for each number of an edge whose activation the model tells, the width of each channel's range, zero included, f64 [channels]."""
+    model = ModelRanges(graph, context.example_inputs)
+    spans: dict[int, torch.Tensor] = {}
+    for i, edge in enumerate(edges):
+        for consumer in edge.consumers:
+            spread = model.spreads.get(consumer.input)
+            if spread is not None and len(spread.low) == len(consumer.columns):
+                width = spread.high.clamp(min=0) - spread.low.clamp(max=0)
+                known = spans.setdefault(i, torch.zeros(edge.channels, dtype=torch.float64))
+                known.scatter_reduce_(0, consumer.columns, width, "amax")
+    return spans
+
+
+def _settle(graph: Graph, edges: list[ScaleEdge], sweeps: int, spans: dict[int, torch.Tensor]) -> list[torch.Tensor]:
     """Return the factors f64 [channels] of each edge after which no pair of ranges differs any more."""
     weights = {}
     for edge in edges:
@@ -60,7 +78,7 @@ def _settle(graph: Graph, edges: list[ScaleEdge], sweeps: int) -> list[torch.Ten
     for _ in range(sweeps):
         moved = 0.0
         for i, edge in enumerate(edges):
-            factor = _pair_factor(edge, weights)
+            factor = _pair_factor(edge, weights, spans[i] / factors[i] if i in spans else None)
             weights[edge.producer] = weights[edge.producer] / factor.view(-1, *[1] * (weights[edge.producer].ndim - 1))
             for consumer in edge.consumers:
                 weight = weights[consumer.node]
@@ -73,14 +91,24 @@ def _settle(graph: Graph, edges: list[ScaleEdge], sweeps: int) -> list[torch.Ten
     return factors
 
 
-def _pair_factor(edge: ScaleEdge, weights: dict) -> torch.Tensor:  # type: ignore[type-arg]
-    """Return sqrt(r1 / r2) for each channel; 1 where a channel is dead on either side."""
+def _pair_factor(edge: ScaleEdge, weights: dict, span: torch.Tensor | None) -> torch.Tensor:  # type: ignore[type-arg]
+    """Return sqrt(r1 / r2) for each channel; 1 where a channel is dead on either side.
+
+    With the span of the activation, ranges are shares of their tensor's largest, and r1 is the larger share of weight and activation.
+    """
     first = weights[edge.producer].flatten(1).amax(1)
     second = torch.zeros_like(first)
     for consumer in edge.consumers:
         weight = weights[consumer.node]
         groups = bound_arguments(consumer.node).get("groups", 1)
         columns = weight.view(groups, weight.shape[0] // groups, weight.shape[1], -1).amax((1, 3)).flatten()  # [in]
-        second.scatter_reduce_(0, consumer.columns, columns, "amax")
+        second.scatter_reduce_(0, consumer.columns, columns if span is None else _share(columns), "amax")
+    alive = (first > 0) & (second > 0)
+    if span is not None:
+        first = torch.maximum(_share(first), _share(span))
     factor = (first / second).sqrt()
-    return torch.where((first > 0) & (second > 0), factor, torch.ones_like(factor))
+    return torch.where(alive, factor, torch.ones_like(factor))
+
+
+def _share(ranges: torch.Tensor) -> torch.Tensor:
+    return ranges / ranges.max().clamp(min=torch.finfo(torch.float64).tiny)

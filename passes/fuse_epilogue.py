@@ -6,8 +6,8 @@
 
     %q = qc.linear(%x_codes, .., out_scale=%s, out_zero_point=%zp) {activation="gelu", out_scheme="uint8 tensor affine"} : u8[4,8]
 
-The operators' meaning states the epilogue's order (scale, bias, activation, residual, requantize), and it is the order of the nodes that are fused, so
-every bit is kept on the reference.
+The operators' meaning states the epilogue's order (scale, bias, activation, residual, requantize), and it is the order of the nodes
+that are fused, so every bit is kept on the reference.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch.fx as fx
+from qcompile.passes.materialize import activation_name
 
 from qcompile.formats import parse_scheme
 from qcompile.graph import Graph, Stage
 from qcompile.graph.rewrite import Any_, Match, Op, Rule
 from qcompile.graph.text import bound_arguments, operator_name
-from qcompile.passes.materialize import activation_name
 from qcompile.pipeline import BITS, Keeps, Pass
 
 _PRODUCTS = "qc.linear|qc.conv2d"

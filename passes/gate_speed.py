@@ -3,12 +3,14 @@
     %conv2d = aten.conv2d(%x, %w, %b) !{scheme="weight=int8 ..; activation=uint8 .."}
     %conv2d = aten.conv2d(%x, %w, %b) !{scheme="weight=float; activation=float", reason="low-bit kernel takes 1.32x the float time"}
 
-Each different layer (operator, shapes at the example's sizes, scheme) is measured once for a machine, both ways, on the built kernels themselves. The table is
+Each different layer (operator, shapes at the example's sizes, scheme) is measured once for a machine, both ways, on the built kernels
+themselves. The table is
 an input of the build: its entries are reused and stand in the report. A target that measures nothing (reference, onnx) gates nothing.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -69,7 +71,7 @@ def _gated(node: fx.Node) -> LayerScheme | None:
     return scheme if scheme.weight else None
 
 
-def _input_shapes(graph: Graph, inputs: tuple[torch.Tensor, ...]) -> dict[str, tuple[int, ...]]:
+def _input_shapes(graph: Graph, inputs: Sequence[torch.Tensor]) -> dict[str, tuple[int, ...]]:
     """Return the shape that each layer reads, on the example inputs."""
     if not inputs:
         raise Refused("gate-speed measures at the sizes of the example inputs, there are none", way_out="give example inputs")
@@ -93,9 +95,12 @@ def _key(graph: Graph, node: fx.Node, shape: tuple[int, ...], scheme: LayerSchem
     return f"{operator_name(node.target)} input={'x'.join(map(str, shape))} weight={weight}{geometry}; {scheme}; {machine}"
 
 
-def _measure(graph: Graph, node: fx.Node, shape: tuple[int, ...], scheme: LayerScheme, context: Context, table: KernelTimes, key: str) -> dict[str, float]:
+def _measure(
+    graph: Graph, node: fx.Node, shape: tuple[int, ...], scheme: LayerScheme, context: Context, table: KernelTimes, key: str
+) -> dict[str, float]:
     weight = graph.constant(bound_arguments(node)["weight"])
-    assert weight is not None and scheme.weight is not None
+    assert weight is not None
+    assert scheme.weight is not None
     x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     float_us = context.target.measure(*_float_layer(node, weight, x))
     low_us = context.target.measure(*_low_bit_layer(node, weight, x, scheme.weight, scheme.activation))
@@ -113,11 +118,13 @@ def _geometry(node: fx.Node) -> list[object]:
 def _float_layer(node: fx.Node, weight: torch.Tensor, x: torch.Tensor) -> tuple[Graph, list[torch.Tensor]]:
     made = fx.Graph()
     operands = (made.placeholder("x"), made.get_attr("weight"), None)
-    made.output((made.call_function(node.target, (*operands, *(_geometry(node) if operator_name(node.target) == "aten.conv2d" else []))),))  # type: ignore[arg-type]
+    made.output((made.call_function(node.target, (*operands, *(_geometry(node) if operator_name(node.target) == "aten.conv2d" else []))),))
     return Graph(build_module({"weight": weight}, {}, made), [TensorType(x.dtype, tuple(x.shape))]), [x]
 
 
-def _low_bit_layer(node: fx.Node, weight: torch.Tensor, x: torch.Tensor, weight_scheme: Scheme, x_scheme: Scheme | None) -> tuple[Graph, list[torch.Tensor]]:
+def _low_bit_layer(
+    node: fx.Node, weight: torch.Tensor, x: torch.Tensor, weight_scheme: Scheme, x_scheme: Scheme | None
+) -> tuple[Graph, list[torch.Tensor]]:
     """Return the layer over codes that are there already: producers quantize in their epilogue."""
     stored = quantize_tensor(weight, weight_scheme)
     constants = {"weight": stored.packed(), "weight_scale": stored.scale}
@@ -130,18 +137,30 @@ def _low_bit_layer(node: fx.Node, weight: torch.Tensor, x: torch.Tensor, weight_
             if value is None:
                 continue
             if x_scheme.dynamic:
-                operands[place] = made.placeholder(name)  # type: ignore[call-overload]
+                operands[place] = made.placeholder(name)
                 inputs.append(value)
             else:
                 constants[name] = value
-                operands[place] = made.get_attr(name)  # type: ignore[call-overload]
+                operands[place] = made.get_attr(name)
     if stored.zero_point is not None:
         constants["weight_zero_point"] = stored.zero_point
     zero = made.get_attr("weight_zero_point") if stored.zero_point is not None else None
-    leading = (x_node, *operands, made.get_attr("weight"), made.get_attr("weight_scale"), zero, None, None, None, None, str(x_scheme or ""), str(weight_scheme))
+    leading = (
+        x_node,
+        *operands,
+        made.get_attr("weight"),
+        made.get_attr("weight_scale"),
+        zero,
+        None,
+        None,
+        None,
+        None,
+        str(x_scheme or ""),
+        str(weight_scheme),
+    )
     if operator_name(node.target) == "aten.linear":
         made.output((made.call_function(_qc.linear.default, (*leading, weight.shape[1])),))
     else:
-        made.output((made.call_function(_qc.conv2d.default, (*leading, weight.shape[-1], *_geometry(node))),))  # type: ignore[arg-type]
+        made.output((made.call_function(_qc.conv2d.default, (*leading, weight.shape[-1], *_geometry(node))),))
     types = [TensorType(value.dtype, tuple(value.shape)) for value in inputs]
     return Graph(build_module(constants, {}, made), types, stage=Stage.INTEGER), inputs

@@ -6,12 +6,13 @@
     %w.quantizer = quantizer(%w) {scheme="int8 channel=0 sym"} : f32[8,16]
     %linear = aten.linear(%x.quantizer, %w.quantizer, %b) : f32[4,8]
 
-A value has one quantizer for each scheme, however many layers read it. Image-shaped sums and concatenations between quantized convolutions are
+A value has one quantizer for each scheme, however many layers read it. Image-shaped sums and concatenations between quantized
+convolutions are
 integer too (Krishnamoorthi 2018, section 2): their operands and results get quantizers, and the operands of a concatenation share the
 grid of its result, so that it only moves codes.
 
-Static ranges come from calibration (``minmax``, ``percentile``, ``mse``, ``entropy``) or, with ``range=model``, from the model itself: beta +- 6
-gamma of the folded batch normalization (Nagel et al. 2019, section 4.2), carried through the operators between.
+Static ranges come from calibration (``minmax``, ``percentile``, ``mse``, ``entropy``) or, with ``range=model``, from the model itself:
+beta +- 6 gamma of the folded batch normalization (Nagel et al. 2019, section 4.2), carried through the operators between.
 """
 
 from __future__ import annotations
@@ -27,9 +28,9 @@ from qcompile.errors import Refused
 from qcompile.formats import Scheme, choose_scale, parse_layer_scheme
 from qcompile.graph import Graph, Quantizer, Stage
 from qcompile.graph.text import bound_arguments, operator_name
-from qcompile.statistics.model_ranges import ModelRanges
 from qcompile.pipeline import Context, Keeps, Pass, approximately
 from qcompile.statistics import Request, range_request
+from qcompile.statistics.model_ranges import ModelRanges
 from qcompile.statistics.ranges import find_range
 
 _INPUT_ARGUMENT = {"aten.linear": "input", "aten.conv2d": "input"}
@@ -104,7 +105,9 @@ def _activations(graph: Graph) -> dict[fx.Node, Scheme]:
         if scheme and scheme.activation:
             x = bound_arguments(node)[_INPUT_ARGUMENT[operator_name(node.target)]]
             if wanted.setdefault(x, scheme.activation) != scheme.activation:
-                raise Refused(f"two layers want it as '{wanted[x]}' and as '{scheme.activation}'", node=x.name, way_out="give both one scheme")
+                raise Refused(
+                    f"two layers want it as '{wanted[x]}' and as '{scheme.activation}'", node=x.name, way_out="give both one scheme"
+                )
     for node in reversed(graph.nodes):  # joins last to first, so that a chain of sums is reached from its quantized end
         if _is_join(node) and (scheme := _joined_scheme(node, wanted)):
             for value in (node, *_operands(node)):
@@ -117,8 +120,16 @@ def _is_join(node: fx.Node) -> bool:
     if node.op != "call_function" or operator_name(node.target) not in _JOINS:
         return False
     values = _operands(node)
-    return all(isinstance(v, fx.Node) and v.meta["val"].ndim == 4 and v.op != "get_attr" and v.meta["val"].shape[2:] == node.meta["val"].shape[2:]
-               for v in values) and node.meta["val"].is_floating_point()  # fmt: skip
+    return (
+        all(
+            isinstance(v, fx.Node)
+            and v.meta["val"].ndim == 4
+            and v.op != "get_attr"
+            and v.meta["val"].shape[2:] == node.meta["val"].shape[2:]
+            for v in values
+        )
+        and node.meta["val"].is_floating_point()
+    )
 
 
 def _operands(node: fx.Node) -> list[fx.Node]:
@@ -128,7 +139,10 @@ def _operands(node: fx.Node) -> list[fx.Node]:
 
 def _joined_scheme(node: fx.Node, wanted: dict[fx.Node, Scheme]) -> Scheme | None:
     """Return the static scheme that the result of a join is read with, directly or through one activation."""
-    readers = [node, *(user for user in node.users if user.op == "call_function" and operator_name(user.target) in ("aten.relu", "aten.hardtanh"))]
+    readers = [
+        node,
+        *(user for user in node.users if user.op == "call_function" and operator_name(user.target) in ("aten.relu", "aten.hardtanh")),
+    ]
     schemes = [wanted[reader] for reader in readers if reader in wanted and not wanted[reader].dynamic]
     return schemes[0] if schemes else None
 

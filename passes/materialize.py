@@ -7,11 +7,13 @@
     %x_codes = qc.quantize(%x, %x.q.scale, %x.q.zero_point) {scheme="uint8 tensor affine"}
     %linear = qc.linear(%x_codes, %x.q.scale, %x.q.zero_point, %w.q.codes, %w.q.scale, none, %b) {..}
 
-First every quantizer becomes ``qc.quantize`` and ``qc.dequantize`` (a weight: packed codes and ``qc.dequantize``); that is exact. Then rules turn operators
-over dequantized values into integer operators where the target has the kernel. What no rule takes stays a float operator between the two and is correct so.
+First every quantizer becomes ``qc.quantize`` and ``qc.dequantize`` (a weight: packed codes and ``qc.dequantize``); that is exact. Then
+rules turn operators
+over dequantized values into integer operators where the target has the kernel. What no rule takes stays a float operator between the
+two and is correct so.
 
-A convolution's bias becomes int32 at scale ``x_scale * weight_scale`` (Krishnamoorthi 2018, section 3.1): at most half of one accumulator step
-from the float bias.
+A convolution's bias becomes int32 at scale ``x_scale * weight_scale`` (Krishnamoorthi 2018, section 3.1): at most half of one
+accumulator step from the float bias.
 """
 
 from __future__ import annotations
@@ -67,7 +69,7 @@ def _quantize_activation(graph: Graph, node: fx.Node, quantizer: Quantizer) -> f
 
 def _store_weight(graph: Graph, node: fx.Node, quantizer: Quantizer) -> fx.Node:
     source = node.args[0]
-    weight, name = graph.constant(source), str(source.target)  # type: ignore[union-attr]
+    weight, name = graph.constant(source), str(source.target)
     assert weight is not None
     stored = quantizer.quantized(weight)
     codes = graph.add_constant(f"{name}_codes", stored.packed(), like=node)
@@ -102,7 +104,9 @@ def _rules(context: Context) -> tuple[Rule, ...]:
         rules.append(Rule(f"{target}-weight-only", weight_only, replace, guard_product(target)))
     rules.append(Rule("qc.embedding", Op("aten.embedding", name="layer", weight=weight), _embedding,
                       lambda graph, m: supported("qc.embedding", None, m["weight"])))  # fmt: skip
-    add = Op("aten.add.Tensor", name="add", self=Op("qc.dequantize", name="a", shared=True), other=Op("qc.dequantize", name="b", shared=True))
+    add = Op(
+        "aten.add.Tensor", name="add", self=Op("qc.dequantize", name="a", shared=True), other=Op("qc.dequantize", name="b", shared=True)
+    )
     for name, x in (("qc.add", add), ("qc.add-activation", Op("aten.relu|aten.relu6|aten.hardtanh", name="act", self=add))):
         rules.append(Rule(name, Op("qc.quantize", name="out", x=x), _add, _guard_add))
     return tuple(rules)

@@ -206,7 +206,9 @@ def load(path: str | Path, *, target: str | None = None, threads: int | None = N
     except Refused:
         raise
     except Exception as error:
-        raise Refused(f"a member is not what its name says: {type(error).__name__}: {' '.join(str(error).split())[:200]}", node=str(path)) from error
+        raise Refused(
+            f"a member is not what its name says: {type(error).__name__}: {' '.join(str(error).split())[:200]}", node=str(path)
+        ) from error
     artifact = Artifact(
         graph, recipe=manifest.recipe, pipeline=manifest.pipeline, target=target or manifest.target,
         golden_inputs=_numbered(golden, "input"), golden_outputs=_numbered(golden, "output"), report=report,
@@ -231,7 +233,17 @@ def read_members(path: Path) -> dict[str, bytes]:
             if archive.comment != _comment(manifest):
                 raise Refused("the manifest is damaged: its digest is not the one in the file's comment", node=str(path))
             return {"manifest.json": manifest} | _read_checked(path, archive, _parse_manifest(path, manifest))
-    except (zipfile.BadZipFile, KeyError, EOFError, OSError, struct.error, UnicodeDecodeError, NotImplementedError, RuntimeError, ValueError) as error:
+    except (
+        zipfile.BadZipFile,
+        KeyError,
+        EOFError,
+        OSError,
+        struct.error,
+        UnicodeDecodeError,
+        NotImplementedError,
+        RuntimeError,
+        ValueError,
+    ) as error:
         if isinstance(error, Refused):
             raise
         raise Refused(f"no qcompile artifact, or a damaged one: {' '.join(str(error).split())}", node=str(path)) from error
@@ -243,7 +255,9 @@ def _check_archive(path: Path, archive: zipfile.ZipFile) -> None:
         raise Refused("no qcompile artifact", node=str(path))
     version = archive.comment.split(b" ")[1]
     if version != str(FORMAT_VERSION).encode():
-        raise Refused(f"the artifact has format {version.decode(errors='replace')}, this is qcompile for format {FORMAT_VERSION}", node=str(path))
+        raise Refused(
+            f"the artifact has format {version.decode(errors='replace')}, this is qcompile for format {FORMAT_VERSION}", node=str(path)
+        )
     names = [info.filename for info in infos]
     size = path.stat().st_size
     start = 0
@@ -266,11 +280,15 @@ def _read_checked(path: Path, archive: zipfile.ZipFile, manifest: Manifest) -> d
         raise Refused(f"the manifest and the file do not hold the same members: {', '.join(odd)}", node=str(path))
     data = {}
     for name, member in manifest.members.items():
-        if name != "constants.safetensors" and name != "golden.safetensors" and found[name] > LARGEST_HEADER:
+        if name not in ("constants.safetensors", "golden.safetensors") and found[name] > LARGEST_HEADER:
             raise Refused(f"{name} is larger than {LARGEST_HEADER} bytes", node=str(path))
         data[name] = archive.read(name)
         if len(data[name]) != member.bytes or hashlib.sha256(data[name]).hexdigest() != member.sha256:
-            raise Refused(f"{name} is damaged: its digest is not the one in the manifest", node=str(path), way_out="compile or copy the artifact again")
+            raise Refused(
+                f"{name} is damaged: its digest is not the one in the manifest",
+                node=str(path),
+                way_out="compile or copy the artifact again",
+            )
     return data
 
 

@@ -1,7 +1,8 @@
 """Checkpoints of a compile, so that a killed one goes on where it stopped.
 
 Beside the artifact, in ``model.qc.partial/``: one ``NNN.txt`` for each finished pass, every constant once as ``<digest>.safetensors``, and
-``journal.json``, which is replaced last: what it does not name does not exist. The journal's key covers everything that the result depends on.
+``journal.json``, which is replaced last: what it does not name does not exist. The journal's key covers everything that the result
+depends on.
 """
 
 from __future__ import annotations

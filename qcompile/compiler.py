@@ -25,7 +25,6 @@ from qcompile.pipeline import Context, Observer, Pass, Pipeline, Step
 from qcompile.recipe import Recipe, load_recipe
 from qcompile.registry import find_target
 from qcompile.report import build_report, layer_errors
-from qcompile.target import Target
 
 RANDOM_SAMPLES = 16  # noise tells little; more of it tells no more
 VERSIONED = ("qcompile", "torch", "apache-tvm", "onnx", "onnxruntime")

@@ -40,7 +40,8 @@ def evaluate(artifact: Artifact, task: str, data: str | None, reference: Capture
 
     Args:
         artifact: the compiled model.
-        task: ``sqnr`` and ``kl`` (any model, against its float model), ``top1`` (image folder with labels), ``sts`` (sentence pairs with scores).
+        task: ``sqnr`` and ``kl`` (any model, against its float model), ``top1`` (image folder with labels), ``sts`` (sentence pairs
+            with scores).
         data: ``sqnr``/``kl``: calibration text; ``top1``: ``images:FOLDER?..&labels=FILE.csv``; ``sts``: a csv of score and two sentences.
         reference: the float model, where it is known.
         limit: the most samples.
@@ -80,8 +81,12 @@ def _compare(artifact: Artifact, task: str, data: str | None, reference: Capture
     if task == "sqnr":
         flat = (torch.cat([t.flatten() for t in side]) for side in (floats, outputs))
         return Result(task, sqnr_db(*flat), "dB", samples, None)
-    kl = [torch.nn.functional.kl_div(o.double().log_softmax(-1), f.double().log_softmax(-1), log_target=True, reduction="none").sum(-1).flatten()
-          for f, o in zip(floats, outputs, strict=True)]  # fmt: skip
+    kl = [
+        torch.nn.functional.kl_div(o.double().log_softmax(-1), f.double().log_softmax(-1), log_target=True, reduction="none")
+        .sum(-1)
+        .flatten()
+        for f, o in zip(floats, outputs, strict=True)
+    ]
     agree = [(f.argmax(-1) == o.argmax(-1)).double().flatten() for f, o in zip(floats, outputs, strict=True)]
     return Result(task, float(torch.cat(kl).mean()), "nats", samples, None, {"top1_agreement": float(torch.cat(agree).mean())})
 
@@ -135,7 +140,10 @@ def _label(labels: dict[str, int], path: Path, folder: Path) -> int:
 
 
 def _sts(artifact: Artifact, path: Path, reference: Captured | None, limit: int | None) -> Result:
-    """Return Spearman's correlation between cosine similarity of sentence embeddings and human scores; ``cosine`` is the mean to the float embeddings."""
+    """Return Spearman's correlation between cosine similarity of sentence embeddings and human scores.
+
+    ``cosine`` is the mean similarity of the embeddings to the float model's.
+    """
     from scipy.stats import spearmanr
 
     scores, first, second = read_pairs(path, limit)
@@ -147,8 +155,14 @@ def _sts(artifact: Artifact, path: Path, reference: Captured | None, limit: int 
         return Result("sts", value, "Spearman", len(scores), None)
     exact = [embed_sentences(run, artifact.graph, tokenize, side) for side in (first, second)]
     agreement = torch.cat([_cosine(a, b) for a, b in zip(embed, exact, strict=True)])
-    return Result("sts", value, "Spearman", len(scores), float(spearmanr(_cosine(*exact), scores).statistic),
-                  {"cosine": float(agreement.mean()), "cosine_min": float(agreement.min())})  # fmt: skip
+    return Result(
+        "sts",
+        value,
+        "Spearman",
+        len(scores),
+        float(spearmanr(_cosine(*exact), scores).statistic),
+        {"cosine": float(agreement.mean()), "cosine_min": float(agreement.min())},
+    )
 
 
 def read_pairs(path: Path, limit: int | None = None) -> tuple[np.ndarray, list[str], list[str]]:
@@ -200,10 +214,14 @@ def embed_sentences(run: Run, graph: Graph, tokenizer: Any, sentences: Sequence[
     return torch.stack([found[i] for i in range(len(sentences))])
 
 
-def _token_batches(tokenizer: Any, sentences: Sequence[str], batch: int, graph: Graph) -> Iterator[tuple[list[int], torch.Tensor, torch.Tensor]]:
+def _token_batches(
+    tokenizer: Any, sentences: Sequence[str], batch: int, graph: Graph
+) -> Iterator[tuple[list[int], torch.Tensor, torch.Tensor]]:
     """Yield sentence numbers, tokens and mask, sentences of like length together."""
     tokenizer.no_padding()
-    longest = min((high for name, (_, high) in graph.symbols.ranges.items() if any(name in t.shape[1:] for t in graph.input_types)), default=512)
+    longest = min(
+        (high for name, (_, high) in graph.symbols.ranges.items() if any(name in t.shape[1:] for t in graph.input_types)), default=512
+    )
     tokenizer.enable_truncation(min(longest, 512))
     coded = [encoding.ids for encoding in tokenizer.encode_batch(list(sentences))]
     order = sorted(range(len(coded)), key=lambda i: len(coded[i]))

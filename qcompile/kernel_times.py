@@ -1,7 +1,7 @@
 """The table of measured kernel times: a readable file, an input of the build.
 
-A key names operator, shapes, scheme and machine; a value holds the median microseconds of the low-bit kernel and of the float kernel it would
-replace. What was measured once is reused, so the same table gives the same artifact.
+A key names operator, shapes, scheme and machine; a value holds the median microseconds of the low-bit kernel and of the float kernel
+it would replace. What was measured once is reused, so the same table gives the same artifact.
 """
 
 from __future__ import annotations
@@ -30,9 +30,13 @@ class KernelTimes:
         if path.exists():
             try:
                 content = json.loads(path.read_text())
-                self.entries = {str(key): {"low_us": float(value["low_us"]), "float_us": float(value["float_us"])} for key, value in content.items()}
+                self.entries = {
+                    str(key): {"low_us": float(value["low_us"]), "float_us": float(value["float_us"])} for key, value in content.items()
+                }
             except (ValueError, KeyError, TypeError, AttributeError) as error:
-                raise Refused("the table of kernel times is damaged", node=str(path), way_out="remove the file; it will be measured again") from error
+                raise Refused(
+                    "the table of kernel times is damaged", node=str(path), way_out="remove the file; it will be measured again"
+                ) from error
 
     def get(self, key: str) -> dict[str, float] | None:
         """Return the entry of a key and note that it was used, or None."""

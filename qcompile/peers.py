@@ -95,7 +95,7 @@ def _onnxruntime_static(graph: Graph, inputs: Sequence[torch.Tensor], threads: i
 
     names = [node.name for node in graph.inputs]
 
-    class Reader(CalibrationDataReader):  # type: ignore[misc]
+    class Reader(CalibrationDataReader):
         def __init__(self) -> None:
             self.left = [{name: value.numpy() for name, value in zip(names, inputs, strict=True)}]
 
@@ -115,7 +115,9 @@ def _openvino(graph: Graph, inputs: Sequence[torch.Tensor], threads: int) -> Run
     import openvino
 
     core = openvino.Core()
-    compiled = core.compile_model(core.read_model(io.BytesIO(_onnx_model(graph, inputs))), "CPU", {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY"})
+    compiled = core.compile_model(
+        core.read_model(io.BytesIO(_onnx_model(graph, inputs))), "CPU", {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY"}
+    )
     request = compiled.create_infer_request()
     return lambda values: request.infer([value.numpy() for value in values])
 

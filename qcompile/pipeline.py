@@ -168,7 +168,9 @@ def parse_pipeline(text: str, find: Callable[[str], type[Pass]]) -> Pipeline:
     while position < len(text.rstrip()):
         match = _PASS_TEXT.match(text, position)
         if not match:
-            raise Refused(f"the pipeline is not understood at '{text[position : position + 30].strip()}'", way_out="write name{option=value}, name")
+            raise Refused(
+                f"the pipeline is not understood at '{text[position : position + 30].strip()}'", way_out="write name{option=value}, name"
+            )
         passes.append(make_pass(find(match[1]), _parse_options(match[2] or "")))
         position = match.end()
     return Pipeline(tuple(passes))
@@ -297,7 +299,9 @@ class Pipeline:
         from qcompile.statistics import collect
 
         if context.calibration is None:
-            raise Refused(f"{item.name()} needs calibration data", way_out="give --calibrate DATA, or use a recipe without data such as dfq")
+            raise Refused(
+                f"{item.name()} needs calibration data", way_out="give --calibrate DATA, or use a recipe without data such as dfq"
+            )
         return collect(graph, requests, context.calibration, cache=context.cache)
 
     def _check_promise(self, number, item, graph, check, reference, hold) -> float:  # type: ignore[no-untyped-def]

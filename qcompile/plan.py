@@ -20,7 +20,10 @@ COMPILER_BYTES = 700 << 20  # torch, tvm and the interpreter: measured 500 to 70
 
 
 def plan(model: Any, *, recipe: str | Path | Recipe = "w8a8", target: str = "cpu") -> dict[str, Any]:
-    """Return predicted ``bytes``, ``float_bytes``, ``bits_per_weight``, ``peak_memory_bytes``, ``kernels``, ``float_ops`` and the ``pipeline``.
+    """Return what a compile is predicted to give.
+
+    The keys are ``bytes``, ``float_bytes``, ``bits_per_weight``, ``peak_memory_bytes``, ``kernels``, ``float_ops``, ``pipeline``, ``recipe``
+    and ``target``.
 
     Raises:
         Refused: the model cannot be captured, or a scheme has no kernel on the target.
@@ -29,12 +32,18 @@ def plan(model: Any, *, recipe: str | Path | Recipe = "w8a8", target: str = "cpu
     captured = capture(model)
     pipeline = chosen.parsed_pipeline()
     graph = captured.graph
-    Pipeline(tuple(p for p in pipeline.passes if p.name() in _PLANNED)).run(graph, Context(place, chosen, example_inputs=captured.example_inputs))
+    Pipeline(tuple(p for p in pipeline.passes if p.name() in _PLANNED)).run(
+        graph, Context(place, chosen, example_inputs=captured.example_inputs)
+    )
     layers = [(node, parse_layer_scheme(node.meta["notes"]["scheme"])) for node in graph.nodes if "scheme" in node.meta["notes"]]
     weights = {str(bound_arguments(node)["weight"].target) for node, scheme in layers if scheme.weight}
     sizes = [(stored_bytes(s.weight, _shape(n)), 4 * _elements(n)) for n, s in layers if s.weight]
     rest = sum(t.numel() * t.element_size() for name, t in graph.constants.items() if name not in weights)
-    kernels = Counter((operator_name(n.target).replace("aten.", "qc."), str(s.weight or "float32"), str(s.activation or "float32")) for n, s in layers if s != LayerScheme())
+    kernels = Counter(
+        (operator_name(n.target).replace("aten.", "qc."), str(s.weight or "float32"), str(s.activation or "float32"))
+        for n, s in layers
+        if s != LayerScheme()
+    )
     float_bytes = rest + sum(size for _, size in sizes)
     quantized = [node.name for node, scheme in layers if scheme != LayerScheme()]
     return {
@@ -53,5 +62,3 @@ def _shape(node: Any) -> tuple[int, ...]:
 
 def _elements(node: Any) -> int:
     return int(bound_arguments(node)["weight"].meta["val"].numel())
-
-

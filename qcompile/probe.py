@@ -1,6 +1,7 @@
 """Probes: for every integer layer, seeded codes in, exact products out. The same digests on every target, or ``verify`` names the layer.
 
-A probe runs the layer's own weights and scales without its float epilogue (no activation, residual or float bias), so its float32 result is determined
+A probe runs the layer's own weights and scales without its float epilogue (no activation, residual or float bias), so its float32
+result is determined
 to the bit by the dialect: ``(float32(acc) * weight_scale) * x_scale``.
 """
 
@@ -23,7 +24,10 @@ ROWS = 5  # odd, so that no kernel's row block divides it
 
 
 def probe_graph(graph: Graph) -> tuple[Graph | None, list[torch.Tensor], list[str]]:
-    """Return a graph with one output for each integer layer of static scheme, its inputs, and the layers' names; None where there is no such layer."""
+    """Return a graph with one output for each integer layer of static scheme, its inputs, and the layers' names.
+
+    The graph is None where there is no such layer.
+    """
     nodes = [node for node in graph.nodes if _is_probed(graph, node)]
     if not nodes:
         return None, [], []
@@ -33,7 +37,14 @@ def probe_graph(graph: Graph) -> tuple[Graph | None, list[torch.Tensor], list[st
     constants: dict[str, torch.Tensor] = {}
     outputs = []
     for node, placeholder in zip(nodes, placeholders, strict=True):
-        arguments = bound_arguments(node) | {"x": placeholder, "activation": "none", "residual": None, "out_scale": None, "out_zero_point": None, "out_scheme": ""}
+        arguments = bound_arguments(node) | {
+            "x": placeholder,
+            "activation": "none",
+            "residual": None,
+            "out_scale": None,
+            "out_zero_point": None,
+            "out_scheme": "",
+        }
         bias = graph.constant(arguments["bias"])
         arguments["bias"] = arguments["bias"] if bias is not None and not bias.is_floating_point() else None
         for key, value in arguments.items():
@@ -66,7 +77,10 @@ def _codes(node: fx.Node) -> torch.Tensor:
     else:
         weight = arguments["weight"].meta["val"]
         kernel = (weight.shape[2], arguments["kernel_width"])
-        side = [max(2 * stride + dilation * (k - 1) + 1, 3) for k, stride, dilation in zip(kernel, arguments["stride"], arguments["dilation"], strict=True)]
+        side = [
+            max(2 * stride + dilation * (k - 1) + 1, 3)
+            for k, stride, dilation in zip(kernel, arguments["stride"], arguments["dilation"], strict=True)
+        ]
         shape = (1, int(weight.shape[1]) * arguments["groups"], *side)
     drawn = np.random.Generator(np.random.PCG64(seed)).integers(int(format.lowest), int(format.highest) + 1, shape)
     return torch.from_numpy(drawn).to(format.storage)

@@ -97,7 +97,12 @@ def load_recipe(recipe: str | Path | Recipe) -> Recipe:
     if path.suffix in (".yaml", ".yml"):
         return _validated(_read(path), text)
     if "," in text or "{" in text or _is_pass(text):
-        return Recipe(name="custom", summary="given as pipeline text", pipeline=str(parse_pipeline(text, find_pass)), schemes=Schemes(linear="W8A8", conv2d="W8A8", embedding=_TABLE))  # fmt: skip
+        return Recipe(
+            name="custom",
+            summary="given as pipeline text",
+            pipeline=str(parse_pipeline(text, find_pass)),
+            schemes=Schemes(linear="W8A8", conv2d="W8A8", embedding=_TABLE),
+        )
     raise Refused(f"unknown recipe '{text}'", way_out=nearest_name(text, recipe_names()))
 
 

@@ -1,6 +1,7 @@
 """Finding passes, targets, solvers and recipes by name, without importing the others.
 
-Built-in ones are modules of the packages ``qcompile.passes``, ``qcompile.backends``, ``qcompile.solvers``: the name ``fold-batch-norm`` is the
+Built-in ones are modules of the packages ``qcompile.passes``, ``qcompile.backends``, ``qcompile.solvers``: the name
+``fold-batch-norm`` is the
 module ``fold_batch_norm`` with the class ``FoldBatchNorm``. Others plug in by entry points of the groups ``qcompile.passes``,
 ``qcompile.targets`` and ``qcompile.solvers``; a name that exists already is an error.
 """
@@ -10,7 +11,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +32,7 @@ class _Kind:
     group: str  # entry-point group
     folders: bool = False  # one folder each (backends), or one module each
 
+
 _KINDS = {
     "pass": _Kind("pass", "qcompile.passes", "qcompile.passes"),
     "target": _Kind("target", "qcompile.backends", "qcompile.targets", folders=True),
@@ -38,7 +40,7 @@ _KINDS = {
 }
 
 
-@lru_cache(maxsize=None)
+@cache
 def _known(kind: str) -> dict[str, str | EntryPoint]:
     """Map each name to the module that holds it, or to its entry point."""
     spec = _KINDS[kind]
@@ -50,7 +52,9 @@ def _known(kind: str) -> dict[str, str | EntryPoint]:
     }
     for point in entry_points(group=spec.group):
         if point.name in found:
-            raise Refused(f"two {spec.word} plug-ins have the name '{point.name}'", node=str(point.value), way_out="uninstall or rename one")
+            raise Refused(
+                f"two {spec.word} plug-ins have the name '{point.name}'", node=str(point.value), way_out="uninstall or rename one"
+            )
         found[point.name] = point
     return found
 

@@ -19,8 +19,28 @@ _LAYERS = {"aten.linear", "aten.conv2d", "aten.embedding"}
 _INTEGER_LAYERS = {"qc.linear", "qc.conv2d", "qc.embedding"}
 # Operators that only move or index values: nothing there could be quantized.
 _MOVES = frozenset(
-    "aten.view aten.permute aten.transpose.int aten.unsqueeze aten.squeeze.dim aten.expand aten.slice.Tensor aten.select.int aten.cat aten.gather aten.arange "
-    "aten.arange.start_step aten.sym_size.int aten.flatten.using_ints aten.clone aten.embedding aten.full aten.ne.Scalar aten.max_pool2d aten.constant_pad_nd".split()
+    [
+        "aten.view",
+        "aten.permute",
+        "aten.transpose.int",
+        "aten.unsqueeze",
+        "aten.squeeze.dim",
+        "aten.expand",
+        "aten.slice.Tensor",
+        "aten.select.int",
+        "aten.cat",
+        "aten.gather",
+        "aten.arange",
+        "aten.arange.start_step",
+        "aten.sym_size.int",
+        "aten.flatten.using_ints",
+        "aten.clone",
+        "aten.embedding",
+        "aten.full",
+        "aten.ne.Scalar",
+        "aten.max_pool2d",
+        "aten.constant_pad_nd",
+    ]
 )
 
 
@@ -108,17 +128,35 @@ def _layer(graph: Graph, node: fx.Node, errors: Mapping[str, float]) -> dict[str
     notes, elements = node.meta.get("notes", {}), _weight_elements(node)
     weight, activation, bits = "float32", "float32", 32.0
     if operator in _INTEGER_LAYERS:
-        weight = arguments.get("weight_scheme") or arguments.get("scheme")
+        weight = str(arguments.get("weight_scheme") or arguments.get("scheme"))
         activation = arguments.get("x_scheme") or "float32"
-        sides = [arguments.get(key) for key in ("weight", "weight_scale", "weight_zero_point", *(["scale", "zero_point"] if operator == "qc.embedding" else []))]
+        sides = [
+            arguments.get(key)
+            for key in ("weight", "weight_scale", "weight_zero_point", *(["scale", "zero_point"] if operator == "qc.embedding" else []))
+        ]
         tensors = [graph.constant(side) for side in sides]
-        bits = 8 * sum(t.numel() * (1 if key == 2 and parse_scheme(weight).bits <= 8 else t.element_size()) for key, t in enumerate(tensors) if t is not None) / elements
+        bits = (
+            8
+            * sum(
+                t.numel() * (1 if key == 2 and parse_scheme(weight).bits <= 8 else t.element_size())
+                for key, t in enumerate(tensors)
+                if t is not None
+            )
+            / elements
+        )
     name = notes.get("layer", node.name)
     return {
-        "name": name, "node": node.name, "op": operator, "weight": weight, "activation": activation, "bits_per_weight": round(bits, 4),
-        "sqnr_db": errors.get(notes.get("float_node", node.name)), "reason": notes.get("reason", "" if operator in _INTEGER_LAYERS else "no scheme assigned"),
-        "elements": elements, "stored_bits": bits * elements,
-    }  # fmt: skip
+        "name": name,
+        "node": node.name,
+        "op": operator,
+        "weight": weight,
+        "activation": activation,
+        "bits_per_weight": round(bits, 4),
+        "sqnr_db": errors.get(notes.get("float_node", node.name)),
+        "reason": notes.get("reason", "" if operator in _INTEGER_LAYERS else "no scheme assigned"),
+        "elements": elements,
+        "stored_bits": bits * elements,
+    }
 
 
 def float_operators(graph: Graph) -> list[tuple[str, str, str]]:

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.utils.dlpack
 
 from qcompile.errors import Refused
 from qcompile.graph.graph import Graph
@@ -22,14 +23,16 @@ def check_inputs(graph: Graph, args: Sequence[Any], kwargs: Mapping[str, Any]) -
         Refused: naming the input whose presence, dtype or shape is wrong.
     """
     names = [node.name for node in graph.inputs]
-    if len(args) == 1 and not kwargs and isinstance(args[0], Mapping):
-        args, kwargs = (), args[0]
+    if len(args) == 1 and not kwargs and isinstance(first := args[0], Mapping):
+        args, kwargs = [], first
     if len(args) > len(names):
         raise Refused(f"the model takes {len(names)} inputs ({', '.join(names)}), {len(args)} were given")
     given = dict(zip(names, args, strict=False))
     for name, value in kwargs.items():
         if name not in names or name in given:
-            raise Refused("there is no such input" if name not in names else "it is given twice", node=name, way_out=f"inputs are {', '.join(names)}")
+            raise Refused(
+                "there is no such input" if name not in names else "it is given twice", node=name, way_out=f"inputs are {', '.join(names)}"
+            )
         given[name] = value
     if missing := [name for name in names if name not in given]:
         raise Refused("the input is missing", node=missing[0], way_out=f"inputs are {', '.join(names)}")
@@ -41,7 +44,9 @@ def check_inputs(graph: Graph, args: Sequence[Any], kwargs: Mapping[str, Any]) -
 def _check(name: str, value: Any, expected: TensorType, graph: Graph, sizes: dict[str, tuple[int, str]]) -> torch.Tensor:
     tensor = _to_tensor(name, value)
     if tensor.dtype != expected.dtype:
-        raise Refused(f"expected {expected}, the array is {short_dtype(tensor.dtype)}{list(tensor.shape)}", node=name, way_out="convert its dtype")
+        raise Refused(
+            f"expected {expected}, the array is {short_dtype(tensor.dtype)}{list(tensor.shape)}", node=name, way_out="convert its dtype"
+        )
     if tensor.ndim != len(expected.shape):
         raise Refused(f"expected {expected}, the array has shape {list(tensor.shape)}", node=name)
     for axis, (size, wanted) in enumerate(zip(tensor.shape, expected.shape, strict=True)):
@@ -61,9 +66,17 @@ def _to_tensor(name: str, value: Any) -> torch.Tensor:
     try:
         if isinstance(value, np.ndarray) and not _shareable(value):
             value = np.ascontiguousarray(value, value.dtype.newbyteorder("=")).copy()
-        tensor = value if isinstance(value, torch.Tensor) else torch.from_numpy(value) if isinstance(value, np.ndarray) else torch.from_dlpack(value)
+        tensor = (
+            value
+            if isinstance(value, torch.Tensor)
+            else torch.from_numpy(value)
+            if isinstance(value, np.ndarray)
+            else torch.utils.dlpack.from_dlpack(value)
+        )
     except (TypeError, ValueError, BufferError, RuntimeError, AttributeError) as error:
-        raise Refused(f"a {type(value).__name__} is no array that can be taken", node=name, way_out="give a NumPy array or a torch tensor") from error
+        raise Refused(
+            f"a {type(value).__name__} is no array that can be taken", node=name, way_out="give a NumPy array or a torch tensor"
+        ) from error
     return tensor.detach().contiguous()
 
 

@@ -76,7 +76,13 @@ class Target(ABC):
         ]
         if fits:
             return None
-        near = min(rows, key=lambda row: (row.activation != kind, min(abs(b - (scheme.weight.bits if scheme.weight else 8)) for b in row.weight_bits or (8,))))
+        near = min(
+            rows,
+            key=lambda row: (
+                row.activation != kind,
+                min(abs(b - (scheme.weight.bits if scheme.weight else 8)) for b in row.weight_bits or (8,)),
+            ),
+        )
         return (
             f"{self.name} has no kernel for {operator} with {scheme}; the nearest that runs: weights of "
             f"{'/'.join(map(str, near.weight_bits))} bits by {'/'.join(near.weight_granularity)}, {near.activation} activations"

@@ -10,8 +10,8 @@ from qcompile.pipeline import sqnr_db
 from qcompile.probe import probe_digests
 from qcompile.registry import find_target
 
-# Between layers stand float operators (normalization, softmax) whose sums may be ordered otherwise: a code flips at a rounding tie now and then. Measured
-# 45 dB and more on the models of the docs; a wrong kernel or weight gives less than 20.
+# Between layers stand float operators (normalization, softmax) whose sums may be ordered otherwise: a code flips at a rounding tie now
+# and then. Measured 45 dB and more on the models of the docs; a wrong kernel or weight gives less than 20.
 OUTPUT_SQNR_DB = 30.0
 
 

@@ -122,7 +122,9 @@ def tiny_artifact(tiny: ModuleType, _own_cache: None) -> Callable[..., Artifact]
         if (name, recipe, target) not in made:
             module, examples, sizes = getattr(tiny, name)()
             generator = torch.Generator().manual_seed(3)
-            batches = [tuple(x if x.dtype == torch.int64 else torch.randn(x.shape, generator=generator) for x in examples) for _ in range(4)]
+            batches = [
+                tuple(x if x.dtype == torch.int64 else torch.randn(x.shape, generator=generator) for x in examples) for _ in range(4)
+            ]
             made[name, recipe, target] = qcompile.compile(
                 module, examples, recipe=recipe, target=target, calibration=batches, dynamic_shapes=sizes
             )

@@ -47,7 +47,9 @@ def files(tmp_path: Path) -> Callable[[], list[str]]:
 # ---- compile --------------------------------------------------------------------------------------------------------------
 
 
-def test_compile_writes_one_file_and_says_what_it_did(cli: Cli, mlp: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, files: Any) -> None:
+def test_compile_writes_one_file_and_says_what_it_did(
+    cli: Cli, mlp: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, files: Any
+) -> None:
     monkeypatch.chdir(tmp_path)
     done = cli("compile", mlp, "--target", "reference", "--calibrate", "random")
     assert done.code == 0
@@ -75,7 +77,9 @@ def test_compile_without_data_warns(cli: Cli, mlp: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("recipe", ["w8a8", "w8a8-dynamic", "w4a8", "w4a16", "float"])
-def test_dry_run_predicts_and_writes_nothing(cli: Cli, python_model: Any, tiny_artifact: Any, tmp_path: Path, monkeypatch: Any, files: Any, recipe: str) -> None:
+def test_dry_run_predicts_and_writes_nothing(
+    cli: Cli, python_model: Any, tiny_artifact: Any, tmp_path: Path, monkeypatch: Any, files: Any, recipe: str
+) -> None:
     monkeypatch.chdir(tmp_path)
     done = cli("compile", python_model("wide"), "--recipe", recipe, "--target", "reference", "--dry-run", "--json")
     assert done.code == 0
@@ -104,7 +108,9 @@ def test_dump_writes_the_graph_after_every_pass(cli: Cli, mlp: str, tmp_path: Pa
 
 
 def test_print_after_prints_one_graph(cli: Cli, mlp: str, tmp_path: Path) -> None:
-    done = cli("compile", mlp, "--recipe", "w8a8-dynamic", "--target", "reference", "-o", tmp_path / "m.qc", "--print-after", "insert-quantizers")
+    done = cli(
+        "compile", mlp, "--recipe", "w8a8-dynamic", "--target", "reference", "-o", tmp_path / "m.qc", "--print-after", "insert-quantizers"
+    )
     assert done.code == 0
     assert done.out.count("graph @main") == 1
     assert "graph @main simulated(" in done.out
@@ -121,7 +127,20 @@ def test_diff_prints_what_changed(cli: Cli, mlp: str, tmp_path: Path) -> None:
 
 
 def test_stop_after_ends_early_and_writes_nothing(cli: Cli, mlp: str, tmp_path: Path, files: Any) -> None:
-    done = cli("compile", mlp, "--recipe", "w8a8-dynamic", "--target", "reference", "-o", tmp_path / "m.qc", "--stop-after", "assign-bits", "--print-after", "assign-bits")
+    done = cli(
+        "compile",
+        mlp,
+        "--recipe",
+        "w8a8-dynamic",
+        "--target",
+        "reference",
+        "-o",
+        tmp_path / "m.qc",
+        "--stop-after",
+        "assign-bits",
+        "--print-after",
+        "assign-bits",
+    )
     assert done.code == 0
     assert "graph @main float(" in done.out
     assert files() == []
@@ -149,10 +168,14 @@ def test_bisect_names_the_pass_that_loses_most(cli: Cli, mlp: str, tmp_path: Pat
 
 
 def test_why_not_gives_the_reasons_of_rules(cli: Cli, python_model: Any, tmp_path: Path) -> None:
-    done = cli("compile", python_model("cnn"), "--recipe", "w8a8-dynamic", "--target", "reference", "-o", tmp_path / "m.qc", "--why-not", "relu")
+    done = cli(
+        "compile", python_model("cnn"), "--recipe", "w8a8-dynamic", "--target", "reference", "-o", tmp_path / "m.qc", "--why-not", "relu"
+    )
     assert done.code == 0
     assert "activation: %add_25 (aten.add.Tensor) is not qc.conv2d or qc.linear" in done.out
-    none = cli("compile", python_model("cnn"), "--recipe", "float", "--target", "reference", "-o", tmp_path / "m.qc", "--why-not", "nothing")
+    none = cli(
+        "compile", python_model("cnn"), "--recipe", "float", "--target", "reference", "-o", tmp_path / "m.qc", "--why-not", "nothing"
+    )
     assert "no rule was tried at nothing" in none.out
 
 
@@ -192,11 +215,15 @@ def test_inspect(cli: Cli, saved: Path) -> None:
     done = cli("inspect", saved, "--json")
     assert done.code == 0
     assert {"layers", "float_ops", "bits_per_weight", "bytes"} <= set(done.json)
-    assert [set(layer) for layer in done.json["layers"]] == [{"name", "op", "weight", "activation", "bits_per_weight", "sqnr_db", "ms", "reason"}] * 2
+    assert [set(layer) for layer in done.json["layers"]] == [
+        {"name", "op", "weight", "activation", "bits_per_weight", "sqnr_db", "ms", "reason"}
+    ] * 2
     assert [layer["name"] for layer in done.json["layers"]] == ["first", "second"]
     assert all(25 < layer["sqnr_db"] < 70 for layer in done.json["layers"])
     assert done.json["bytes"] == saved.stat().st_size
-    assert done.json["bits_per_weight"] == pytest.approx((256 * 8 + 32 * 32 + 128 * 8 + 4 * 32) / 384, abs=1e-3)  # codes and a f32 scale a row
+    assert done.json["bits_per_weight"] == pytest.approx(
+        (256 * 8 + 32 * 32 + 128 * 8 + 4 * 32) / 384, abs=1e-3
+    )  # codes and a f32 scale a row
     assert all(set(item) == {"node", "op", "reason"} and item["reason"] for item in done.json["float_ops"])
     text = cli("inspect", saved)
     assert "int8 channel=0 sym" in text.out
@@ -247,7 +274,9 @@ def test_verify_names_what_differs(cli: Cli, saved: Path, tmp_path: Path, wrong:
 
 
 def test_bench(cli: Cli, saved: Path) -> None:
-    done = cli("bench", saved, "--against", "torch,onnxruntime", "--rounds", 2, "--calls", 1, "--threads", 1, "--shape", "batch=3", "--json")
+    done = cli(
+        "bench", saved, "--against", "torch,onnxruntime", "--rounds", 2, "--calls", 1, "--threads", 1, "--shape", "batch=3", "--json"
+    )
     assert done.code == 0, done.err
     assert [run["name"] for run in done.json["runs"]] == ["qcompile", "torch", "onnxruntime"]
     for run in done.json["runs"]:
@@ -297,7 +326,9 @@ def test_export(cli: Cli, saved: Path, tmp_path: Path) -> None:
     assert np.allclose(found, qcompile.load(saved)(x), atol=1e-2)
 
 
-@pytest.mark.parametrize(("command", "known"), [("passes", "materialize"), ("recipes", "w8a8"), ("targets", "reference"), ("formats", "int4"), ("methods", "")])
+@pytest.mark.parametrize(
+    ("command", "known"), [("passes", "materialize"), ("recipes", "w8a8"), ("targets", "reference"), ("formats", "int4"), ("methods", "")]
+)
 def test_lists(cli: Cli, command: str, known: str) -> None:
     done = cli(command, "--json")
     assert done.code == 0
@@ -321,7 +352,10 @@ def test_lists_tell_more(cli: Cli) -> None:
     assert (formats["int4"]["lowest"], formats["int4"]["highest"]) == (-8, 7)
 
 
-@pytest.mark.parametrize("command", ["compile", "run", "bench", "evaluate", "inspect", "diff", "verify", "export", "passes", "recipes", "targets", "formats", "methods"])
+@pytest.mark.parametrize(
+    "command",
+    ["compile", "run", "bench", "evaluate", "inspect", "diff", "verify", "export", "passes", "recipes", "targets", "formats", "methods"],
+)
 def test_every_command_has_help_and_json(cli: Cli, command: str) -> None:
     done = cli(command, "--help")
     assert done.code == 0
@@ -409,17 +443,22 @@ COMPILE = [
     ("TINY:mlp --recipe assign-bits,insert-quantizers{range=minmx}", "minmx"),
     ("TINY:mlp --recipe assign-bits,insert-quantizers,quantize-weights{solver=gtpq}", r"unknown solver 'gtpq'; did you mean 'gptq'\?"),
     ("TINY:mlp --target cpx", r"unknown target 'cpx'; did you mean 'cpu'\?"),
-    ("TINY:mlp --target cpu --recipe assign-bits{scheme=W3A8},insert-quantizers", "cpu has no kernel for qc.linear with .*; the nearest that runs: weights of"),
+    (
+        "TINY:mlp --target cpu --recipe assign-bits{scheme=W3A8},insert-quantizers",
+        "cpu has no kernel for qc.linear with .*; the nearest that runs: weights of",
+    ),
     ("TINY:mlp -o absent/model.qc", "absent: there is no such folder"),
     ("TINY:mlp -o /proc/model.qc", "cannot write here|cannot be written"),
     ("TINY:mlp -o .", "is a directory"),
     ("TINY:mlp --recip w8a8", "No such option '?--recip"),
     ("", "Missing argument 'MODEL'"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("line", "message"), COMPILE, ids=[case[0] or "nothing" for case in COMPILE])
-def test_compile_refuses(cli: Cli, bad: Path, repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, files: Any, line: str, message: str) -> None:
+def test_compile_refuses(
+    cli: Cli, bad: Path, repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, files: Any, line: str, message: str
+) -> None:
     monkeypatch.chdir(tmp_path)
     words = [word.replace("TINY", f"python:{repository / 'tests' / 'tiny_models.py'}").replace("BAD", str(bad)) for word in line.split()]
     words += [] if "--target" in words else ["--target", "reference"]
@@ -443,8 +482,18 @@ def refused(done: Any, message: str) -> None:
 
 
 @pytest.mark.parametrize("command", ["run", "inspect", "verify", "bench", "evaluate", "export", "diff"])
-@pytest.mark.parametrize(("file", "message"), [("BAD/cut.qc", "no qcompile artifact"), ("BAD/magic.qc", "damaged|artifact"), ("absent.qc", "there is no such file"), ("BAD/text.txt", "no qcompile artifact")])  # fmt: skip
-def test_commands_refuse_damaged_artifacts(cli: Cli, bad: Path, saved: Path, tmp_path: Path, monkeypatch: Any, files: Any, command: str, file: str, message: str) -> None:
+@pytest.mark.parametrize(
+    ("file", "message"),
+    [
+        ("BAD/cut.qc", "no qcompile artifact"),
+        ("BAD/magic.qc", "damaged|artifact"),
+        ("absent.qc", "there is no such file"),
+        ("BAD/text.txt", "no qcompile artifact"),
+    ],
+)
+def test_commands_refuse_damaged_artifacts(
+    cli: Cli, bad: Path, saved: Path, tmp_path: Path, monkeypatch: Any, files: Any, command: str, file: str, message: str
+) -> None:
     monkeypatch.chdir(tmp_path)
     before = files()
     refused(cli(command, file.replace("BAD", str(bad)), *([saved] if command == "diff" else [])), message)
@@ -469,11 +518,13 @@ OTHERS = [
     ("inspct SAVED", r"unknown command 'inspct'; did you mean 'inspect'\?"),
     ("inspect SAVED --jsn", "No such option"),
     ("--jsn", "No such option"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("line", "message"), OTHERS, ids=[case[0] for case in OTHERS])
-def test_other_commands_refuse(cli: Cli, bad: Path, saved: Path, tmp_path: Path, monkeypatch: Any, files: Any, line: str, message: str) -> None:
+def test_other_commands_refuse(
+    cli: Cli, bad: Path, saved: Path, tmp_path: Path, monkeypatch: Any, files: Any, line: str, message: str
+) -> None:
     monkeypatch.chdir(tmp_path)
     before = files()
     refused(cli(*[word.replace("BAD", str(bad)).replace("SAVED", str(saved)) for word in line.split()]), message)
@@ -488,7 +539,9 @@ def test_an_error_of_the_program_is_one_line_and_no_refusal(cli: Cli, saved: Pat
     monkeypatch.setattr("qcompile.artifact.load", lambda *_, **__: 1 / 0)
     done = cli("inspect", saved)
     assert done.code == 1
-    assert done.err == "qcompile: internal error, please report it: ZeroDivisionError: division by zero (QCOMPILE_TRACEBACK=1 shows where)\n"
+    assert (
+        done.err == "qcompile: internal error, please report it: ZeroDivisionError: division by zero (QCOMPILE_TRACEBACK=1 shows where)\n"
+    )
 
 
 def test_control_characters_of_a_name_are_not_printed(cli: Cli) -> None:

@@ -17,8 +17,8 @@ import qcompile
 from qcompile.checkpoint import Checkpoints
 from qcompile.compiler import Options, finish, run_compile
 
-# Forks one process for each line of its input, {"arguments": [...], "kill": null or [FILE, N, WHEN]}: the process kills itself before or after the Nth
-# time that it moves a finished file of this name in place. Prints the exit status of each.
+# Forks one process for each line of its input, {"arguments": [...], "kill": null or [FILE, N, WHEN]}: the process kills itself before
+# or after the Nth time that it moves a finished file of this name in place. Prints the exit status of each.
 DRIVER = """
 import json, os, pathlib, signal, sys
 import torch, qcompile.compiler
@@ -223,7 +223,7 @@ def test_a_compile_that_is_refused_leaves_nothing(tiny: Any, tmp_path: Path) -> 
     import torch
 
     module, examples, _ = tiny.mlp()
-    with pytest.raises(qcompile.Refused, match="insert-quantizers|calibration"):
+    with pytest.raises(qcompile.Refused, match=r"insert-quantizers|calibration"):
         run_compile(module, examples, target="reference", calibration=[(torch.zeros(1, 9),)], options=Options(output=tmp_path / "model.qc"))
     assert not list(tmp_path.iterdir())
 
@@ -234,7 +234,9 @@ def test_checkpoints_hold_each_constant_once(tiny_artifact: Callable[..., qcompi
     for number in range(3):
         checkpoints.save(graph, f"pass {number}", {"number": number})
     files = list((tmp_path / "model.qc.partial").glob("*.safetensors"))
-    assert len(files) == len({tensor.numpy().tobytes() + str(tensor.dtype).encode() + str(tensor.shape).encode() for tensor in graph.tensors})
+    assert len(files) == len(
+        {tensor.numpy().tobytes() + str(tensor.dtype).encode() + str(tensor.shape).encode() for tensor in graph.tensors}
+    )
     again = Checkpoints(tmp_path / "model.qc", "key", resume=True)
     assert (again.done, again.journal["state"]) == (3, {"number": 2})
     assert again.load(2).digest == graph.digest

@@ -4,11 +4,14 @@ What a fence's first line says decides what happens to the block, in the order o
 
 - ``python``: run; all blocks of a page share their names, and what they print is compared with nothing (they assert);
 - ``python file=NAME`` (or toml, yaml, text): written to that file;
-- ``console``: each line ``$ qcompile ..`` is run and its output compared with the lines after it. ``...`` stands for anything within a line, a line
-  ``...`` for any lines. ``$ pip install ./FOLDER`` makes the package's module and entry points visible, as an installation would, without a network;
+- ``console``: each line ``$ qcompile ..`` is run and its output compared with the lines after it. ``...`` stands for anything within a
+line, a line
+  ``...`` for any lines. ``$ pip install ./FOLDER`` makes the package's module and entry points visible, as an installation would,
+  without a network;
 - anything else (``sh``, ``text``, no name): shown only.
 
-A command that should be refused ends in ``# exit code 2``. Tables between ``<!-- begin NAME -->`` and ``<!-- end -->`` are printed from the declarations;
+A command that should be refused ends in ``# exit code 2``. Tables between ``<!-- begin NAME -->`` and ``<!-- end -->`` are printed
+from the declarations;
 ``pytest tests/test_docs.py --update-golden`` writes them.
 """
 
@@ -31,7 +34,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")])
-PROCESS_OF_ITS_OWN = {"write_a_pass.md"}  # what this page shows must work in a fresh interpreter, as it does for a reader
+PROCESS_OF_ITS_OWN = {"write_a_pass.md"}  # its first command runs in a fresh interpreter, as it does for a reader
 
 
 def page_name(page: Path) -> str:
@@ -70,6 +73,7 @@ class Runner:
     def __init__(self, page: Path, cli: Callable[..., Any], site: Path) -> None:
         self.page, self.cli, self.site = page, cli, site
         self.names: dict[str, Any] = {"__name__": "__docs__"}
+        self.fresh = page.name in PROCESS_OF_ITS_OWN
 
     def run(self, block: Block) -> None:
         if block.file:
@@ -99,7 +103,8 @@ class Runner:
     def _output(self, words: list[str]) -> tuple[int, str]:
         if words[0] != "qcompile":
             return 0, subprocess.run(words, capture_output=True, text=True, check=True).stdout
-        if self.page.name in PROCESS_OF_ITS_OWN:
+        if self.fresh:
+            self.fresh = False
             environment = os.environ | {"PYTHONPATH": str(self.site), "OMP_NUM_THREADS": "1"}
             command = [sys.executable, "-m", "qcompile.cli", *words[1:]]
             done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
@@ -135,7 +140,10 @@ def install(folder: Path, site: Path) -> None:
     information = site / f"{project['name'].replace('-', '_')}-{project['version']}.dist-info"
     information.mkdir()
     (information / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {project['name']}\nVersion: {project['version']}\n")
-    groups = [f"[{group}]\n" + "".join(f"{name} = {place}\n" for name, place in points.items()) for group, points in project["entry-points"].items()]
+    groups = [
+        f"[{group}]\n" + "".join(f"{name} = {place}\n" for name, place in points.items())
+        for group, points in project["entry-points"].items()
+    ]
     (information / "entry_points.txt").write_text("\n".join(groups))
 
 
@@ -184,7 +192,10 @@ def methods_table() -> str:
 
     return table(
         ["number", "method", "piece", "status", "command"],
-        [[m.number, m.name, m.piece, m.status, f"`{m.command}`" if m.command else ""] for m in sorted(read_methods(), key=lambda m: m.number)],
+        [
+            [m.number, m.name, m.piece, m.status, f"`{m.command}`" if m.command else ""]
+            for m in sorted(read_methods(), key=lambda m: m.number)
+        ],
     )
 
 
@@ -195,14 +206,19 @@ def kernels_table() -> str:
     for target in map(find_target, names("target")):
         for kernel in target.kernels:
             bits = ", ".join(map(str, kernel.weight_bits))
-            rows.append([target.name, f"`{kernel.operator}`", bits, ", ".join(kernel.weight_granularity), kernel.activation, kernel.summary])
+            rows.append(
+                [target.name, f"`{kernel.operator}`", bits, ", ".join(kernel.weight_granularity), kernel.activation, kernel.summary]
+            )
     return table(["target", "operator", "weight bits", "weight scales by", "activations", "what it is"], rows)
 
 
 def recipes_table() -> str:
     from qcompile.recipe import load_recipe, recipe_names
 
-    return table(["recipe", "what it does", "needs data"], [[f"`{r.name}`", r.summary, "yes" if r.needs_data else "no"] for r in map(load_recipe, recipe_names())])
+    return table(
+        ["recipe", "what it does", "needs data"],
+        [[f"`{r.name}`", r.summary, "yes" if r.needs_data else "no"] for r in map(load_recipe, recipe_names())],
+    )
 
 
 def passes_table() -> str:
@@ -224,7 +240,11 @@ def options_text() -> str:
         command = cli.get_command(click.Context(cli), name)
         assert command is not None
         operands = [p.make_metavar(click.Context(command)) for p in command.params if isinstance(p, click.Argument)]
-        rows = [[", ".join(f"`{o}`" for o in (*p.opts, *p.secondary_opts)), _value_text(p), p.help or ""] for p in command.params if isinstance(p, click.Option)]
+        rows = [
+            [", ".join(f"`{o}`" for o in (*p.opts, *p.secondary_opts)), _value_text(p), p.help or ""]
+            for p in command.params
+            if isinstance(p, click.Option)
+        ]
         about = (command.help or "").splitlines()[0]
         parts.append(f"### qcompile {' '.join([name, *operands])}\n\n{about}\n\n{table(['option', 'value', 'meaning'], rows)}")
     return "\n".join(parts)
@@ -292,7 +312,9 @@ def test_links_and_named_files_exist(page: Path) -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=page_name)
 def test_python_files_that_commands_name_exist(page: Path) -> None:
-    names = [name for block in blocks(page) if block.language == "sh" for name in re.findall(r"\b(?:benchmarks|tests)/[\w./-]+", block.text)]
+    names = [
+        name for block in blocks(page) if block.language == "sh" for name in re.findall(r"\b(?:benchmarks|tests)/[\w./-]+", block.text)
+    ]
     assert not [name for name in names if not (ROOT / name).exists()]
 
 

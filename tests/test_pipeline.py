@@ -11,8 +11,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-
 from qcompile.backends.reference.target import ReferenceTarget
+
 from qcompile.capture import capture
 from qcompile.errors import Refused
 from qcompile.graph import Graph, Stage
@@ -56,7 +56,10 @@ def test_every_pass_has_simple_options_and_a_summary() -> None:
         ("smooth", "smooth"),
         (" smooth { alpha = 0.6 } ,\n canonicalize,", "smooth{alpha=0.6}, canonicalize"),
         ("insert-quantizers{percentile=99}", "insert-quantizers{percentile=99.0}"),
-        ('assign-bits{scheme="weight=int4 group=32 sym; activation=float"}', 'assign-bits{scheme="weight=int4 group=32 sym; activation=float"}'),
+        (
+            'assign-bits{scheme="weight=int4 group=32 sym; activation=float"}',
+            'assign-bits{scheme="weight=int4 group=32 sym; activation=float"}',
+        ),
         ("quantize-weights{solver=gptq, sequential=false}", "quantize-weights{solver=gptq, sequential=false}"),
         ('quantize-weights{solver="3"}', 'quantize-weights{solver="3"}'),
         ('quantize-weights{solver="true"}', 'quantize-weights{solver="true"}'),
@@ -96,7 +99,10 @@ def test_text_that_is_not_understood(text: str, message: str) -> None:
         ("assign-bits, quantize-weights", "pass 2: quantize-weights takes a graph of stage simulated, here it is float"),
         ("insert-quantizers", "pass 1: insert-quantizers needs assign-bits before it"),
         ("assign-bits, insert-quantizers, canonicalize", "pass 3: canonicalize takes a graph of stage float, here it is simulated"),
-        ("assign-bits, insert-quantizers, materialize, materialize", "pass 4: materialize takes a graph of stage simulated, here it is integer"),
+        (
+            "assign-bits, insert-quantizers, materialize, materialize",
+            "pass 4: materialize takes a graph of stage simulated, here it is integer",
+        ),
     ],
 )
 def test_order_is_checked(text: str, message: str) -> None:
@@ -172,9 +178,16 @@ def run(graph: Graph, context: Context, examples: Any, *items: Pass, hold: bool 
 
 @pytest.mark.parametrize(
     ("keeps", "factor", "kept"),
-    [(BITS, 1.0, True), (BITS, 1 + 2**-22, False), (VALUES, 1 + 1e-6, True), (VALUES, 1.01, False), (approximately(30), 1.01, True),
-     (approximately(50), 1.01, False), (approximately(), 3.0, True)],
-)  # fmt: skip
+    [
+        (BITS, 1.0, True),
+        (BITS, 1 + 2**-22, False),
+        (VALUES, 1 + 1e-6, True),
+        (VALUES, 1.01, False),
+        (approximately(30), 1.01, True),
+        (approximately(50), 1.01, False),
+        (approximately(), 3.0, True),
+    ],
+)
 def test_every_promise_is_held(captured: Any, context: Context, keeps: Keeps, factor: float, kept: bool) -> None:
     kind = promising(keeps)
     if kept:
@@ -238,8 +251,11 @@ def test_steps_observers_and_history(captured: Any, context: Context) -> None:
     pipeline = parse_pipeline("assign-bits{scheme=W8A8-dynamic}, insert-quantizers, quantize-weights, materialize", find_pass)
     steps = pipeline.run(captured.graph, context, observers=[observe])
     assert [item[:3] for item in seen] == [
-        (0, "assign-bits", Stage.FLOAT), (1, "insert-quantizers", Stage.SIMULATED), (2, "quantize-weights", Stage.SIMULATED), (3, "materialize", Stage.INTEGER)
-    ]  # fmt: skip
+        (0, "assign-bits", Stage.FLOAT),
+        (1, "insert-quantizers", Stage.SIMULATED),
+        (2, "quantize-weights", Stage.SIMULATED),
+        (3, "materialize", Stage.INTEGER),
+    ]
     assert [step.changes for step in steps] == [item[3] for item in seen]
     assert captured.graph.history == ("capture", "assign-bits", "insert-quantizers", "quantize-weights", "materialize")
 

@@ -19,8 +19,21 @@ import qcompile
 from qcompile import Artifact, Refused
 
 DECLARED = [
-    "Artifact", "BITS", "Context", "Graph", "Keeps", "Pass", "Pipeline", "Recipe", "Refused", "VALUES", "approximately", "compile", "load", "load_recipe",
-]  # fmt: skip
+    "Artifact",
+    "BITS",
+    "Context",
+    "Graph",
+    "Keeps",
+    "Pass",
+    "Pipeline",
+    "Recipe",
+    "Refused",
+    "VALUES",
+    "approximately",
+    "compile",
+    "load",
+    "load_recipe",
+]
 
 
 def public_names(module: ModuleType) -> list[str]:
@@ -49,9 +62,10 @@ def test_every_name_is_documented(name: str) -> None:
     assert (inspect.getdoc(item) or "").splitlines()[0].endswith((".", ":"))
     if inspect.isclass(item):
         undocumented = [
-            member for member, value in vars(item).items()
+            member
+            for member, value in vars(item).items()
             if not member.startswith("_") and callable(value) and not inspect.getdoc(getattr(item, member))
-        ]  # fmt: skip
+        ]
         assert not undocumented
 
 
@@ -70,7 +84,13 @@ def test_refused_is_a_value_error_with_its_parts() -> None:
     error = Refused("no kernel", node="conv1", operator="aten.conv2d", way_out="use W8A8", source="net.py:7")
     assert isinstance(error, ValueError)
     assert str(error) == "conv1 (aten.conv2d) at net.py:7: no kernel; use W8A8"
-    assert (error.reason, error.node, error.operator, error.way_out, error.source) == ("no kernel", "conv1", "aten.conv2d", "use W8A8", "net.py:7")
+    assert (error.reason, error.node, error.operator, error.way_out, error.source) == (
+        "no kernel",
+        "conv1",
+        "aten.conv2d",
+        "use W8A8",
+        "net.py:7",
+    )
     assert "\n" not in str(Refused("two\nlines", way_out="a\nb"))
 
 
@@ -136,7 +156,9 @@ def test_takes_a_python_function(repository: Path, mlp: Any) -> None:
 
 def test_takes_a_hugging_face_folder(tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers", reason="the extra hf is not installed")
-    config = transformers.BertConfig(vocab_size=40, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, max_position_embeddings=32)
+    config = transformers.BertConfig(
+        vocab_size=40, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, max_position_embeddings=32
+    )
     module = transformers.BertModel(config).eval()
     module.save_pretrained(tmp_path)
     artifact = compiled(tmp_path)
@@ -180,7 +202,9 @@ def test_a_batch_of_one_can_be_traced_as_dynamic(tiny: ModuleType, by_name: bool
     module, examples, sizes = tiny.two()
     examples = tuple(example.repeat(size, 1) for example in examples)
     named = dict(zip(("tokens", "shift"), sizes, strict=True)) if by_name else sizes
-    artifact = compiled(module, dict(zip(("tokens", "shift"), examples, strict=True)) if by_name else examples, recipe="float", dynamic_shapes=named)
+    artifact = compiled(
+        module, dict(zip(("tokens", "shift"), examples, strict=True)) if by_name else examples, recipe="float", dynamic_shapes=named
+    )
     assert [str(kind) for kind in artifact.graph.input_types] == ["i64[batch,seq]", "f32[batch,8]"]
     for batch, length in ((1, 1), (2, 7), (5, 3)):
         tokens, shift = torch.randint(0, 20, (batch, length)), torch.randn(batch, 8)
@@ -233,9 +257,16 @@ PIPELINE = "canonicalize, assign-bits{scheme=W8A8-dynamic}, insert-quantizers, q
 def test_a_recipe_is_a_name_a_path_a_recipe_or_pipeline_text(mlp: Any, tmp_path: Path, kind: str) -> None:
     file = tmp_path / "mine.yaml"
     file.write_text(f"name: mine\nneeds_data: false\npipeline: '{PIPELINE}'\n")
-    given = {"name": "w8a8-dynamic", "path": file, "recipe": qcompile.Recipe(name="mine", pipeline=PIPELINE, needs_data=False), "pipeline": PIPELINE}[kind]
+    given = {
+        "name": "w8a8-dynamic",
+        "path": file,
+        "recipe": qcompile.Recipe(name="mine", pipeline=PIPELINE, needs_data=False),
+        "pipeline": PIPELINE,
+    }[kind]
     artifact = compiled(*mlp, given)
-    assert [(layer["weight"], layer["activation"]) for layer in artifact.report["layers"]] == [("int8 channel=0 sym", "int8 token sym dynamic")] * 2
+    assert [(layer["weight"], layer["activation"]) for layer in artifact.report["layers"]] == [
+        ("int8 channel=0 sym", "int8 token sym dynamic")
+    ] * 2
 
 
 def test_the_float_recipe_changes_no_value(tiny: ModuleType) -> None:

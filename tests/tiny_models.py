@@ -52,7 +52,12 @@ def _seeded(kind: type[nn.Module]) -> nn.Module:
         net = kind()
         for module in net.modules():
             if isinstance(module, nn.BatchNorm2d):
-                for tensor, low, high in ((module.weight, 0.5, 1.5), (module.bias, -0.5, 0.5), (module.running_mean, -0.5, 0.5), (module.running_var, 0.5, 1.5)):
+                for tensor, low, high in (
+                    (module.weight, 0.5, 1.5),
+                    (module.bias, -0.5, 0.5),
+                    (module.running_mean, -0.5, 0.5),
+                    (module.running_var, 0.5, 1.5),
+                ):
                     assert tensor is not None
                     tensor.uniform_(low, high)
         return net.eval()

@@ -64,7 +64,7 @@ class CpuTarget(Target):
         run = build(graph.module)
         for _ in range(3):
             run(*inputs)
-        times = []
+        times: list[float] = []
         stop = time.perf_counter() + MEASURE_SECONDS
         while len(times) < 9 or (time.perf_counter() < stop and len(times) < 500):
             start = time.perf_counter()
@@ -81,9 +81,10 @@ class CpuTarget(Target):
     def leftovers(self, graph: Graph) -> list[tuple[str, str, str]]:
         found = []
         for node in graph.nodes:
-            if node.op == "call_function" and operator_name(node.target) in ("qc.linear", "qc.conv2d", "qc.embedding"):
-                if reason := self.supports(operator_name(node.target), _layer_scheme(node)):
-                    found.append((node.name, operator_name(node.target), reason))
+            name = operator_name(node.target) if node.op == "call_function" else ""
+            layer = name in ("qc.linear", "qc.conv2d", "qc.embedding")
+            if layer and (reason := self.supports(name, _layer_scheme(node))):
+                found.append((node.name, name, reason))
         return found
 
 
@@ -111,13 +112,17 @@ class _Callable:
     def layer_times(self, inputs: Sequence[torch.Tensor]) -> dict[str, float]:
         """Return the median milliseconds of each layer's kernel by node name.
 
-        Kernels are called in the graph's order, so the n-th call of a family belongs to the n-th node of it; a family whose counts differ (a layer
-        that became several kernels) is left out.
+        Kernels are called in the graph's order, so the n-th call of a family belongs to the n-th node of it; a family whose counts
+        differ (a layer that became several kernels) is left out.
         """
         runs = [self.built.kernel_calls(*inputs) for _ in range(_REPEATS)]
         found: dict[str, float] = {}
         for family, prefixes in _KERNELS.items():
-            nodes = [n.name for n in self.graph.nodes if n.op == "call_function" and operator_name(n.target) in (f"qc.{family}", f"aten.{family}")]
+            nodes = [
+                n.name
+                for n in self.graph.nodes
+                if n.op == "call_function" and operator_name(n.target) in (f"qc.{family}", f"aten.{family}")
+            ]
             spent = [[milliseconds for name, milliseconds in run if name.startswith(prefixes)] for run in runs]
             if all(len(times) == len(nodes) for times in spent):
                 found |= {name: round(statistics.median(times), 5) for name, times in zip(nodes, zip(*spent, strict=True), strict=True)}
@@ -132,7 +137,10 @@ class _Callable:
 
 
 def _cache_place(graph: Graph) -> Path:
-    """Return where the code of this graph lies, by everything that decides it: graph, processor, compiler, and this package's own source."""
+    """Return where the code of this graph lies.
+
+    The name holds everything that decides the code: graph, processor, compiler, and this package's own source.
+    """
     from qcompile.backends.cpu.kernels import isa
 
     key = "\n".join([graph.digest, str(isa.target_description()), version("apache-tvm"), version("torch"), _source_digest()])

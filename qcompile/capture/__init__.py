@@ -40,8 +40,10 @@ def capture(model: Any, example_inputs: Examples | None = None, dynamic_shapes: 
     """Return the graph of a model.
 
     Args:
-        model: a module, an exported program, a Graph, an ONNX ModelProto, or the path of an ``.onnx`` file, a ``.pt2`` file, a Hugging Face folder, or
-            ``python:FILE_OR_MODULE:FUNCTION`` where the function returns (module, example inputs) or (module, example inputs, dynamic shapes).
+        model: a module, an exported program, a Graph, an ONNX ModelProto, or the path of an ``.onnx`` file, a ``.pt2`` file, a Hugging
+            Face folder, or
+            ``python:FILE_OR_MODULE:FUNCTION`` where the function returns (module, example inputs) or (module, example inputs, dynamic
+            shapes).
         example_inputs: one batch; needed for a module, else made from the input types.
         dynamic_shapes: see ``capture_module``.
 
@@ -60,7 +62,10 @@ def capture(model: Any, example_inputs: Examples | None = None, dynamic_shapes: 
     elif type(model).__module__.startswith("onnx") or isinstance(model, bytes):
         graph = _capture_onnx(model)
     else:
-        raise Refused(f"a {type(model).__name__} is no model that can be compiled", way_out="give a torch module, an exported program, an ONNX model or a path")
+        raise Refused(
+            f"a {type(model).__name__} is no model that can be compiled",
+            way_out="give a torch module, an exported program, an ONNX model or a path",
+        )
     return Captured(graph, _ordered(graph, example_inputs) or make_examples(graph))
 
 
@@ -86,10 +91,16 @@ def _capture_path(path: str, examples: Examples | None, shapes: DynamicShapes | 
         return Captured(graph, _ordered(graph, examples) or made, place)
     if place.suffix == ".onnx":
         graph = _capture_onnx(place)
-        return Captured(graph, _ordered(graph, examples) or make_examples(graph), place.parent if (place.parent / "tokenizer.json").exists() else None)
+        return Captured(
+            graph, _ordered(graph, examples) or make_examples(graph), place.parent if (place.parent / "tokenizer.json").exists() else None
+        )
     if place.suffix == ".pt2":
         return capture(_load_program(place), examples, shapes)
-    raise Refused("the kind of model is not known", node=path, way_out="give an .onnx file, a .pt2 file, a Hugging Face folder, or python:FILE_OR_MODULE:FUNCTION")
+    raise Refused(
+        "the kind of model is not known",
+        node=path,
+        way_out="give an .onnx file, a .pt2 file, a Hugging Face folder, or python:FILE_OR_MODULE:FUNCTION",
+    )
 
 
 def _capture_onnx(model: Any) -> Graph:
@@ -145,7 +156,8 @@ def _import(place: str, text: str) -> Any:
     if not path.is_file():
         raise Refused("there is no such file", node=place)
     spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules.setdefault(path.stem, module)
     sys.path.insert(0, str(path.parent))  # a model file may import its neighbours

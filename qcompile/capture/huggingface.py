@@ -108,9 +108,13 @@ def _load(folder: Path, config: dict[str, Any]) -> tuple[torch.nn.Module, str]:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     try:
-        model = kind.from_pretrained(folder, local_files_only=True, trust_remote_code=False, dtype=torch.float32, attn_implementation="sdpa")
+        model = kind.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False, dtype=torch.float32, attn_implementation="sdpa"
+        )
     except Exception as error:
-        raise Refused(f"the model cannot be loaded: {type(error).__name__}: {' '.join(str(error).split())[:200]}", node=str(folder)) from error
+        raise Refused(
+            f"the model cannot be loaded: {type(error).__name__}: {' '.join(str(error).split())[:200]}", node=str(folder)
+        ) from error
     finally:
         transformers.logging.set_verbosity(verbosity)
     return model.eval(), output

@@ -92,7 +92,9 @@ def _axes_of(shapes: DynamicShapes | None, names: Sequence[str], count: int) -> 
     """
     if isinstance(shapes, Mapping):
         if unknown := [name for name in shapes if name not in names]:
-            raise Refused("dynamic sizes are given for it and there is no such input", node=str(unknown[0]), way_out=f"inputs are {', '.join(names)}")
+            raise Refused(
+                "dynamic sizes are given for it and there is no such input", node=str(unknown[0]), way_out=f"inputs are {', '.join(names)}"
+            )
         return [shapes.get(name) or {} for name in names[:count]]
     given = [axes or {} for axes in shapes or ()]
     if shapes is not None and len(given) != count:

@@ -18,7 +18,12 @@ SETTLE = 2  # calls after switching from another runtime that are not timed: its
 
 @click.command()
 @click.argument("artifact", type=click.Path(path_type=Path))
-@click.option("--against", default="", metavar="LIST", help="torch, onnxruntime, onnxruntime-int8, onnxruntime-static-int8, openvino, qcompile-float; joined by commas.")
+@click.option(
+    "--against",
+    default="",
+    metavar="LIST",
+    help="torch, onnxruntime, onnxruntime-int8, onnxruntime-static-int8, openvino, qcompile-float; joined by commas.",
+)
 @click.option("--model", metavar="MODEL", help="The float model [the one this file was compiled from on this machine].")
 @click.option("--shape", metavar="SIZES", default="", help="Sizes of the symbols, such as batch=1,seq=128 [the golden inputs' sizes].")
 @click.option("--rounds", type=click.IntRange(1, 10000), default=15, show_default=True, help="How often each runtime gets its turn.")
@@ -42,11 +47,17 @@ def bench(artifact: Path, against: str, model: str | None, shape: str, rounds: i
         graph = _float_graph(artifact, model)
         contenders |= {name: make_peer(name, graph, inputs, threads) for name in names}
     times = measure(contenders, inputs, rounds, calls)
-    runs = [{"name": name, **_summary(spent), "threads": threads} for name, spent in times.items()]
+    runs: list[dict[str, Any]] = [{"name": name, **_summary(spent), "threads": threads} for name, spent in times.items()]
     mine = runs[0]["median_ms"]
     speedup = {run["name"]: round(run["median_ms"] / mine, 3) for run in runs[1:]}
     if json_:
-        return print_json({"runs": runs, "speedup": speedup, "inputs": {n.name: list(t.shape) for n, t in zip(compiled.graph.inputs, inputs, strict=True)}})
+        return print_json(
+            {
+                "runs": runs,
+                "speedup": speedup,
+                "inputs": {n.name: list(t.shape) for n, t in zip(compiled.graph.inputs, inputs, strict=True)},
+            }
+        )
     for run in runs:
         ratio = f"   qcompile is {speedup[run['name']]:.2f} times as fast" if run["name"] in speedup else ""
         click.echo(f"{run['name']:24} median {run['median_ms']:9.3f} ms   min {run['min_ms']:9.3f}   p90 {run['p90_ms']:9.3f}{ratio}")
@@ -63,7 +74,9 @@ def _float_graph(artifact: Path, model: str | None) -> Any:
     return capture(model).graph
 
 
-def measure(contenders: dict[str, Callable[[Sequence[Any]], Any]], inputs: Sequence[Any], rounds: int, calls: int) -> dict[str, list[float]]:
+def measure(
+    contenders: dict[str, Callable[[Sequence[Any]], Any]], inputs: Sequence[Any], rounds: int, calls: int
+) -> dict[str, list[float]]:
     """Return milliseconds of every timed call, contenders taking turns so that drift of the machine meets all alike."""
     times: dict[str, list[float]] = {name: [] for name in contenders}
     for run in contenders.values():
@@ -80,4 +93,8 @@ def measure(contenders: dict[str, Callable[[Sequence[Any]], Any]], inputs: Seque
 
 def _summary(spent: list[float]) -> dict[str, float]:
     ordered = sorted(spent)
-    return {"median_ms": round(statistics.median(ordered), 4), "min_ms": round(ordered[0], 4), "p90_ms": round(ordered[int(0.9 * (len(ordered) - 1))], 4)}
+    return {
+        "median_ms": round(statistics.median(ordered), 4),
+        "min_ms": round(ordered[0], 4),
+        "p90_ms": round(ordered[int(0.9 * (len(ordered) - 1))], 4),
+    }

@@ -45,10 +45,16 @@ def compile(model: str, recipe: str, target: str, calibrate: str | None, output:
     _check_folder(output)
     tracer = _Tracer(flags)
     options = Options(
-        output=output if writes else None, resume=flags["resume"], check=flags["check"] or flags["bisect"], dump=flags["dump"],
-        stop_after=flags["stop_after"], progress=None if flags["json_"] else lambda line: click.echo(line, err=True),
-        observers=(tracer,), kernel_times=flags["kernel_times"], hold_promises=not flags["bisect"],
-    )  # fmt: skip
+        output=output if writes else None,
+        resume=flags["resume"],
+        check=flags["check"] or flags["bisect"],
+        dump=flags["dump"],
+        stop_after=flags["stop_after"],
+        progress=None if flags["json_"] else lambda line: click.echo(line, err=True),
+        observers=(tracer,),
+        kernel_times=flags["kernel_times"],
+        hold_promises=not flags["bisect"],
+    )
     done = run_compile(model, recipe=recipe, target=target, calibration=calibrate, options=options)
     if flags["why_not"]:
         for line in done.context.log.why_not(flags["why_not"]) or [f"no rule was tried at {flags['why_not']}"]:
@@ -120,11 +126,16 @@ def _print_steps(done: Any, flags: dict[str, Any]) -> None:
 def _print_plan(plan: dict[str, Any], json_: bool) -> None:
     if json_:
         return print_json(plan)
-    click.echo(f"artifact     about {plan['bytes'] / 1e6:.1f} MB ({plan['bits_per_weight']:.2f} bits per weight; float {plan['float_bytes'] / 1e6:.1f} MB)")
+    click.echo(
+        f"artifact     about {plan['bytes'] / 1e6:.1f} MB "
+        f"({plan['bits_per_weight']:.2f} bits per weight; float {plan['float_bytes'] / 1e6:.1f} MB)"
+    )
     click.echo(f"memory       about {plan['peak_memory_bytes'] / 1e6:.0f} MB while compiling")
     for kernel in plan["kernels"]:
         click.echo(f"kernel       {kernel['count']:3d} x {kernel['op']} {kernel['weight']} / {kernel['activation']}")
-    click.echo(f"float        {len(plan['float_ops'])} operators stay float: {', '.join(sorted({item['op'] for item in plan['float_ops']}))}")
+    click.echo(
+        f"float        {len(plan['float_ops'])} operators stay float: {', '.join(sorted({item['op'] for item in plan['float_ops']}))}"
+    )
     return None
 
 
@@ -132,13 +143,23 @@ def _print_done(done: Any, output: Path, size: int, seconds: float, json_: bool)
     report = done.artifact.report
     if json_:
         return print_json(
-            {"artifact": str(output), "bytes": size, "seconds": round(seconds, 3), "recipe": done.context.recipe.name, "target": done.artifact.target,
-             "bits_per_weight": report["bits_per_weight"], "weight_bytes": report["bytes"], "float_bytes": report["float_bytes"]}
-        )  # fmt: skip
+            {
+                "artifact": str(output),
+                "bytes": size,
+                "seconds": round(seconds, 3),
+                "recipe": done.context.recipe.name,
+                "target": done.artifact.target,
+                "bits_per_weight": report["bits_per_weight"],
+                "weight_bytes": report["bytes"],
+                "float_bytes": report["float_bytes"],
+            }
+        )
     low = sum(layer["weight"] != "float32" for layer in report["layers"])
     click.echo(f"{output}: {size / 1e6:.2f} MB in {seconds:.1f} s, recipe {done.context.recipe.name}, target {done.artifact.target}")
-    click.echo(f"{low} of {len(report['layers'])} layers in low bits, {report['bits_per_weight']:.2f} bits per weight, "
-               f"constants {100 * report['bytes'] / max(report['float_bytes'], 1):.1f} % of float32")  # fmt: skip
+    click.echo(
+        f"{low} of {len(report['layers'])} layers in low bits, {report['bits_per_weight']:.2f} bits per weight, "
+        f"constants {100 * report['bytes'] / max(report['float_bytes'], 1):.1f} % of float32"
+    )
     return None
 
 

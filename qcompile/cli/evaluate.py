@@ -12,13 +12,19 @@ from qcompile.cli.main import as_json, print_json, threads_option
 @click.command()
 @click.argument("artifact", type=click.Path(path_type=Path))
 @click.option("--task", type=click.Choice(["sqnr", "kl", "top1", "sts"]), default="sqnr", show_default=True)
-@click.option("--data", metavar="DATA", help="sqnr, kl: as for compile; top1: images:FOLDER?..&labels=FILE.csv; sts: FILE.csv with a score and two sentences a row.")
+@click.option(
+    "--data",
+    metavar="DATA",
+    help="sqnr, kl: as for compile; top1: images:FOLDER?..&labels=FILE.csv; sts: FILE.csv with a score and two sentences a row.",
+)
 @click.option("--model", metavar="MODEL", help="The float model [the one this file was compiled from on this machine].")
 @click.option("--limit", type=click.IntRange(1), help="The most samples.")
 @click.option("--target", help="Run on another target, such as reference.")
 @threads_option()
 @as_json()
-def evaluate(artifact: Path, task: str, data: str | None, model: str | None, limit: int | None, target: str | None, threads: int | None, json_: bool) -> None:
+def evaluate(
+    artifact: Path, task: str, data: str | None, model: str | None, limit: int | None, target: str | None, threads: int | None, json_: bool
+) -> None:
     """Measure ARTIFACT's accuracy, and that of its float model beside it."""
     from qcompile.artifact import load
     from qcompile.capture import capture
@@ -29,8 +35,20 @@ def evaluate(artifact: Path, task: str, data: str | None, model: str | None, lim
     place = model or find_source(artifact)
     result = run(loaded, task, data, capture(place) if place else None, limit)
     if json_:
-        return print_json({"task": result.task, "value": result.value, "unit": result.unit, "samples": result.samples, "float_value": result.float_value, **result.more})
-    click.echo(f"{result.task}: {result.value:.4f} {result.unit} on {result.samples} samples" + ("" if result.float_value is None else f", float {result.float_value:.4f}"))
+        return print_json(
+            {
+                "task": result.task,
+                "value": result.value,
+                "unit": result.unit,
+                "samples": result.samples,
+                "float_value": result.float_value,
+                **result.more,
+            }
+        )
+    click.echo(
+        f"{result.task}: {result.value:.4f} {result.unit} on {result.samples} samples"
+        + ("" if result.float_value is None else f", float {result.float_value:.4f}")
+    )
     for name, value in result.more.items():
         click.echo(f"{name}: {value:.5f}")
     return None

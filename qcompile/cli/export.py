@@ -12,7 +12,9 @@ from qcompile.cli.main import as_json, print_json
 @click.command()
 @click.argument("artifact", type=click.Path(path_type=Path))
 @click.option("--format", "format_", type=click.Choice(["onnx"]), default="onnx", show_default=True)
-@click.option("-o", "--output", type=click.Path(path_type=Path, dir_okay=False), help="The file to write [ARTIFACT's name with the format's ending].")
+@click.option(
+    "-o", "--output", type=click.Path(path_type=Path, dir_okay=False), help="The file to write [ARTIFACT's name with the format's ending]."
+)
 @as_json()
 def export(artifact: Path, format_: str, output: Path | None, json_: bool) -> None:
     """Write ARTIFACT as a QDQ ONNX model that ONNX Runtime runs."""

@@ -10,7 +10,6 @@ import click
 
 from qcompile.cli.main import as_json, print_json, threads_option
 
-
 WIDTH = 170  # a line holds a layer's name and both schemes
 COLUMNS = (("layer", 30), ("op", 12), ("weight", 18), ("activation", 19), ("bits", 5), ("SQNR dB", 7), ("ms", 6), ("reason", 20))
 
@@ -30,12 +29,26 @@ def inspect(artifact: Path, times: bool, graph_: bool, threads: int | None, json
     if graph_:
         return click.echo(print_graph(model.graph))
     measured = _layer_times(model) if times else {}
-    layers = [{key: layer[key] for key in ("name", "op", "weight", "activation", "bits_per_weight", "sqnr_db", "reason")} | {"ms": measured.get(layer["node"])}
-              for layer in model.report["layers"]]  # fmt: skip
+    layers = [
+        {key: layer[key] for key in ("name", "op", "weight", "activation", "bits_per_weight", "sqnr_db", "reason")}
+        | {"ms": measured.get(layer["node"])}
+        for layer in model.report["layers"]
+    ]
     if json_:
-        return print_json({"layers": layers, "float_ops": model.report["float_ops"], "bits_per_weight": model.report["bits_per_weight"],
-                           "bytes": artifact.stat().st_size, "weight_bytes": model.report["bytes"], "float_bytes": model.report["float_bytes"],
-                           "recipe": model.recipe, "pipeline": model.pipeline, "target": model.target, "notes": model.report["notes"]})  # fmt: skip
+        return print_json(
+            {
+                "layers": layers,
+                "float_ops": model.report["float_ops"],
+                "bits_per_weight": model.report["bits_per_weight"],
+                "bytes": artifact.stat().st_size,
+                "weight_bytes": model.report["bytes"],
+                "float_bytes": model.report["float_bytes"],
+                "recipe": model.recipe,
+                "pipeline": model.pipeline,
+                "target": model.target,
+                "notes": model.report["notes"],
+            }
+        )
     return _print_layers(artifact, model, layers)
 
 
@@ -52,15 +65,26 @@ def _print_layers(artifact: Path, model: Any, layers: list[dict[str, Any]]) -> N
     table = Table(*(Column(name, no_wrap=True, min_width=width) for name, width in COLUMNS), box=None)
     for layer in layers:
         sqnr, ms = layer["sqnr_db"], layer["ms"]
-        table.add_row(layer["name"], layer["op"], layer["weight"], layer["activation"], f"{layer['bits_per_weight']:.2f}",
-                      "" if sqnr is None else f"{sqnr:.1f}", "" if ms is None else f"{ms:.3f}", layer["reason"])  # fmt: skip
+        table.add_row(
+            layer["name"],
+            layer["op"],
+            layer["weight"],
+            layer["activation"],
+            f"{layer['bits_per_weight']:.2f}",
+            "" if sqnr is None else f"{sqnr:.1f}",
+            "" if ms is None else f"{ms:.3f}",
+            layer["reason"],
+        )
     console = Console(width=max(WIDTH, shutil.get_terminal_size().columns))
     console.print(table)
     kinds = sorted({item["op"] for item in model.report["float_ops"]})
     console.print(f"{len(model.report['float_ops'])} float operators: {', '.join(kinds)}")
     for node, text in model.report["notes"]:
         console.print(f"note: {node}: {text}", markup=False)
-    console.print(f"{artifact}: {artifact.stat().st_size} bytes, {model.report['bits_per_weight']:.2f} bits per weight, target {model.target}, pipeline: {model.pipeline}")
+    console.print(
+        f"{artifact}: {artifact.stat().st_size} bytes, {model.report['bits_per_weight']:.2f} bits per weight, "
+        f"target {model.target}, pipeline: {model.pipeline}"
+    )
 
 
 @click.command()
@@ -76,13 +100,20 @@ def diff(left: Path, right: Path, json_: bool) -> None:
     rows = _differences(a.report["layers"], b.report["layers"])
     same_inputs = [str(t) for t in a.graph.input_types] == [str(t) for t in b.graph.input_types]
     quality = [sqnr_db(x, y) for x, y in zip(a.golden_outputs, b.graph(*a.golden_inputs), strict=False)] if same_inputs else []
-    content = {"layers": rows, "outputs_sqnr_db": [None if q == float("inf") else round(q, 2) for q in quality],
-               "bits_per_weight": [a.report["bits_per_weight"], b.report["bits_per_weight"]], "bytes": [left.stat().st_size, right.stat().st_size]}  # fmt: skip
+    content = {
+        "layers": rows,
+        "outputs_sqnr_db": [None if q == float("inf") else round(q, 2) for q in quality],
+        "bits_per_weight": [a.report["bits_per_weight"], b.report["bits_per_weight"]],
+        "bytes": [left.stat().st_size, right.stat().st_size],
+    }
     if json_:
         return print_json(content)
     for row in rows:
         click.echo(f"{row['name']}: {row['left']} -> {row['right']}")
-    click.echo(f"{len(rows)} layers differ; bits per weight {content['bits_per_weight'][0]} -> {content['bits_per_weight'][1]}; bytes {content['bytes'][0]} -> {content['bytes'][1]}")  # type: ignore[index]
+    click.echo(
+        f"{len(rows)} layers differ; bits per weight {a.report['bits_per_weight']} -> {b.report['bits_per_weight']}; "
+        f"bytes {left.stat().st_size} -> {right.stat().st_size}"
+    )
     for name, value in zip(a.graph.output_names, quality, strict=False):
         click.echo(f"{name}: " + ("equal bit for bit" if value == float("inf") else f"{value:.1f} dB"))
     return None

@@ -36,7 +36,16 @@ def passes(json_: bool) -> None:
         kind = find_pass(name)
         options = {f.name: f.default for f in dataclasses.fields(kind)}
         gives = kind.gives or kind.stage
-        rows.append({"name": name, "summary": _first_line(kind), "stage": kind.stage.value, "gives": gives.value, "keeps": str(kind.keeps), "options": options})
+        rows.append(
+            {
+                "name": name,
+                "summary": _first_line(kind),
+                "stage": kind.stage.value,
+                "gives": gives.value,
+                "keeps": str(kind.keeps),
+                "options": options,
+            }
+        )
     _show(rows, json_)
 
 
@@ -47,7 +56,13 @@ def recipes(json_: bool) -> None:
     from qcompile.recipe import load_recipe, recipe_names
 
     found = [load_recipe(name) for name in recipe_names()]
-    _show([{"name": r.name, "summary": r.summary, "pipeline": r.pipeline, "needs_data": r.needs_data, "schemes": r.schemes.model_dump()} for r in found], json_)
+    _show(
+        [
+            {"name": r.name, "summary": r.summary, "pipeline": r.pipeline, "needs_data": r.needs_data, "schemes": r.schemes.model_dump()}
+            for r in found
+        ],
+        json_,
+    )
 
 
 @click.command()
@@ -64,7 +79,10 @@ def targets(json_: bool) -> None:
         for target in found:
             for kernel in target.kernels:
                 bits = ",".join(map(str, kernel.weight_bits))
-                click.echo(f"  {target.name}: {kernel.operator} weight bits {bits} by {'/'.join(kernel.weight_granularity)}, {kernel.activation} activations")
+                click.echo(
+                    f"  {target.name}: {kernel.operator} weight bits {bits} by {'/'.join(kernel.weight_granularity)}, "
+                    f"{kernel.activation} activations"
+                )
 
 
 @click.command()
@@ -77,8 +95,15 @@ def formats(json_: bool) -> None:
     for signed in (True, False):
         for bits in range(1, 9):
             format = Integer(bits, signed)
-            rows.append({"name": format.name, "summary": f"{bits}-bit {'signed' if signed else 'unsigned'} integer, {format.lowest:g} to {format.highest:g}",
-                         "bits": bits, "lowest": format.lowest, "highest": format.highest})  # fmt: skip
+            rows.append(
+                {
+                    "name": format.name,
+                    "summary": f"{bits}-bit {'signed' if signed else 'unsigned'} integer, {format.lowest:g} to {format.highest:g}",
+                    "bits": bits,
+                    "lowest": format.lowest,
+                    "highest": format.highest,
+                }
+            )
     _show(rows, json_)
 
 
@@ -88,6 +113,15 @@ def methods(json_: bool) -> None:
     """List the published methods: piece, whether it works here, and the command that shows it."""
     from qcompile.methods import read_methods
 
-    rows = [{"name": m.name, "summary": f"{m.status:8} piece {m.piece}  {m.command}".rstrip(), "number": m.number, "piece": m.piece, "status": m.status, "command": m.command}
-            for m in read_methods()]  # fmt: skip
+    rows = [
+        {
+            "name": m.name,
+            "summary": f"{m.status:8} piece {m.piece}  {m.command}".rstrip(),
+            "number": m.number,
+            "piece": m.piece,
+            "status": m.status,
+            "command": m.command,
+        }
+        for m in read_methods()
+    ]
     _show(rows, json_)

@@ -61,7 +61,7 @@ class LazyGroup(click.Group):
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(package_name="qcompile")
 def cli() -> None:
-    """Compile trained networks to low-bit artifacts, run them, and see what was lost.
+    r"""Compile trained networks to low-bit artifacts, run them, and see what was lost.
 
     \b
     qcompile compile MODEL --recipe w8a8 --calibrate DATA -o model.qc

@@ -12,7 +12,13 @@ from qcompile.errors import Refused
 
 @click.command()
 @click.argument("artifact", type=click.Path(path_type=Path))
-@click.option("--input", "input_", metavar="FILE", type=click.Path(path_type=Path), help="FILE.npz (arrays named like the inputs) or FILE.npy [the golden inputs].")
+@click.option(
+    "--input",
+    "input_",
+    metavar="FILE",
+    type=click.Path(path_type=Path),
+    help="FILE.npz (arrays named like the inputs) or FILE.npy [the golden inputs].",
+)
 @click.option("-o", "--output", type=click.Path(path_type=Path, dir_okay=False), help="FILE.npz for the outputs.")
 @click.option("--target", help="Run on another target, such as reference.")
 @threads_option()
@@ -27,15 +33,28 @@ def run(artifact: Path, input_: Path | None, output: Path | None, target: str | 
     from qcompile.files import write_atomic
 
     model = load(artifact, target=target, threads=threads)
-    inputs = _read(input_, [node.name for node in model.graph.inputs]) if input_ else dict(zip((n.name for n in model.graph.inputs), (t.numpy() for t in model.golden_inputs), strict=True))
+    inputs = (
+        _read(input_, [node.name for node in model.graph.inputs])
+        if input_
+        else dict(zip((n.name for n in model.graph.inputs), (t.numpy() for t in model.golden_inputs), strict=True))
+    )
     result = model(**inputs)
     outputs = dict(zip(model.graph.output_names, result if isinstance(result, tuple) else (result,), strict=True))
     if output:
         buffer = io.BytesIO()
         np.savez(buffer, **outputs)
         write_atomic(output, buffer.getvalue())
-    summary = [{"name": name, "dtype": str(array.dtype), "shape": list(array.shape), "mean": float(array.mean()), "min": float(array.min()), "max": float(array.max())}
-               for name, array in outputs.items()]  # fmt: skip
+    summary = [
+        {
+            "name": name,
+            "dtype": str(array.dtype),
+            "shape": list(array.shape),
+            "mean": float(array.mean()),
+            "min": float(array.min()),
+            "max": float(array.max()),
+        }
+        for name, array in outputs.items()
+    ]
     if json_:
         return print_json({"outputs": summary})
     for item in summary:

@@ -25,8 +25,11 @@ def verify(artifact: Path, target: str | None, threads: int | None, json_: bool)
         print_json(result)
     else:
         equal = sum(layer["ok"] for layer in result["layers"])
-        click.echo(f"{equal} of {len(result['layers'])} layers equal bit for bit on {result['target']}; outputs "
-                   + ", ".join("equal" if q is None else f"{q:.1f} dB" for q in result["outputs_sqnr_db"]) + " against the reference")  # fmt: skip
+        click.echo(
+            f"{equal} of {len(result['layers'])} layers equal bit for bit on {result['target']}; outputs "
+            + ", ".join("equal" if q is None else f"{q:.1f} dB" for q in result["outputs_sqnr_db"])
+            + " against the reference"
+        )
         click.echo("ok" if result["ok"] else f"FAILED, first mismatch: {result['first_mismatch']}")
     if not result["ok"]:
         sys.exit(1)

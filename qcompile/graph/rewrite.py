@@ -30,7 +30,7 @@ SWEEPS = 64  # a set of rules that still changes the graph after so many sweeps 
 
 
 @dataclass(frozen=True)
-class Any_:
+class Any_:  # noqa: N801  typing.Any has the plain name
     """Matches any value, None included, and binds it to a name."""
 
     name: str = ""

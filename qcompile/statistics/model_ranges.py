@@ -1,6 +1,7 @@
 """Ranges of activations from the model alone: batch normalization says how its outputs are spread (Nagel et al. 2019, DFQ, section 4.2).
 
-A convolution that batch normalization was folded into carries the notes ``bn_mean`` (beta) and ``bn_std`` (gamma): each of its channels is taken
+A convolution that batch normalization was folded into carries the notes ``bn_mean`` (beta) and ``bn_std`` (gamma): each of its
+channels is taken
 for a normal distribution. Means, deviations and ranges are carried through the operators after it, channels taken as independent.
 """
 
@@ -43,7 +44,7 @@ class Spread:
         return cls(mean, std, mean - DEVIATIONS * std, mean + DEVIATIONS * std, mean, std)
 
     def clamp(self, low: Bound, high: Bound) -> Spread:
-        """Return the distribution of clamp(x, low, high) for x normal with this mean and deviation."""
+        """Return the distribution after a clamp to [low, high], for x normal with this mean and deviation."""
         mean, std = clamped_normal(self.mean, self.std, low, high)
         low, high = (torch.as_tensor(bound, dtype=torch.float64) for bound in (low, high))
         return Spread(mean, std, self.low.clamp(low, high), self.high.clamp(low, high), self.mean, self.std)
@@ -74,7 +75,10 @@ def _normal_cdf(z: torch.Tensor) -> torch.Tensor:
 
 
 def clamped_normal(mean: torch.Tensor, std: torch.Tensor, low: Bound, high: Bound) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return mean and standard deviation of clamp(x, low, high), x ~ N(mean, std^2); for low 0 and high inf this is the rectified normal."""
+    """Return mean and standard deviation of clamp(x, low, high) for x ~ N(mean, std^2).
+
+    For low 0 and high infinity this is the rectified normal.
+    """
     std = std.clamp(min=1e-12)
     low, high = (torch.as_tensor(bound, dtype=torch.float64).expand_as(mean) for bound in (low, high))
 
@@ -149,7 +153,7 @@ class ModelRanges:
 
     def _carry(self, node: fx.Node) -> Spread | None:
         if self.graph.quantizer(node):
-            return self.spreads.get(node.args[0])  # type: ignore[arg-type]
+            return self.spreads.get(node.args[0])
         if node.op != "call_function":
             return None
         name, arguments = operator_name(node.target), None
@@ -158,11 +162,11 @@ class ModelRanges:
         if name == "py.getitem":
             return None
         arguments = bound_arguments(node)
-        source = self.spreads.get(arguments.get("self"))  # type: ignore[arg-type]
+        source = self.spreads.get(arguments.get("self"))
         if name == "aten.cat":
             parts = [self.spreads.get(t) for t in arguments["tensors"]]
             whole = all(part is not None for part in parts) and arguments["dim"] == 1
-            return Spread(*(torch.cat([getattr(p, f.name) for p in parts]) for f in fields(Spread))) if whole else None  # type: ignore[union-attr]
+            return Spread(*(torch.cat([getattr(p, f.name) for p in parts]) for f in fields(Spread))) if whole else None
         if source is None:
             return None
         if name in ("aten.relu", "aten.relu6", "aten.hardtanh", "aten.clamp"):

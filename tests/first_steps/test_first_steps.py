@@ -32,7 +32,19 @@ def test_compile_save_load_call(tiny: ModuleType, tmp_path: Path) -> None:
 
 def test_the_command_line(repository: Path, tmp_path: Path) -> None:
     model = f"python:{repository / 'tests' / 'tiny_models.py'}:mlp"
-    command = [sys.executable, "-m", "qcompile.cli", "compile", model, "--recipe", "w8a8-dynamic", "--target", "reference", "-o", "model.qc"]
+    command = [
+        sys.executable,
+        "-m",
+        "qcompile.cli",
+        "compile",
+        model,
+        "--recipe",
+        "w8a8-dynamic",
+        "--target",
+        "reference",
+        "-o",
+        "model.qc",
+    ]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "2 of 2 layers in low bits" in done.stdout
@@ -57,6 +69,7 @@ class HalveWeights(qcompile.Pass):
 
 def test_a_pass_of_ones_own(tiny: ModuleType) -> None:
     from qcompile.backends.reference.target import ReferenceTarget
+
     from qcompile.capture import capture
 
     module, examples, _ = tiny.mlp()

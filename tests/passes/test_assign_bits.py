@@ -4,10 +4,10 @@ from typing import Any
 
 import pytest
 import torch
-
 from qcompile.backends.reference.target import ReferenceTarget
-from qcompile.errors import Refused
 from qcompile.passes.assign_bits import AssignBits
+
+from qcompile.errors import Refused
 from qcompile.pipeline import Context, Pipeline
 from qcompile.recipe import Recipe
 from qcompile.target import Kernel
@@ -99,7 +99,9 @@ def test_a_scheme_can_be_assigned_again(build: Any) -> None:
 
 
 def test_does_not_fire_where_the_weight_is_computed(build: Any, run_pass: Any) -> None:
-    text = TEXT.replace("  %a = ", "  %w = aten.relu(%body.first.weight) : f32[8,8]\n  %a = ").replace("(%rows, %body.first.weight)", "(%rows, %w)")
+    text = TEXT.replace("  %a = ", "  %w = aten.relu(%body.first.weight) : f32[8,8]\n  %a = ").replace(
+        "(%rows, %body.first.weight)", "(%rows, %w)"
+    )
     ran = run_pass(build(text, **constants()), AssignBits("W8A8"))
     assert ran.changes == 3
     assert ran.context.notes == [("a", "stays float: the weight is not a constant")]

@@ -4,13 +4,13 @@ from typing import Any
 
 import pytest
 import torch
-
 from qcompile.backends.reference.target import ReferenceTarget
+from qcompile.passes.assign_bits import AssignBits
+from qcompile.passes.insert_quantizers import InsertQuantizers
+
 from qcompile.calibration import from_iterable
 from qcompile.errors import Refused
 from qcompile.graph import Graph, parse_graph, print_graph, tensor_digest
-from qcompile.passes.assign_bits import AssignBits
-from qcompile.passes.insert_quantizers import InsertQuantizers
 from qcompile.pipeline import Context, Pipeline
 from qcompile.recipe import Recipe
 
@@ -48,7 +48,9 @@ def image(build: Any, join: str = SUM) -> Graph:
     return build(IMAGE.replace("JOIN", join), w=w, v=v, u=u)
 
 
-def run(graph: Graph, item: InsertQuantizers | None = None, *, data: Any = None, examples: Any = (), scheme: str = "W8A8", **schemes: Any) -> tuple[Graph, int]:
+def run(
+    graph: Graph, item: InsertQuantizers | None = None, *, data: Any = None, examples: Any = (), scheme: str = "W8A8", **schemes: Any
+) -> tuple[Graph, int]:
     recipe = Recipe(name="test", pipeline="assign-bits", schemes=schemes) if schemes else None
     context = Context(ReferenceTarget(), recipe, from_iterable(data) if data is not None else None, examples)
     after = graph.copy()
@@ -82,7 +84,11 @@ def test_golden(build: Any, golden: Any) -> None:
 def test_a_value_read_twice_has_one_quantizer_with_the_range_of_the_data(build: Any) -> None:
     after, changes = run(linear(build), data=DATA)
     assert changes == 3
-    assert quantizers(after) == {"x.quantizer": "uint8 tensor affine", "w_quantizer": "int8 channel=0 sym", "v_quantizer": "int8 channel=0 sym"}
+    assert quantizers(after) == {
+        "x.quantizer": "uint8 tensor affine",
+        "w_quantizer": "int8 channel=0 sym",
+        "v_quantizer": "int8 channel=0 sym",
+    }
     assert grid(after, "x.quantizer") == (pytest.approx(5.1 / 255, rel=1e-6), 50)
     assert [user.name for user in after.node("x").users] == [after.node("x.quantizer").name]
 
@@ -116,7 +122,9 @@ def test_float_layers_are_left_alone(build: Any) -> None:
 
 
 def test_two_schemes_of_one_value_are_refused(build: Any) -> None:
-    with pytest.raises(Refused, match="x: two layers want it as 'uint8 tensor affine' and as 'int8 token sym dynamic'; give both one scheme"):
+    with pytest.raises(
+        Refused, match="x: two layers want it as 'uint8 tensor affine' and as 'int8 token sym dynamic'; give both one scheme"
+    ):
         run(linear(build), data=DATA, linear="W8A8", layers={"v": "W8A8-dynamic"})
 
 
@@ -149,9 +157,16 @@ BATCH = [torch.randn(3, 2, 4, 4, generator=torch.Generator().manual_seed(5))]
 
 def test_operands_and_result_of_a_sum_between_convolutions_are_quantized(build: Any) -> None:
     after, _ = run(image(build), data=BATCH)
-    assert set(quantizers(after)) == {"x.quantizer", "a.quantizer", "b.quantizer", "s.quantizer", "r.quantizer", "w_quantizer", "v_quantizer", "u_quantizer"} - {"s.quantizer"} or (
-        "s.quantizer" in quantizers(after)
-    )
+    assert set(quantizers(after)) == {
+        "x.quantizer",
+        "a.quantizer",
+        "b.quantizer",
+        "s.quantizer",
+        "r.quantizer",
+        "w_quantizer",
+        "v_quantizer",
+        "u_quantizer",
+    } - {"s.quantizer"} or ("s.quantizer" in quantizers(after))
     add = after.node("s")
     assert all(after.quantizer(operand) for operand in add.args)
     assert after.quantizer(after.node("c").args[0])
@@ -189,7 +204,9 @@ def test_ranges_from_the_model_need_no_data(build: Any) -> None:
     graph.node("b").meta["notes"] |= {"bn_mean": torch.zeros(2), "bn_std": torch.ones(2)}
     example = torch.rand(1, 2, 4, 4)
     after, _ = run(graph, InsertQuantizers(range="model"), examples=(example,))
-    assert grid(after, "a.quantizer")[0] == pytest.approx((11.0 + 13.0) / 255, rel=1e-5)  # -1 - 6 * 2 to -1 + 6 * 2; the other channel lies inside
+    assert grid(after, "a.quantizer")[0] == pytest.approx(
+        (11.0 + 13.0) / 255, rel=1e-5
+    )  # -1 - 6 * 2 to -1 + 6 * 2; the other channel lies inside
     assert grid(after, "x.quantizer")[0] == pytest.approx(float(example.max()) / 255, rel=1e-5)
     assert grid(after, "r.quantizer")[1] == 0
 
