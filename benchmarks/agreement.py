@@ -2,9 +2,10 @@
 
 Two questions for each artifact:
 
-- probes: every integer layer by itself, seeded codes in. The CPU must equal the reference bit for bit. ONNX Runtime (BASIC) multiplies dequantized floats, so its
-  result is rounded to the layer's own 8-bit grid first; a code may differ where a value lies on a rounding tie.
-- codes: every value of codes inside the whole model, golden inputs in. Between layers stand float operators whose sums are ordered otherwise on each target.
+- probes: every integer layer by itself, seeded codes in. The CPU must equal the reference bit for bit. ONNX Runtime (BASIC) multiplies
+  dequantized floats, so its result is rounded to the layer's own 8-bit grid first; a code may differ where a value lies on a rounding tie.
+- codes: every value of codes inside the whole model, golden inputs in. Between layers stand float operators whose sums are ordered
+  otherwise on each target.
 
     python benchmarks/agreement.py model.qc [more.qc ...] [--json]
 """
@@ -71,6 +72,7 @@ def compare_codes(artifact: Artifact, target: str) -> dict[str, Any]:
 
 
 def main() -> None:
+    """Print one line for each artifact and target."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("artifacts", nargs="+")
     parser.add_argument("--json", action="store_true")

@@ -82,8 +82,6 @@ def _parsed(text: str, node: fx.Node, source: str) -> LayerScheme:
 def _fitted(scheme: LayerScheme, shape: tuple[int, ...], operator: str) -> LayerScheme:
     """Return the scheme as this weight can have it: a table is only stored, and groups longer than a row are one group."""
     weight = scheme.weight
-    if operator == "aten.embedding":
-        return LayerScheme(weight, None)
     if weight and isinstance(weight.granularity, Group) and weight.granularity.size >= shape[-1]:
         weight = Scheme(weight.format, Channel(0), weight.symmetric, weight.dynamic, weight.scale_format)
-    return LayerScheme(weight, scheme.activation)
+    return LayerScheme(weight, None if operator == "aten.embedding" else scheme.activation)

@@ -6,8 +6,13 @@
 
 relu(x / s) = relu(x) / s for s > 0, so no output changes. With r1, r2 the largest magnitudes of channel c in the rows of the first and the
 columns of the second weight, s = sqrt(r1 / r2) makes the two equal; chains are swept until nothing moves any more, depthwise
-convolutions included. The upper bound of a ReLU6 becomes a bound for each channel: min(max(x / s, 0), 6 / s); a kernel with a fused
-ReLU6 then no longer fits, which is why data-free recipes run ``replace-relu6`` first.
+convolutions included. The upper bound of a ReLU6 becomes a bound for each channel, min(max(x / s, 0), 6 / s), which ``clamp-codes`` later
+moves behind the quantizer.
+
+A small s widens the range of the activation in between, and with it the step of its quantizer: on a net whose first activation is read by
+a depthwise convolution this costs more than the even weights gain. With ``activations`` r1 and r2 are shares of their tensor's largest
+range and r1 is the larger of the weight's and the activation's, whose range is that of the folded batch normalization (as ``range=model`` of
+``insert-quantizers``). This is our addition; Meller et al., Same, Same But Different (2019), section 4, balance the two for the same reason.
 
 Source: Nagel et al., Data-Free Quantization Through Weight Equalization and Bias Correction (2019), section 4.1, equation 11.
 """

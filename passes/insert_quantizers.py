@@ -30,7 +30,7 @@ from qcompile.graph import Graph, Quantizer, Stage
 from qcompile.graph.text import bound_arguments, operator_name
 from qcompile.pipeline import Context, Keeps, Pass, approximately
 from qcompile.statistics import Request, range_request
-from qcompile.statistics.model_ranges import ModelRanges
+from qcompile.statistics.model_ranges import DEVIATIONS, ModelRanges
 from qcompile.statistics.ranges import find_range
 
 _INPUT_ARGUMENT = {"aten.linear": "input", "aten.conv2d": "input"}
@@ -44,6 +44,7 @@ class InsertQuantizers(Pass):
     Attributes:
         range: minmax, percentile, mse, entropy, or model (no data).
         percentile: the share, in percent, of values inside a ``percentile`` range.
+        deviations: a ``model`` range reaches so many standard deviations of a channel to either side; 6 in the paper.
     """
 
     gives: ClassVar[Stage | None] = Stage.SIMULATED
@@ -52,7 +53,7 @@ class InsertQuantizers(Pass):
 
     range: str = "minmax"
     percentile: float = 99.99
-    clip: str = "none"
+    deviations: float = DEVIATIONS
 
     def requests(self, graph: Graph, context: Context) -> Sequence[Request]:
         if self.range == "model":
@@ -172,18 +173,13 @@ class _Grids:
 
     def __init__(self, item: InsertQuantizers, graph: Graph, context: Context) -> None:
         self.item, self.context = item, context
-        self.model = ModelRanges(graph, context.example_inputs) if item.range == "model" else None
+        self.model = ModelRanges(graph, context.example_inputs, item.deviations) if item.range == "model" else None
 
     def find(self, node: fx.Node, scheme: Scheme) -> tuple[torch.Tensor, torch.Tensor | None]:
         if self.model:
-            low, high = self._modelled(self.model, node, scheme)
+            low, high = self.model.range(node)
         else:
             assert self.context.statistics is not None
             result = self.context.statistics[range_request(self.item.range, node.name)]
             low, high = find_range(self.item.range, result, scheme, percentile=self.item.percentile)
         return choose_scale(torch.as_tensor(low, dtype=torch.float32), torch.as_tensor(high, dtype=torch.float32), scheme)
-
-    def _modelled(self, model: ModelRanges, node: fx.Node, scheme: Scheme) -> tuple[torch.Tensor | float, torch.Tensor | float]:
-        if self.item.clip == "none":
-            return model.range(node)
-        return find_range(self.item.clip, model.spread(node).histogram(), scheme, percentile=self.item.percentile)

@@ -88,7 +88,8 @@ class QuantizeWeights(Pass):
         if waiting:
             assert context.calibration is not None
             requests = [request for weight in waiting for request in weight.requests]
-            collect_sequentially(graph, requests, context.calibration, solve_ready, regions=split_after_products(graph))
+            regions = split_after_products(graph)
+            collect_sequentially(graph, requests, context.calibration, solve_ready, regions=regions, progress=context.progress)
         assert not waiting
         return len(weights)
 

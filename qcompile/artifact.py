@@ -18,6 +18,7 @@ from __future__ import annotations
 import hashlib
 import json
 import struct
+import threading
 import zipfile
 from collections.abc import Mapping, Sequence
 from io import BytesIO
@@ -33,7 +34,7 @@ from qcompile.errors import Refused
 from qcompile.files import atomic_file, remove_strays
 from qcompile.graph import Graph, parse_graph, print_graph, tensor_digest
 from qcompile.graph.text import DIGEST_LENGTH
-from qcompile.registry import check_name
+from qcompile.registry import check_name, find_target
 from qcompile.runtime import check_indices, check_inputs, to_output_kind
 from qcompile.target import Executable
 
@@ -109,16 +110,16 @@ class Artifact:
         self.threads: int | None = None
         self._rows = [table_rows(graph, node) for node in graph.inputs]
         self._executable: Executable | None = None
+        self._building = threading.Lock()
 
     # ---- running ----------------------------------------------------------------------------------------------------------
 
     @property
     def executable(self) -> Executable:
         """The built model; building happens at the first use and is cached for the next process."""
-        if self._executable is None:
-            from qcompile.registry import find_target
-
-            self._executable = find_target(self.target).build(self.graph, threads=self.threads)
+        with self._building:  # threads that come first together build once
+            if self._executable is None:
+                self._executable = find_target(self.target).build(self.graph, threads=self.threads)
         return self._executable
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

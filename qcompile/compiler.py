@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -116,6 +117,7 @@ def run_compile(
     data = _calibration(calibration, captured, chosen, options)
     context = Context(place, chosen, data, captured.example_inputs, cache=cache_folder())
     context.kernel_times = options.kernel_times
+    context.progress = options.progress is not None and sys.stderr.isatty()
     graph, steps, errors = _run_pipeline(captured, pipeline, context, options)
     artifact = _make_artifact(captured, graph, pipeline, context, errors)
     return Compilation(artifact, steps, context, pipeline)

@@ -66,6 +66,7 @@ class Context:
         log: counts and reasons of rewrite rules.
         notes: ``(node, text)`` lines for the report, such as why a layer stays float.
         cache: folder for cached statistics, None for no cache.
+        progress: show a progress bar while data are swept.
         kernel_times: table of measured kernel times, None for the one in the cache folder.
         kernel_times_used: the entries of that table that decided something.
     """
@@ -78,6 +79,7 @@ class Context:
     log: RewriteLog = field(default_factory=RewriteLog)
     notes: list[tuple[str, str]] = field(default_factory=list)
     cache: Path | None = None
+    progress: bool = False
     kernel_times: Path | None = None
     kernel_times_used: dict[str, dict[str, float]] = field(default_factory=dict)
 
@@ -302,7 +304,7 @@ class Pipeline:
             raise Refused(
                 f"{item.name()} needs calibration data", way_out="give --calibrate DATA, or use a recipe without data such as dfq"
             )
-        return collect(graph, requests, context.calibration, cache=context.cache)
+        return collect(graph, requests, context.calibration, cache=context.cache, progress=context.progress)
 
     def _check_promise(self, number, item, graph, check, reference, hold) -> float:  # type: ignore[no-untyped-def]
         pairs = [(a, b) for batch, old in zip(check, reference, strict=True) for a, b in zip(old, graph(*batch), strict=True)]

@@ -22,8 +22,8 @@ COMPILER_BYTES = 700 << 20  # torch, tvm and the interpreter: measured 500 to 70
 def plan(model: Any, *, recipe: str | Path | Recipe = "w8a8", target: str = "cpu") -> dict[str, Any]:
     """Return what a compile is predicted to give.
 
-    The keys are ``bytes``, ``float_bytes``, ``bits_per_weight``, ``peak_memory_bytes``, ``kernels``, ``float_ops``, ``pipeline``, ``recipe``
-    and ``target``.
+    The keys are ``bytes``, ``float_bytes``, ``bits_per_weight``, ``peak_memory_bytes``, ``kernels``, ``float_ops``, ``pipeline``,
+    ``recipe`` and ``target``.
 
     Raises:
         Refused: the model cannot be captured, or a scheme has no kernel on the target.

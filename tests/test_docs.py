@@ -205,7 +205,7 @@ def kernels_table() -> str:
     rows = []
     for target in map(find_target, names("target")):
         for kernel in target.kernels:
-            bits = ", ".join(map(str, kernel.weight_bits))
+            bits = "1 to 8" if kernel.weight_bits == tuple(range(1, 9)) else ", ".join(map(str, kernel.weight_bits))
             rows.append(
                 [target.name, f"`{kernel.operator}`", bits, ", ".join(kernel.weight_granularity), kernel.activation, kernel.summary]
             )
@@ -255,10 +255,30 @@ def _value_text(option: click.Option) -> str:
         return ""
     default = f", default {option.default}" if option.show_default else ""
     kind = "one of " + ", ".join(option.type.choices) if isinstance(option.type, click.Choice) else option.metavar or option.type.name
-    return f"{kind.split('<')[0].split('>')[0].strip()}{default}"
+    return f"{'number' if isinstance(option.type, click.IntRange) else kind}{default}"
+
+
+def stages_table() -> str:
+    from qcompile.graph.stage import _FLOAT_QC, LEGAL, Stage
+
+    def word(allowed: bool) -> str:
+        return "yes" if allowed else "no"
+
+    early = ", ".join(f"`{name}`" for name in sorted(_FLOAT_QC))
+    return table(
+        ["", *(f"`{stage.value}`" for stage in Stage)],
+        [
+            ["ATen operators", *("yes" for _ in Stage)],
+            ["quantizers", *(word(LEGAL[stage]["quantizers"]) for stage in Stage)],
+            [early, *(word(LEGAL[stage]["qc"] is None or LEGAL[stage]["qc"] >= _FLOAT_QC) for stage in Stage)],
+            ["other `qc` operators", *(word(LEGAL[stage]["qc"] is None) for stage in Stage)],
+            ["other modules, method calls", *("no" for _ in Stage)],
+        ],
+    )
 
 
 TABLES = {
+    ("design.md", "stages"): stages_table,
     ("methods.md", "methods"): methods_table,
     ("targets.md", "kernels"): kernels_table,
     ("recipes.md", "recipes"): recipes_table,
@@ -324,9 +344,38 @@ def test_every_page_is_linked_from_the_readme() -> None:
 
 
 def test_recipes_and_passes_that_the_pages_name_exist() -> None:
-    """``--recipe NAME`` anywhere in the pages, shown or run."""
+    """``--recipe NAME`` anywhere in the pages, shown or run, unless the line says that it is refused."""
     from qcompile.recipe import recipe_names
 
-    named = {name for page in PAGES for name in re.findall(r"--recipe ([a-z][\w-]*)(?=[\s`])", page.read_text(encoding="utf-8"))}
-    assert named
+    lines = [line for page in PAGES for line in page.read_text(encoding="utf-8").splitlines() if "# exit code" not in line]
+    named = {name for line in lines for name in re.findall(r"--recipe ([a-z][\w-]*)(?=\s|`|$)", line)}
+    assert {"w8a8", "dfq"} <= named
     assert named <= set(recipe_names())
+
+
+def test_the_json_keys_of_every_command(cli: Callable[..., Any], tmp_path: Path) -> None:
+    """Run each command with ``--json`` and compare its keys with the table in cli.md."""
+    from qcompile.cli.main import COMMANDS
+
+    model, path = f"python:{ROOT / 'tests' / 'tiny_models.py'}:mlp", tmp_path / "model.qc"
+    compiling = ("compile", model, "--target", "reference", "--calibrate", "random")
+    calls = {
+        "compile": (*compiling, "-o", path),
+        "compile --dry-run": (*compiling, "--dry-run"),
+        "run": ("run", path),
+        "bench": ("bench", path, "--rounds", 1, "--calls", 1),
+        "evaluate": ("evaluate", path, "--data", "random"),
+        "inspect": ("inspect", path),
+        "diff": ("diff", path, path),
+        "verify": ("verify", path),
+        "export": ("export", path),
+        **{name: (name,) for name in ("passes", "recipes", "targets", "formats", "methods")},
+    }
+    assert {name.split()[0] for name in calls} == set(COMMANDS)
+    rows = re.findall(r"^\| `([\w -]+)` \| ((?:`\w+`(?:, )?)+) \|$", (ROOT / "docs" / "cli.md").read_text(encoding="utf-8"), re.MULTILINE)
+    documented = {name: re.findall(r"`(\w+)`", keys) for name, keys in rows}
+    found = {}
+    for name, call in calls.items():
+        content = cli(*call, "--json").json
+        found[name] = sorted(content[0] if isinstance(content, list) else content)
+    assert found == {name: sorted(keys) for name, keys in documented.items()}

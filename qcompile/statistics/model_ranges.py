@@ -26,48 +26,26 @@ Bound = float | torch.Tensor
 
 @dataclass(frozen=True)
 class Spread:
-    """How each channel (axis 1) of a value is spread: clamp(N(center, width^2), low, high), float64 [channels] each.
-
-    ``mean`` and ``std`` are those after the clamp; without one they are ``center`` and ``width``.
-    """
+    """Mean, standard deviation and range of each channel (axis 1) of a value, float64 [channels]."""
 
     mean: torch.Tensor
     std: torch.Tensor
     low: torch.Tensor
     high: torch.Tensor
-    center: torch.Tensor
-    width: torch.Tensor
 
     @classmethod
-    def normal(cls, mean: torch.Tensor, std: torch.Tensor) -> Spread:
-        """Return a normal distribution with its range at DEVIATIONS."""
-        return cls(mean, std, mean - DEVIATIONS * std, mean + DEVIATIONS * std, mean, std)
+    def normal(cls, mean: torch.Tensor, std: torch.Tensor, deviations: float = DEVIATIONS) -> Spread:
+        """Return a normal distribution with its range at so many deviations."""
+        return cls(mean, std, mean - deviations * std, mean + deviations * std)
 
     def clamp(self, low: Bound, high: Bound) -> Spread:
         """Return the distribution after a clamp to [low, high], for x normal with this mean and deviation."""
         mean, std = clamped_normal(self.mean, self.std, low, high)
         low, high = (torch.as_tensor(bound, dtype=torch.float64) for bound in (low, high))
-        return Spread(mean, std, self.low.clamp(low, high), self.high.clamp(low, high), self.mean, self.std)
+        return Spread(mean, std, self.low.clamp(low, high), self.high.clamp(low, high))
 
     def map(self, change) -> Spread:  # type: ignore[no-untyped-def]
         return Spread(*(change(getattr(self, part.name)) for part in fields(self)))
-
-    def histogram(self, bins: int = 2048) -> dict[str, torch.Tensor]:
-        """Return what a Histogram request over this value is expected to gather, channels equally frequent (see collectors.Histogram).
-
-        ``counts`` sum to about 2^40; zero is an edge of the bins; what a clamp cuts stands in the bin of its bound.
-        """
-        low, high = self.low.min(), self.high.max()
-        step = float(torch.maximum(low.abs(), high.abs()).clamp(min=1e-30)) / bins
-        first, last = math.floor(float(low) / step), math.floor(float(high) / step) + 1
-        edges = torch.arange(first, last + 1, dtype=torch.float64) * step
-        share = torch.zeros(last - first, dtype=torch.float64)
-        for center, width, bottom, top in zip(self.center, self.width.clamp(min=1e-12), self.low, self.high, strict=True):
-            below = _normal_cdf((edges - center) / width)
-            below = torch.where(edges > top, 1.0, torch.where(edges <= bottom, 0.0, below))
-            share += below.diff()
-        counts = (share * (2.0**40 / len(self.center))).round().to(torch.int64)
-        return {"counts": counts, "low": edges[0], "high": edges[-1], "min": low, "max": high}
 
 
 def _normal_cdf(z: torch.Tensor) -> torch.Tensor:
@@ -107,10 +85,11 @@ class ModelRanges:
     Args:
         graph: convolutions carry the notes of folded batch normalization.
         example_inputs: one batch; an input's range is that of its example.
+        deviations: a normal channel's range reaches so many standard deviations to either side of its mean.
     """
 
-    def __init__(self, graph: Graph, example_inputs: Sequence[torch.Tensor]) -> None:
-        self.graph = graph
+    def __init__(self, graph: Graph, example_inputs: Sequence[torch.Tensor], deviations: float = DEVIATIONS) -> None:
+        self.graph, self.deviations = graph, deviations
         self.spreads: dict[fx.Node, Spread] = {}
         examples = dict(zip(graph.inputs, example_inputs, strict=False))
         for node in graph.nodes:
@@ -148,8 +127,7 @@ class ModelRanges:
         if x is None or not x.is_floating_point() or x.ndim < 2:
             return None
         channels = x.movedim(1, 0).flatten(1).to(torch.float64)
-        mean, std = channels.mean(1), channels.std(1, correction=0)
-        return Spread(mean, std, channels.amin(1), channels.amax(1), mean, std)
+        return Spread(channels.mean(1), channels.std(1, correction=0), channels.amin(1), channels.amax(1))
 
     def _carry(self, node: fx.Node) -> Spread | None:
         if self.graph.quantizer(node):
@@ -176,7 +154,7 @@ class ModelRanges:
             return source.clamp(*bounds) if all(bound is not None for bound in bounds) else None  # type: ignore[arg-type]
         if name == "aten.add.Tensor":
             other = self.spreads.get(arguments["other"])
-            return _sum(source, other) if other is not None else None
+            return _sum(source, other, self.deviations) if other is not None else None
         if name in _SAME:
             channels = node.meta["val"].shape[1] if node.meta["val"].ndim > 1 else 0
             repeat = channels // len(source.mean) if isinstance(channels, int) and len(source.mean) else 0
@@ -193,7 +171,7 @@ class ModelRanges:
     def _product(self, node: fx.Node) -> Spread | None:
         notes = node.meta.get("notes", {})
         if "bn_mean" in notes:
-            return Spread.normal(notes["bn_mean"].to(torch.float64), notes["bn_std"].to(torch.float64))
+            return Spread.normal(notes["bn_mean"].to(torch.float64), notes["bn_std"].to(torch.float64), self.deviations)
         arguments = bound_arguments(node)
         source = self.spreads.get(arguments["input"])
         weight = self._weight(arguments["weight"])
@@ -206,7 +184,7 @@ class ModelRanges:
         )
         bias = self.graph.constant(arguments["bias"])
         out_mean = (w.sum(-1) * mean).sum(1) + (0 if bias is None else bias.to(torch.float64))
-        return Spread.normal(out_mean, (w.square().sum(-1) * var).sum(1).sqrt())
+        return Spread.normal(out_mean, (w.square().sum(-1) * var).sum(1).sqrt(), self.deviations)
 
     def _weight(self, node: fx.Node) -> torch.Tensor | None:
         quantizer = self.graph.quantizer(node)
@@ -222,7 +200,6 @@ def _limits(name: str, arguments: dict) -> tuple[float, float]:  # type: ignore[
     return -math.inf if low is None else float(low), math.inf if high is None else float(high)
 
 
-def _sum(a: Spread, b: Spread) -> Spread:
-    normal = Spread.normal(a.mean + b.mean, (a.std.square() + b.std.square()).sqrt())
-    low, high = torch.maximum(normal.low, a.low + b.low), torch.minimum(normal.high, a.high + b.high)
-    return Spread(normal.mean, normal.std, low, high, normal.mean, normal.std)
+def _sum(a: Spread, b: Spread, deviations: float) -> Spread:
+    normal = Spread.normal(a.mean + b.mean, (a.std.square() + b.std.square()).sqrt(), deviations)
+    return Spread(normal.mean, normal.std, torch.maximum(normal.low, a.low + b.low), torch.minimum(normal.high, a.high + b.high))

@@ -299,10 +299,12 @@ def _ticking(progress: bool | Progress | None, regions: int) -> Iterator[Callabl
     if progress is not True:
         yield tick
         return
+    from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
     from rich.progress import Progress as Bar
 
-    with Bar(TextColumn("calibrating"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), transient=True) as bar:
+    columns = (TextColumn("calibrating"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Bar(*columns, transient=True, console=Console(stderr=True)) as bar:
         task = bar.add_task("calibrating", total=None)
 
         def show(done: int, total: int) -> None:

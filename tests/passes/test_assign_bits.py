@@ -120,7 +120,8 @@ class Small(ReferenceTarget):
     ("schemes", "message"),
     [
         ({"linear": "W3A16g4"}, r"a \(aten\.linear\): small has no kernel for qc\.linear with weight=int3 group=4 sym; activation=float; "
-                                r"the nearest that runs: weights of 4 bits by group, float activations; change schemes\.linear in the recipe"),
+                                r"the nearest that runs: weights of 4 bits by group, float activations; "
+                                r"change schemes\.linear in the recipe"),
         ({"linear": "W8A8-dynamic"}, r"the nearest that runs: weights of 8 bits by channel, static activations"),
         ({"conv2d": "W8A8"}, r"c \(aten\.conv2d\): small has no low-bit kernel for qc\.conv2d; change schemes\.conv2d in the recipe"),
         ({"layers": {"body.second": "W4A8g4"}}, r"change schemes\.layers\['body\.second'\] in the recipe"),

@@ -110,3 +110,17 @@ def test_bias_is_not_absorbed_by_a_padded_convolution(build, run_pass) -> None:
     ran = run_pass(graph, AbsorbBias())
     assert ran.changes == 0
     assert ran.context.log.why_not("c") == ["absorb-bias: %y pads with zeros"]
+
+
+@pytest.mark.parametrize("activations", [True, False])
+def test_with_activations_the_wider_of_weight_and_activation_meets_the_columns(build, run_pass, activations: bool) -> None:
+    graph = small(build)
+    graph.set_constant(graph.node("b_weight"), torch.tensor([1.0, -1.0]).view(1, 2, 1, 1))
+    ran = run_pass(graph, Equalize(activations=activations))
+    notes = ran.after.node("c").meta["notes"]
+    spans = notes["bn_mean"] + 6 * notes["bn_std"]  # behind the ReLU ranges start at zero
+    rows, columns = ran.after.constants["a.weight"].flatten(1).abs().amax(1), ran.after.constants["b.weight"].abs().flatten()
+    shares = [part / part.max() for part in (rows, spans, columns)]
+    met = bool(torch.maximum(shares[0], shares[1]).allclose(shares[2], rtol=1e-2))
+    assert met == activations
+    assert ran.sqnr(torch.randn(3, 2, 4, 4)) > 100

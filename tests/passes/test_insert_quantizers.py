@@ -157,16 +157,8 @@ BATCH = [torch.randn(3, 2, 4, 4, generator=torch.Generator().manual_seed(5))]
 
 def test_operands_and_result_of_a_sum_between_convolutions_are_quantized(build: Any) -> None:
     after, _ = run(image(build), data=BATCH)
-    assert set(quantizers(after)) == {
-        "x.quantizer",
-        "a.quantizer",
-        "b.quantizer",
-        "s.quantizer",
-        "r.quantizer",
-        "w_quantizer",
-        "v_quantizer",
-        "u_quantizer",
-    } - {"s.quantizer"} or ("s.quantizer" in quantizers(after))
+    activations = {"x.quantizer", "a.quantizer", "b.quantizer", "r.quantizer"}  # the sum itself is rounded after its relu
+    assert set(quantizers(after)) == activations | {"w_quantizer", "v_quantizer", "u_quantizer"}
     add = after.node("s")
     assert all(after.quantizer(operand) for operand in add.args)
     assert after.quantizer(after.node("c").args[0])
@@ -176,8 +168,6 @@ def test_operands_of_a_concatenation_share_the_grid_of_its_result(build: Any) ->
     after, _ = run(image(build, CAT), data=BATCH)
     grids = {grid(after, f"{name}.quantizer") for name in ("a", "b", "r")}
     assert len(grids) == 1
-    values = torch.cat([t.flatten() for t in after.copy()(BATCH[0])])
-    assert torch.isfinite(values).all()
     assert grid(after, "x.quantizer") not in grids
 
 
