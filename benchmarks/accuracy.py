@@ -1,3 +1,4 @@
+#!/usr/bin/env python
 """Print what quantization costs in accuracy: ``python benchmarks/accuracy.py [--only NAME ...] [--pictures N] [--json]``.
 
 - ``mcunet``: top-1 on the thousand-picture ImageNet sample, 8 bits by tensor, as it is and after the recipe ``dfq`` (no data), and ``w8a8``.

@@ -1,3 +1,4 @@
+#!/usr/bin/env python
 """The same integer graph on the reference, the CPU and ONNX Runtime: are the codes equal?
 
 Two questions for each artifact:

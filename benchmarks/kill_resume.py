@@ -1,3 +1,4 @@
+#!/usr/bin/env python
 """Kill a compile with SIGKILL at random moments and resume it: nothing may be torn, and the artifact must be the same to the byte.
 
     python benchmarks/kill_resume.py                                  # ResNet-20, target reference, 20 moments

@@ -1,3 +1,4 @@
+#!/usr/bin/env python
 """Speed of the linear kernels beside PyTorch float32 and ONNX Runtime MatMulInteger, in turn on the same shapes.
 
 Run: TVM_NUM_THREADS=2 python benchmarks/matmul_kernels.py [--json FILE] [--seconds S]

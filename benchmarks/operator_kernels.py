@@ -1,3 +1,4 @@
+#!/usr/bin/env python
 """Times the cpu target's operator kernels beside torch: attention, norms, quantization, convolution, depthwise, rotation.
 
     TVM_NUM_THREADS=2 python benchmarks/operator_kernels.py [--only conv] [--json]

@@ -1,3 +1,4 @@
+#!/usr/bin/env python
 """Print how far smoothing and rotation push down the error that planted outliers cause: ``python benchmarks/outliers.py``.
 
 The model is the wikilm decoder of the data folder with four gains of each normalization times 30 and the columns that read them divided

@@ -222,6 +222,7 @@ def test_the_forger_of_these_tests_writes_files_that_load(saved: Path, tmp_path:
 
 
 def forgeries(members: dict[str, bytes], path: Path) -> dict[str, tuple[Callable[[], Path], str]]:
+    altered = members["golden.safetensors"][:-1] + bytes([members["golden.safetensors"][-1] ^ 1])  # the archive's checksum is right
     rest = {name: data for name, data in members.items() if name != "graph.txt"}
     swapped = members | {"golden.safetensors": members["constants.safetensors"], "constants.safetensors": members["golden.safetensors"]}
     other = members["graph.txt"].replace(b"size=8", b"size=9", 1)
@@ -261,6 +262,10 @@ def forgeries(members: dict[str, bytes], path: Path) -> dict[str, tuple[Callable
         "missing": (lambda: rebuild(path, rest), r"do not hold the same members: graph\.txt"),
         "missing-undeclared": (lambda: rebuild(path, declared(rest)), "a member is not what its name says: KeyError"),
         "twice": (lambda: rebuild(path, members, repeat="graph.txt"), "twice, compressed, or larger"),
+        "other-bytes": (
+            lambda: rebuild(path, members | {"golden.safetensors": altered}),
+            r"golden\.safetensors is damaged: its digest is not",
+        ),
         "swapped": (lambda: rebuild(path, swapped), r"constants\.safetensors is damaged"),
         "swapped-declared": (lambda: rebuild(path, declared(swapped)), "constant|digest"),
         "wrong-graph": (lambda: rebuild(path, declared(members | {"graph.txt": other})), "line|type"),
@@ -305,6 +310,7 @@ FORGED = [
     "missing",
     "missing-undeclared",
     "twice",
+    "other-bytes",
     "swapped",
     "swapped-declared",
     "wrong-graph",
