@@ -1,13 +1,14 @@
 #!/usr/bin/env python
 """Print what quantization costs in accuracy: ``python benchmarks/accuracy.py [--only NAME ...] [--pictures N] [--json]``.
 
-- ``mcunet``: top-1 on the thousand-picture ImageNet sample, 8 bits by tensor, as it is and after the recipe ``dfq`` (no data), and ``w8a8``.
+- ``mcunet``: top-1 on the thousand-picture ImageNet sample: 8 bits by tensor, as it is and by the recipe ``dfq`` (no data), and ``w8a8``.
 - ``resnet20``: top-1 on CIFAR-10, the same recipes, from the torch module and from an .onnx file.
-- ``gptq``: the objective tr(E H E^T) of every linear layer of all-MiniLM-L6-v2, GPTQ against nearest rounding, at 4 and 3 bits in groups of 128.
+- ``gptq``: the objective tr(E H E^T) of every linear layer of all-MiniLM-L6-v2, GPTQ against nearest rounding, 4 and 3 bits, groups of 128.
 - ``rotation``: how far smoothing and rotation move the output of a float model, in float32 and float64.
 
-Compiled for the target ``reference``: every layer is integer there, none is kept float because it would be slower. Integer codes are the same on
-all targets (``benchmarks/agreement.py``). Data is read from ``QCOMPILE_DATA``, by default ``shared/data`` beside the repository.
+Compiled for the target ``reference``, where every layer is integer and none stays float because it would be slower; run with the kernels
+of ``cpu``, which give the same codes (``benchmarks/agreement.py``). Data is read from ``QCOMPILE_DATA``, by default ``shared/data``
+beside the repository.
 """
 
 from __future__ import annotations
@@ -71,12 +72,22 @@ def top1(run: Callable[[torch.Tensor], torch.Tensor], batches: Batches) -> tuple
     return 100 * right / seen, seen
 
 
-def quantized_rows(model: str, source: Any, inputs: Any, shapes: Any, batches: Batches, calibration: list[tuple[torch.Tensor]]) -> Iterator[Row]:
+def on_cpu(artifact: qcompile.Artifact) -> qcompile.Artifact:
+    """Return the same integer graph with the kernels of ``cpu``: the codes of the reference, sooner."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.qc"
+        artifact.save(path)
+        return qcompile.load(path, target="cpu")
+
+
+def quantized_rows(
+    model: str, source: Any, inputs: Any, shapes: Any, batches: Batches, calibration: list[tuple[torch.Tensor]]
+) -> Iterator[Row]:
     """Yield the top-1 of a model by recipe."""
     for recipe in (NAIVE, "dfq", "w8a8"):
         data = calibration if recipe == "w8a8" else None
         artifact = qcompile.compile(source, inputs, recipe=recipe, target="reference", calibration=data, dynamic_shapes=shapes)
-        value, seen = top1(artifact, batches)
+        value, seen = top1(on_cpu(artifact), batches)
         yield {"model": model, "recipe": recipe if isinstance(recipe, str) else recipe.name, "top1": value, "pictures": seen}
 
 
@@ -175,7 +186,9 @@ def main() -> None:
     for row in found:
         rows.append(row)
         if not options.json:
-            print("  ".join(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in row.items()), flush=True)
+            print(
+                "  ".join(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in row.items()), flush=True
+            )
     if options.json:
         print(json.dumps(rows, indent=2))
 

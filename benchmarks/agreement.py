@@ -78,13 +78,12 @@ def main() -> None:
     parser.add_argument("artifacts", nargs="+")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
-    rows = []
-    for path in options.artifacts:
-        artifact = load(path, target="reference")
-        for target in TARGETS:
-            rows.append(
-                {"artifact": path, "target": target, "probes": compare_probes(artifact, target), "model": compare_codes(artifact, target)}
-            )
+    loaded = [(path, load(path, target="reference")) for path in options.artifacts]
+    rows: list[dict[str, Any]] = [
+        {"artifact": path, "target": target, "probes": compare_probes(artifact, target), "model": compare_codes(artifact, target)}
+        for path, artifact in loaded
+        for target in TARGETS
+    ]
     if options.json:
         print(json.dumps(rows, indent=1))
         return

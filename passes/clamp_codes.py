@@ -6,9 +6,9 @@
     %codes = qc.quantize(%y, %s, %z) {scheme="uint8 tensor affine"} : u8[n,2,4,4]
     %q = aten.minimum(%codes, %bound_codes) : u8[n,2,4,4]
 
-Rounding never changes an order, so quantize(min(y, b)) = min(quantize(y), quantize(b)), bit for bit. The quantizer then follows its product directly
-and is fused into it; what is left is one pass over bytes. Where no bound lies below the largest code (the grid ends there anyway), nothing is left.
-Such bounds come from ``equalize``, which turns a ReLU6 into a bound for each channel.
+Rounding never changes an order, so quantize(min(y, b)) = min(quantize(y), quantize(b)), bit for bit. The quantizer then follows its
+product directly and is fused into it; what is left is one pass over bytes. Where no bound lies below the largest code (the grid ends
+there anyway), nothing is left. Such bounds come from ``equalize``, which turns a ReLU6 into a bound for each channel.
 """
 
 from __future__ import annotations

@@ -4,15 +4,15 @@
     %relu = aten.relu(%conv2d)                         ->     %relu = aten.relu(%conv2d)
     %conv2d_1 = aten.conv2d(%relu, %b.weight)                 %conv2d_1 = aten.conv2d(%relu, %b.weight * s)
 
-relu(x / s) = relu(x) / s for s > 0, so no output changes. With r1, r2 the largest magnitudes of channel c in the rows of the first and the
-columns of the second weight, s = sqrt(r1 / r2) makes the two equal; chains are swept until nothing moves any more, depthwise
+relu(x / s) = relu(x) / s for s > 0, so no output changes. With r1, r2 the largest magnitudes of channel c in the rows of the first and
+the columns of the second weight, s = sqrt(r1 / r2) makes the two equal; chains are swept until nothing moves any more, depthwise
 convolutions included. The upper bound of a ReLU6 becomes a bound for each channel, min(max(x / s, 0), 6 / s), which ``clamp-codes`` later
 moves behind the quantizer.
 
 A small s widens the range of the activation in between, and with it the step of its quantizer: on a net whose first activation is read by
 a depthwise convolution this costs more than the even weights gain. With ``activations`` r1 and r2 are shares of their tensor's largest
-range and r1 is the larger of the weight's and the activation's, whose range is that of the folded batch normalization (as ``range=model`` of
-``insert-quantizers``). This is our addition; Meller et al., Same, Same But Different (2019), section 4, balance the two for the same reason.
+range and r1 is the larger of the weight's and the activation's, whose range is that of the folded batch normalization (as ``range=model``
+of ``insert-quantizers``). This is our addition.
 
 Source: Nagel et al., Data-Free Quantization Through Weight Equalization and Bias Correction (2019), section 4.1, equation 11.
 """
@@ -60,7 +60,7 @@ class Equalize(Pass):
 
 
 def _activation_spans(graph: Graph, edges: list[ScaleEdge], context: Context) -> dict[int, torch.Tensor]:
-    """Return, for each number of an edge whose activation the model tells, the width of each channel's range, zero included, f64 [channels]."""
+    """Return the width of each channel's range, zero included, f64 [channels], by number of the edges whose activation the model tells."""
     model = ModelRanges(graph, context.example_inputs)
     spans: dict[int, torch.Tensor] = {}
     for i, edge in enumerate(edges):

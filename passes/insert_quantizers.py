@@ -177,9 +177,10 @@ class _Grids:
 
     def find(self, node: fx.Node, scheme: Scheme) -> tuple[torch.Tensor, torch.Tensor | None]:
         if self.model:
-            low, high = self.model.range(node)
+            ends: tuple[float | torch.Tensor, float | torch.Tensor] = self.model.range(node)
         else:
             assert self.context.statistics is not None
             result = self.context.statistics[range_request(self.item.range, node.name)]
-            low, high = find_range(self.item.range, result, scheme, percentile=self.item.percentile)
-        return choose_scale(torch.as_tensor(low, dtype=torch.float32), torch.as_tensor(high, dtype=torch.float32), scheme)
+            ends = find_range(self.item.range, result, scheme, percentile=self.item.percentile)
+        low, high = (torch.as_tensor(end, dtype=torch.float32) for end in ends)
+        return choose_scale(low, high, scheme)

@@ -75,7 +75,7 @@ def clamped_normal(mean: torch.Tensor, std: torch.Tensor, low: Bound, high: Boun
 
 _SAME = frozenset(
     {"aten.max_pool2d", "aten.avg_pool2d", "aten.adaptive_avg_pool2d", "aten.mean.dim", "aten.view", "aten.flatten.using_ints",
-     "aten.dropout", "aten.clone", "aten.squeeze.dim", "aten.squeeze.dims", "aten.unsqueeze", "aten.constant_pad_nd", "aten.slice.Tensor"}
+     "aten.dropout", "aten.clone", "aten.squeeze.dim", "aten.squeeze.dims", "aten.unsqueeze", "aten.slice.Tensor"}
 )  # fmt: skip
 
 
@@ -155,6 +155,8 @@ class ModelRanges:
         if name == "aten.add.Tensor":
             other = self.spreads.get(arguments["other"])
             return _sum(source, other, self.deviations) if other is not None else None
+        if name in ("aten.pad", "aten.constant_pad_nd"):
+            return _padded(source, arguments, node.meta["val"].ndim)
         if name in _SAME:
             channels = node.meta["val"].shape[1] if node.meta["val"].ndim > 1 else 0
             repeat = channels // len(source.mean) if isinstance(channels, int) and len(source.mean) else 0
@@ -203,3 +205,18 @@ def _limits(name: str, arguments: dict) -> tuple[float, float]:  # type: ignore[
 def _sum(a: Spread, b: Spread, deviations: float) -> Spread:
     normal = Spread.normal(a.mean + b.mean, (a.std.square() + b.std.square()).sqrt(), deviations)
     return Spread(normal.mean, normal.std, torch.maximum(normal.low, a.low + b.low), torch.minimum(normal.high, a.high + b.high))
+
+
+def _padded(source: Spread, arguments: dict, dimensions: int) -> Spread | None:  # type: ignore[type-arg]
+    """Return the spread after padding; padded channels (axis 1) hold the padding alone, as in shortcuts without weights."""
+    first = 2 * (dimensions - 2)  # ``pad`` counts axes from the last
+    before, after = arguments["pad"][first : first + 2] or (0, 0)
+    if arguments.get("mode", "constant") != "constant":
+        return None if before or after else source
+    value = float(arguments.get("value") or 0)
+    ends = [torch.full((count,), value, dtype=torch.float64) for count in (before, after)]
+    still = [torch.zeros_like(end) for end in ends]
+    low, high = source.low.clamp(max=value), source.high.clamp(min=value)
+    return Spread(
+        *(torch.cat([end[0], part, end[1]]) for part, end in ((source.mean, ends), (source.std, still), (low, ends), (high, ends)))
+    )

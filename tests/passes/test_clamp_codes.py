@@ -69,5 +69,3 @@ def test_a_lower_bound_stays_and_says_why() -> None:
     changes, context = run(graph)
     assert changes == 0
     assert any("no constant upper bound alone" in line for line in context.log.why_not("q"))
-
-
