@@ -186,7 +186,8 @@ class ModelRanges:
         )
         bias = self.graph.constant(arguments["bias"])
         out_mean = (w.sum(-1) * mean).sum(1) + (0 if bias is None else bias.to(torch.float64))
-        return Spread.normal(out_mean, (w.square().sum(-1) * var).sum(1).sqrt(), self.deviations)
+        # Without batch normalization mean and deviation are themselves estimates: their range is never narrower than the paper's.
+        return Spread.normal(out_mean, (w.square().sum(-1) * var).sum(1).sqrt(), max(self.deviations, DEVIATIONS))
 
     def _weight(self, node: fx.Node) -> torch.Tensor | None:
         quantizer = self.graph.quantizer(node)
