@@ -96,6 +96,15 @@ def clamp(emitter: Emitter, arguments: SimpleNamespace) -> Any:
     return clip(emitter, arguments.self, arguments.min, arguments.max)
 
 
+@converts("aten.clamp.Tensor")
+def clamp_by_channel(emitter: Emitter, arguments: SimpleNamespace) -> Any:
+    """Bounds are tensors: what is above the upper one is replaced last, as in PyTorch."""
+    x = emitter.value(arguments.self)
+    for operator, bound in (("Max", arguments.min), ("Min", arguments.max)):
+        x = emitter.op(operator, x, emitter.value(bound)) if bound is not None else x
+    return x
+
+
 @converts("aten.clamp_min.default")
 def clamp_min(emitter: Emitter, arguments: SimpleNamespace) -> Any:
     return clip(emitter, arguments.self, arguments.min, None)

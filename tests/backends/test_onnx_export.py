@@ -354,6 +354,7 @@ class Network(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
+        self.register_buffer("bounds", torch.linspace(0.1, 0.6, 3).view(3, 1, 1))
         self.convolution, self.normalization = nn.Conv2d(3, 8, 3, 2, 1), nn.BatchNorm2d(8)
         self.depthwise, self.group, self.slope = nn.Conv2d(8, 8, 3, padding=1, groups=8), nn.GroupNorm(2, 8), nn.PReLU(8)
         self.up, self.head = nn.ConvTranspose2d(8, 4, 2, 2), nn.Linear(4, 5)
@@ -369,6 +370,7 @@ class Network(nn.Module):
         return (
             self.head(f.elu(z)),
             large.clamp(-0.5, 0.5),
+            large.clamp(-self.bounds, self.bounds),
             resized.amax((2, 3)),
             y.split(3, 1)[2].mean((2, 3), keepdim=True),
             f.leaky_relu(z) ** 2,

@@ -15,7 +15,6 @@ import numpy as np
 from qcompile.backends.cpu.kernels.convolution_arguments import Arguments, multiply_add
 from qcompile.backends.cpu.kernels.convolution_spec import LANES, Convolution
 from qcompile.backends.cpu.kernels.registers import (
-    SERIAL_WORK,
     Index,
     below,
     function,
@@ -94,6 +93,12 @@ def _columns(spec: Convolution, values: Array, dtype: Any) -> Array:
     return padded.reshape(-1)
 
 
+# Multiply-adds that one thread does in about 40 us, the cost of waking another: a network of many small convolutions ran at a third of its
+# one-thread speed when each of them was split.
+INTEGER_SERIAL_WORK = 1 << 23
+FLOAT_SERIAL_WORK = 1 << 21
+
+
 class _Kernel(Arguments):
     """The arguments of one convolution and the statements of its tasks."""
 
@@ -104,11 +109,12 @@ class _Kernel(Arguments):
     def loop(self, tasks: Index) -> None:
         """Run the tasks, on one thread where there is little work."""
         spec = self.spec
-        if spec.pixels * spec.depth * spec.out_channels > SERIAL_WORK:  # no need to look at the batch
+        threshold = INTEGER_SERIAL_WORK if spec.integer else FLOAT_SERIAL_WORK
+        if spec.pixels * spec.depth * spec.out_channels > threshold:  # no need to look at the batch
             with T.parallel(tasks) as index:
                 self.task(index)
         else:
-            serial_or_parallel(tasks, self.pixels * (spec.depth * spec.out_channels), self.task)
+            serial_or_parallel(tasks, self.pixels * (spec.depth * spec.out_channels), self.task, threshold)
 
     def task(self, index: Index) -> None:
         """Compute the output pixels and panels of one task."""
