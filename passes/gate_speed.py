@@ -28,7 +28,7 @@ from qcompile.pipeline import BITS, Context, Keeps, Pass
 
 _qc = torch.ops.qc
 
-NOISE_US = 5.0  # medians of one small kernel differ by so much from run to run
+NOISE_US = 5.0  # times of one small kernel differ by so much from run to run
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """The table of measured kernel times: a readable file, an input of the build.
 
-A key names operator, shapes, scheme and machine; a value holds the median microseconds of the low-bit kernel and of the float kernel
+A key names operator, shapes, scheme and machine; a value holds the smallest microseconds of the low-bit kernel and of the float kernel
 it would replace. What was measured once is reused, so the same table gives the same artifact.
 """
 

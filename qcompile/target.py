@@ -106,7 +106,7 @@ class Target(ABC):
         raise Refused(f"target {self.name} exports no file")
 
     def measure(self, graph: Graph, inputs: Sequence[torch.Tensor]) -> float:
-        """Return the median microseconds of one call of a graph; only where ``measures``."""
+        """Return the smallest microseconds of many calls of a graph; only where ``measures``."""
         raise NotImplementedError(f"{self.name} does not measure")
 
     def machine(self) -> str:
