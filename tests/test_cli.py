@@ -281,11 +281,28 @@ def test_bench(cli: Cli, saved: Path) -> None:
     assert [run["name"] for run in done.json["runs"]] == ["qcompile", "torch", "onnxruntime"]
     for run in done.json["runs"]:
         assert set(run) == {"name", "median_ms", "min_ms", "p90_ms", "threads"}
-        assert 0 < run["min_ms"] <= run["median_ms"]
+        assert 0 < run["min_ms"] <= run["median_ms"] <= run["p90_ms"]
         assert run["threads"] == 1
     assert set(done.json["speedup"]) == {"torch", "onnxruntime"}
     assert done.json["inputs"] == {"x": [3, 8]}
+    assert (done.json["limits"], done.json["operators"]) == (None, None)
     assert "qcompile is " in cli("bench", saved, "--against", "torch", "--rounds", 1, "--calls", 1).out
+
+
+def test_bench_measures_memory_and_draws(cli: Cli, saved: Path, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    few = ("--rounds", 1, "--calls", 2, "--against", "onnxruntime,torch", "--plot")
+    done = cli("bench", saved, "--memory", *few, tmp_path / "bench.svg", "--json")
+    assert done.code == 0, done.err
+    memory = {run["name"]: run["peak_memory_bytes"] for run in done.json["runs"]}
+    assert memory["torch"] is None  # it has no file that another process could load
+    assert 20e6 < memory["onnxruntime"] < memory["qcompile"] < 2e9
+    drawn = (tmp_path / "bench.svg").read_text()
+    assert drawn.lstrip().startswith("<?xml")
+    assert cli("bench", saved, *few, tmp_path / "bench.png").code == 0
+    assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG")
+    refused = cli("bench", saved, *few, tmp_path / "bench.bmp")
+    assert (refused.code, "end it in .png or .svg" in refused.err) == (2, True)
 
 
 @pytest.mark.parametrize("task", ["sqnr", "kl"])

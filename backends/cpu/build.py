@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from qcompile.backends.cpu import pipeline
 from qcompile.backends.cpu.executable import Executable, Interface, Port
+from qcompile.backends.cpu.kernels import isa
 from qcompile.backends.cpu.legalize import LEGALIZE
 from qcompile.backends.lowering.shapes import dtype_name
 from qcompile.backends.lowering.translate import translate
@@ -11,7 +12,7 @@ from torch import fx
 
 
 def build(graph_module: fx.GraphModule, *, threads: int | None = None, taps: tuple[str, ...] = (), kernels: bool = True) -> Executable:
-    """Compile a graph of ATen core and qc operators for the machine this runs on.
+    """Compile a graph of ATen core and qc operators for the machine this runs on, or for the instruction set that ``QCOMPILE_CPU`` names.
 
     Args:
         graph_module: constants are ``get_attr`` nodes, every node carries ``meta["val"]``.
@@ -20,14 +21,17 @@ def build(graph_module: fx.GraphModule, *, threads: int | None = None, taps: tup
         kernels: False leaves the target's kernels out: the slow, plain lowering, to compare with.
 
     Raises:
-        Refused: naming the node and the operator that cannot be lowered.
+        Refused: naming the node and the operator that cannot be lowered; or ``QCOMPILE_CPU`` names a set that cannot run here.
     """
     with pipeline.COMPILE_LOCK:  # building Relax runs TVM's passes too
         lowered = translate(graph_module, legalize=LEGALIZE if kernels else {}, taps=taps)
     executable = pipeline.compile_module(lowered.module, threads)
     placeholders = [node for node in graph_module.graph.nodes if node.op == "placeholder"]
     inputs = tuple(Port(node.name, dtype_name(node.meta["val"].dtype), _shape(node)) for node in placeholders)
-    interface = Interface(inputs, tuple(lowered.outputs), len(taps), tuple(lowered.constants), tuple(lowered.fallbacks))
+    features = isa.required_features(isa.target_description())
+    interface = Interface(
+        inputs, tuple(lowered.outputs), len(taps), tuple(lowered.constants), tuple(lowered.fallbacks), isa.machine(), features
+    )  # fmt: skip
     return Executable(executable, lowered.constants, interface, threads)
 
 

@@ -43,13 +43,25 @@ class Port:
 
 @dataclass(frozen=True)
 class Interface:
-    """What a caller must know: inputs, names of outputs (taps last), how many of them are taps, constants in order."""
+    """What a caller must know of the code.
+
+    Attributes:
+        inputs: in order.
+        outputs: their names, taps last.
+        taps: how many outputs are taps.
+        constants: their names, in order.
+        fallbacks: nodes without a kernel of this target.
+        machine: the architecture that the code is for.
+        features: LLVM features of the processor that the code may use.
+    """
 
     inputs: tuple[Port, ...]
     outputs: tuple[str, ...]
     taps: int
     constants: tuple[str, ...]
     fallbacks: tuple[Fallback, ...] = field(default=())
+    machine: str = field(default_factory=isa.machine)
+    features: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -151,13 +163,14 @@ class Executable:
         """Load what ``save`` wrote. This runs native code: load only what you trust.
 
         Raises:
-            Refused: the folder is incomplete.
+            Refused: the folder is incomplete, or the code is for another processor.
         """
         folder = Path(path)
         missing = [name for name in (LIBRARY, CONSTANTS, INTERFACE) if not (folder / name).is_file()]
         if missing:
             raise Refused(f"{', '.join(missing)} is missing", node=str(folder), way_out="compile the model again")
         interface = _interface(json.loads((folder / INTERFACE).read_text()))
+        _check_processor(interface, folder)
         with _without_native_log():
             module = tvm.runtime.load_module(os.fspath(folder / LIBRARY))
         return cls(module, load_file(folder / CONSTANTS), interface, threads)
@@ -229,6 +242,17 @@ def _check_shape(port: Port, shape: tuple[int, ...], sizes: dict[str, int]) -> N
             raise Refused(f"has the shape {list(port.shape)}, not {list(shape)}", node=port.name)
 
 
+def _check_processor(interface: Interface, folder: Path) -> None:
+    """Refuse code that would stop the process at an instruction this processor does not have."""
+    lacks = ""
+    if interface.machine != isa.machine():
+        lacks = f"the code is for {interface.machine}, this machine is {isa.machine()}"
+    elif missing := isa.missing_features(interface.features):
+        lacks = f"the code uses {', '.join(missing)}, which this processor lacks"
+    if lacks:
+        raise Refused(lacks, node=str(folder), way_out=f"compile the model on this machine, or with {isa.CHOICE} set to what it has")
+
+
 def _interface(read: dict[str, Any]) -> Interface:
     return Interface(
         tuple(Port(port["name"], port["dtype"], tuple(port["shape"])) for port in read["inputs"]),
@@ -236,4 +260,6 @@ def _interface(read: dict[str, Any]) -> Interface:
         read["taps"],
         tuple(read["constants"]),
         tuple(Fallback(**fallback) for fallback in read["fallbacks"]),
+        read["machine"],
+        tuple(read["features"]),
     )

@@ -21,23 +21,21 @@ from qcompile.files import cache_folder
 from qcompile.formats import Scheme
 from qcompile.graph import Graph
 from qcompile.graph.text import bound_arguments, operator_name
-from qcompile.target import Executable, Kernel, Target
+from qcompile.target import Executable, Kernel, Limits, OperatorTime, Target
 
 MEASURE_SECONDS = 0.1  # for each kernel; some hundred calls of a small one
 _LOW_BITS = tuple(range(1, 9))
 
 
 class CpuTarget(Target):
-    """x86-64 through TVM and LLVM: AVX512-VNNI kernels, and portable ones for every other processor."""
+    """This machine's processor through TVM and LLVM, with kernels for each instruction set of ``kernels.isa``."""
 
     name = "cpu"
-    summary = "this machine's processor, through TVM and LLVM (AVX512-VNNI, portable)"
+    summary = "this machine's processor, through TVM and LLVM (AVX2, AVX512, VNNI; NEON, dotprod, i8mm; portable)"
     measures = True
     kernels = (
-        Kernel("qc.linear", (8,), ("tensor", "channel"), "static", "int8 x int8, int32 accumulators, fused epilogue"),
-        Kernel("qc.linear", (8,), ("tensor", "channel"), "dynamic", "int8 x int8 with a scale for each token"),
-        Kernel("qc.linear", (4,), ("channel", "group"), "static", "int4 groups x int8"),
-        Kernel("qc.linear", (4,), ("channel", "group"), "dynamic", "int4 groups x int8 with a scale for each token"),
+        Kernel("qc.linear", _LOW_BITS, ("tensor", "channel", "group"), "static", "x int8 codes, int32 accumulators, fused epilogue"),
+        Kernel("qc.linear", _LOW_BITS, ("tensor", "channel", "group"), "dynamic", "the same with a scale for each token"),
         Kernel("qc.linear", _LOW_BITS, ("tensor", "channel", "group"), "float", "weights dequantized in the kernel, float32 product"),
         Kernel("qc.conv2d", (8,), ("tensor", "channel"), "static", "int8 dense, 1x1, depthwise and grouped convolution"),
         Kernel("qc.embedding", (4, 8), ("channel", "tensor"), "float", "rows dequantized while they are gathered"),
@@ -77,7 +75,12 @@ class CpuTarget(Target):
         from qcompile.backends.cpu.kernels import isa
 
         description = isa.target_description()
-        return f"{description.get('mcpu', '')} {isa.thread_count()} threads"
+        return f"{description.get('mcpu', '')} {isa.detect()} {isa.thread_count()} threads"
+
+    def limits(self, threads: int) -> Limits:
+        from qcompile.backends.cpu.limits import measure_limits
+
+        return measure_limits(threads)
 
     def leftovers(self, graph: Graph) -> list[tuple[str, str, str]]:
         found = []
@@ -132,9 +135,11 @@ class _Callable:
     def __call__(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         return list(self.built(*inputs))
 
-    def profile(self, inputs: Sequence[torch.Tensor]) -> list[Any]:
-        """Return the time of every kernel of one call, longest first."""
-        return list(self.built.profile(*inputs))
+    def operator_times(self, inputs: Sequence[torch.Tensor]) -> list[OperatorTime]:
+        """Return time and work of every kernel of one call, longest first."""
+        from qcompile.backends.cpu.profile import profile
+
+        return profile(self.built, inputs, _REPEATS)
 
 
 def _cache_place(graph: Graph) -> Path:
@@ -144,7 +149,7 @@ def _cache_place(graph: Graph) -> Path:
     """
     from qcompile.backends.cpu.kernels import isa
 
-    key = "\n".join([graph.digest, str(isa.target_description()), version("apache-tvm"), version("torch"), _source_digest()])
+    key = "\n".join([graph.digest, isa.detect(), str(isa.target_description()), version("apache-tvm"), version("torch"), _source_digest()])
     return cache_folder() / "cpu" / hashlib.sha256(key.encode()).hexdigest()[:32]
 
 

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from qcompile.backends.cpu.kernels.isa import SETS, detect
 from qcompile.backends.cpu.kernels.registers import (
     LANES,
     Index,
@@ -57,12 +58,12 @@ class _Block:
 
 
 # 8 keys x 2 vectors are 16 accumulators: enough to hide the latency of 2 FMA units, and 10 loads per 16 products fit the load ports.
-# Machines with sixteen half-width registers keep 4 x 1 (8 registers).
-_BLOCKS = {"avx512vnni": _Block(2, 8, 128, 8), "portable": _Block(1, 4, 128, 4)}
+# Sixteen half-width registers, or 32 of a quarter, hold 4 x 1 (8 or 16 registers).
+_WIDE_BLOCK, _BLOCK = _Block(2, 8, 128, 8), _Block(1, 4, 128, 4)
 
 
 def attention(
-    heads: int, kv_heads: int, head_dim: int, scale: float, *, key_mask: bool, causal: bool, bias: bool = False, isa: str = "avx512vnni"
+    heads: int, kv_heads: int, head_dim: int, scale: float, *, key_mask: bool, causal: bool, bias: bool = False, isa: str | None = None
 ) -> tirx.PrimFunc:
     """Build ``f(q, k, v[, key_mask][, bias], out)``.
 
@@ -76,7 +77,8 @@ def attention(
     if heads % kv_heads:
         raise ValueError(f"{heads} query heads do not divide among {kv_heads} key heads")
     with function("attention") as builder:
-        task = _Attention(heads, kv_heads, head_dim, scale, key_mask, causal, bias, _BLOCKS[isa])
+        block = _WIDE_BLOCK if SETS[isa or detect()].parts == 1 else _BLOCK
+        task = _Attention(heads, kv_heads, head_dim, scale, key_mask, causal, bias, block)
         with T.If(task.tokens < T.int64(FEW_ROWS)):
             with T.Then():
                 serial_or_parallel(task.batch * heads, task.work, task.few_rows)

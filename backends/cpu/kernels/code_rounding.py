@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from qcompile.backends.cpu.kernels.isa import AVX512_VNNI
+from qcompile.backends.cpu.kernels.isa import SETS
 from qcompile.backends.cpu.kernels.vector import lanes_of, rounded, spread, vector_type
 from tvm.tirx.script.builder import ir as T
 
@@ -28,11 +28,11 @@ class CodeRounding:
     Args:
         scale, zero_point: scalar expressions, float32 and int32.
         lowest, highest: range of the codes.
-        isa: ``portable`` divides, since a machine may lack the fused multiply-add.
+        isa: sets without a fused multiply-add divide.
     """
 
-    def __init__(self, scale: Any, zero_point: Any, lowest: int, highest: int, isa: str = AVX512_VNNI) -> None:
-        self.fused = isa == AVX512_VNNI
+    def __init__(self, scale: Any, zero_point: Any, lowest: int, highest: int, isa: str) -> None:
+        self.fused = SETS[isa].fused
         self.scale = T.Bind(scale)
         self.reciprocal = T.Bind(T.float32(1.0) / self.scale) if self.fused else None
         # Division is monotone and gives back low and high at these bounds, so clamping y before it clamps the codes.

@@ -2,8 +2,9 @@
 
 One task packs the im2col rows of its output pixels, ``[pixel][kernel row, kernel column, channel]``, into a local buffer; in NHWC a
 kernel row of a pixel is one run of bytes. Then each panel of weights ``[words][columns]`` meets every block of rows. A word is 4 bytes:
-four codes that one ``vpdpbusd`` lane multiplies and adds, or one float. Integer sums are exact: x is made unsigned by flipping the
-top bit of int8, weights are signed, and zero points are taken back by sums of weights and of rows (see ``Arguments.start``).
+four codes that one lane multiplies and adds (``byte_products``), or one float. Integer sums are exact: x is made unsigned (or
+signed, see ``Convolution.x_shift``), weights are signed, and zero points are taken back by sums of weights and of rows (see
+``Arguments.start``).
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+from qcompile.backends.cpu.kernels import tiles
 from qcompile.backends.cpu.kernels.convolution_arguments import Arguments, multiply_add
 from qcompile.backends.cpu.kernels.convolution_spec import LANES, Convolution
 from qcompile.backends.cpu.kernels.registers import (
@@ -61,7 +63,7 @@ def pack_convolution(
     """
     if weight.shape != (spec.out_channels, spec.group_channels, *spec.kernel):
         raise ValueError(f"a weight of shape {weight.shape} does not fit {spec}")
-    shift = 128 if weight.dtype == np.uint8 else 0  # vpdpbusd reads weights as signed
+    shift = 128 if weight.dtype == np.uint8 else 0  # weights are multiplied as signed bytes
     codes = weight.astype(np.int32) - shift if spec.integer else weight
     rows = codes.transpose(0, 2, 3, 1).reshape(spec.groups, spec.group_outputs, spec.depth)
     padded = np.zeros((spec.groups, spec.column_blocks * spec.columns, spec.words * spec.word), np.int8 if spec.integer else np.float32)
@@ -127,6 +129,8 @@ class _Kernel(Arguments):
         self.row_sums = T.alloc_buffer((rows,), "int32") if spec.weight_affine else None
         self.acc = T.alloc_buffer((spec.tile[0] * spec.columns,), self.dtype)
         self.begin_task()
+        if spec.tiled:
+            tiles.configure(spec.tile_rows[1])
         with T.serial(spec.groups) as group:
             with T.serial(count) as row:
                 self._pack(first + row, row, group)
@@ -134,9 +138,15 @@ class _Kernel(Arguments):
                 panel = T.Bind(group * spec.column_blocks + part * panels + p)
                 start = [T.Bind(self.start(ramp(panel * spec.columns + j * LANES))) for j in range(spec.tile[1])]
                 with T.serial((count + spec.tile[0] - 1) // spec.tile[0]) as block:
-                    self._product(panel, block, start)
-                    with T.serial(T.min(long(spec.tile[0]), count - block * spec.tile[0])) as i:
-                        self._finish(panel, group, first, block, i)
+                    left = T.Bind(count - block * spec.tile[0])
+                    if spec.tiled:
+                        self._tile_product(panel, block, left)
+                    else:
+                        self._product(panel, block, start)
+                    with T.serial(T.min(long(spec.tile[0]), left)) as i:
+                        self._finish(panel, group, first, block, i, start if spec.tiled else None)
+        if spec.tiled:
+            tiles.release()
 
     # ---- im2col ----
 
@@ -191,12 +201,14 @@ class _Kernel(Arguments):
         """Fill the last word of an im2col row and sum its codes where weights have zero points."""
         spec = self.spec
         base = T.Bind(row * (spec.pitch * spec.word))
-        for element in range(spec.depth, spec.words * spec.word):
+        # Tiles of weights hold zeros there: whatever the row holds adds nothing.
+        for element in () if spec.tiled else range(spec.depth, spec.words * spec.word):
             store(self.packed, T.uint8(0), base + element)
         if self.row_sums is not None:
             store(self.row_sums, T.int32(0), row)
             with T.serial(spec.depth) as i:
-                store(self.row_sums, self.row_sums[row] + T.cast(self.packed[base + i], "int32"), row)
+                byte = self.packed[base + i]
+                store(self.row_sums, self.row_sums[row] + T.cast(T.reinterpret("int8", byte) if spec.signed_x else byte, "int32"), row)
 
     def _pieces(self, count: int) -> list[tuple[int, int]]:
         """Cut a run into (offset, lanes) of powers of two; the last piece overlaps the one before instead of reaching past the end."""
@@ -218,7 +230,7 @@ class _Kernel(Arguments):
 
     def _copy_piece(self, to: Index, start: Index, lanes: int) -> None:
         value = self.flat_x[_run(start, lanes)]
-        if self.spec.x == "int8":
+        if self.spec.x_shift:
             value = T.bitwise_xor(T.reinterpret(vector_type("uint8", lanes), value), spread(T.uint8(128), lanes))
         store(self.packed, value, _run(to, lanes))
 
@@ -249,10 +261,32 @@ class _Kernel(Arguments):
         for i in range(rows * vectors):
             store(self.acc, acc[ramp(i * LANES)], ramp(i * LANES))
 
+    def _tile_product(self, panel: Index, block: Index, left: Index) -> None:
+        """Multiply one block of rows by one panel in tile registers; a last block may need the first of two tiles only."""
+        spec = self.spec
+        count, rows = spec.tile_rows
+        if count == 1:
+            self._tiles(panel, block, 1)
+        else:
+            _either(left <= rows, lambda: self._tiles(panel, block, 1), lambda: self._tiles(panel, block, 2))
+
+    def _tiles(self, panel: Index, block: Index, count: int) -> None:
+        spec, rows = self.spec, self.spec.tile_rows[1]
+        vectors, stride = spec.tile[1], spec.pitch * spec.word
+        product = tiles.Block(count, vectors, signed=spec.signed_x)
+        base = T.Bind(block * (spec.tile[0] * stride))
+        product.zero()
+        with T.serial(spec.words // tiles.WORDS) as step:
+            x = [T.address_of(self.packed[base + i * (rows * stride) + step * tiles.DEPTH]) for i in range(count)]
+            weight = [T.address_of(self.weight[panel, step * tiles.WORDS, j * tiles.DEPTH]) for j in range(vectors)]
+            product.multiply_add(x, stride, weight, vectors * tiles.DEPTH)
+        sums = [[T.address_of(self.acc[i * rows * spec.columns + j * LANES]) for j in range(vectors)] for i in range(count)]
+        product.store(sums, spec.columns * 4)
+
     # ---- the end of a row ----
 
-    def _finish(self, panel: Index, group: Index, first: Index, block: Index, i: Index) -> None:
-        """Turn the finished sums of one pixel and one panel into results."""
+    def _finish(self, panel: Index, group: Index, first: Index, block: Index, i: Index, start: list[Any] | None) -> None:
+        """Turn the finished sums of one pixel and one panel, which lack ``start``, into results."""
         spec = self.spec
         row = T.Bind(block * spec.tile[0] + i)
         place = T.Bind((first + row) * spec.out_channels + group * spec.group_outputs)
@@ -260,6 +294,8 @@ class _Kernel(Arguments):
             column = T.Bind((panel - group * spec.column_blocks) * spec.columns + j * LANES)
             total = self.acc[ramp(i * spec.columns + j * LANES)]
             lanes = ramp(panel * spec.columns + j * LANES)
+            if start is not None:
+                total = total + start[j]
             if self.row_sums is not None:
                 total = total - splat(self.row_sums[row]) * self.weight_zero[lanes]
             self._store_part(T.Bind(self.scaled(total, lanes)), lanes, place, column)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from qcompile.backends.cpu.kernels.byte_products import add_byte_products
 from qcompile.backends.cpu.kernels.code_rounding import CodeRounding
 from qcompile.backends.cpu.kernels.convolution_spec import LANES, Convolution
-from qcompile.backends.cpu.kernels.isa import AVX512_VNNI
 from qcompile.backends.cpu.kernels.registers import Index, argument, load_part, ramp, size, splat, store, store_part
 from qcompile.backends.cpu.kernels.vector import rounded
 from tvm.tirx.script.builder import ir as T
@@ -27,7 +27,7 @@ class Arguments:
         self.batch = size("batch")
         self.pixels = self.batch * spec.pixels
         self.dtype = "int32" if spec.integer else "float32"
-        self.shift = 128 if spec.x == "int8" else 0  # added to the codes of x, to make them unsigned
+        self.shift = spec.x_shift
         out_shape = (self.batch, spec.out_height, spec.out_width, spec.out_channels)
         self.x = argument("x", (self.batch, spec.height, spec.width, spec.channels), spec.x)
         self.x_scale = argument("x_scale", (1,)) if spec.integer else None
@@ -54,7 +54,7 @@ class Arguments:
             self.rounding = CodeRounding(self.out_scale[0], self.out_zero[0], *self.spec.epilogue.range, isa=self.spec.isa)
 
     def zero(self) -> Any:
-        """Return the element that stands for the real value zero among unsigned codes (or floats)."""
+        """Return the element that stands for the real value zero among the bytes that are multiplied (or floats)."""
         if not self.spec.integer:
             return T.float32(0.0)
         return T.cast((self.x_zero[0] if self.x_zero is not None else T.int32(0)) + T.int32(self.shift), "uint8")
@@ -62,7 +62,7 @@ class Arguments:
     def start(self, columns: Any) -> Any:
         """Return where the sums of sixteen channels start: the int32 bias and the share of x's zero point.
 
-        Sum (x - x_zero)(w - w_zero) = sum u w - (x_zero + shift) sum (w - w_zero) - w_zero sum u, with u = x + shift unsigned.
+        Sum (x - x_zero)(w - w_zero) = sum u w - (x_zero + shift) sum (w - w_zero) - w_zero sum u, with bytes u = x + shift.
         """
         if not self.spec.integer:
             return splat(0.0)
@@ -95,14 +95,5 @@ class Arguments:
 
 
 def multiply_add(total: Any, x: Any, weight: Any, isa: str) -> Any:
-    """Return total + x * weight in sixteen columns: x int32 words of four uint8 (or floats), weight four int8 (or a float) for each."""
-    if weight.ty.dtype == "float32x16":
-        return total + x * weight
-    if isa == AVX512_VNNI:
-        return T.call_llvm_pure_intrin("int32x16", "llvm.x86.avx512.vpdpbusd.512", total, T.reinterpret("uint8x64", x), weight)
-    weight = T.reinterpret("int32x16", weight)
-    for j in range(4):
-        unsigned = T.bitwise_and(T.shift_right(x, splat(T.int32(8 * j))), splat(T.int32(255)))
-        signed = T.shift_right(T.shift_left(weight, splat(T.int32(24 - 8 * j))), splat(T.int32(24)))
-        total = total + unsigned * signed
-    return total
+    """Return total + x * weight in sixteen columns: x int32 words of four bytes (or floats), weight four int8 (or a float) for each."""
+    return total + x * weight if weight.ty.dtype == "float32x16" else add_byte_products(isa, total, x, weight)

@@ -7,11 +7,14 @@ import math
 from dataclasses import dataclass, field
 
 from qcompile.backends.cpu.kernels import isa as instruction_sets
+from qcompile.backends.cpu.kernels import tiles
 from qcompile.backends.cpu.kernels.matmul_epilogue import Epilogue
 
 LANES = 16
 _PACKED_BYTES = 192 << 10  # im2col rows of one task: they stay in the second-level cache beside a panel of weights
 _SHARED_BYTES = 1 << 20  # larger weights would be read again from memory by every task of rows: then tasks split columns
+_TILED_DEPTH = 48
+_TILED_PIXELS = 8
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,25 @@ class Convolution:
         return self.x != "float32"
 
     @property
+    def tiled(self) -> bool:
+        """Whether products are made in tile registers: where an im2col row fills most of a tile's, and there are channels enough."""
+        return instruction_sets.SETS[self.isa].tiles and self.integer and self.depth >= _TILED_DEPTH and self.pixels >= _TILED_PIXELS
+
+    @property
+    def signed_x(self) -> bool:
+        """Whether x is multiplied as signed bytes; else as unsigned ones."""
+        if self.tiled:
+            return self.x == "int8"
+        return instruction_sets.SETS[self.isa].signed_x
+
+    @property
+    def x_shift(self) -> int:
+        """What is added to the codes of x for them to be bytes of that kind: 0, or 128 either way, which flips the top bit."""
+        if not self.integer or self.signed_x == (self.x == "int8"):
+            return 0
+        return -128 if self.signed_x else 128
+
+    @property
     def out_height(self) -> int:
         return (self.height + 2 * self.padding[0] - self.dilation[0] * (self.kernel[0] - 1) - 1) // self.stride[0] + 1
 
@@ -103,7 +125,8 @@ class Convolution:
 
     @property
     def words(self) -> int:
-        return -(-self.depth // self.word)
+        words = -(-self.depth // self.word)
+        return -(-words // tiles.WORDS) * tiles.WORDS if self.tiled else words
 
     @property
     def pitch(self) -> int:
@@ -111,17 +134,23 @@ class Convolution:
         return ((-(-self.words // 16)) | 1) * 16
 
     @functools.cached_property
+    def tile_rows(self) -> tuple[int, int]:
+        """Tiles of rows in a block, and rows of one: least padding over the image's pixels; a product takes as many cycles as rows."""
+        choices = [(count, rows) for count in (2, 1) for rows in range(tiles.ROWS, 7, -1)]
+        return min(choices, key=lambda choice: -(-self.pixels // (choice[0] * choice[1])) * (choice[0] * (choice[1] + 2) + 4))
+
+    @functools.cached_property
     def tile(self) -> tuple[int, int]:
-        """Rows and vectors of the register block: at most 31 of 32 registers, least padding over the image's pixels and channels."""
-        if self.isa != instruction_sets.AVX512_VNNI:
-            return 4, 1
+        """Rows and vectors of the register block: what the registers hold, least padding over the image's pixels and channels."""
+        if self.tiled:
+            return self.tile_rows[0] * self.tile_rows[1], min(2, -(-self.group_outputs // LANES))
+        isa = instruction_sets.SETS[self.isa]
         vectors_in_all = -(-self.group_outputs // LANES)
         choices = []
-        for vectors in (2, 1, 3):
-            most = (31 - vectors) // vectors if vectors > 1 else 28
-            for rows in range(min(most, self.pixels), 0, -1):
+        for vectors in (2, 1, 3) if isa.parts == 1 else (1,):
+            for rows in range(min(isa.block_rows(vectors, self.integer), 28, self.pixels), 0, -1):
                 # A step takes 2 products or 2 loads for each cycle; a product's latency of 5 needs 10 in flight.
-                step = max(rows * vectors / 2, (rows + vectors) / 2, 5.0)
+                step = max(rows * vectors * isa.parts / 2, (rows + vectors * isa.parts) / 2, 5.0)
                 blocks = math.ceil(self.pixels / rows) * math.ceil(vectors_in_all / vectors)
                 choices.append((blocks * (step + 12 / self.words), rows, vectors))
         best = min(cost for cost, _, _ in choices)
@@ -165,4 +194,4 @@ class Convolution:
     @property
     def has_sums(self) -> bool:
         """Whether the kernel reads the sum of each channel's weights: it takes back what was added to make x unsigned."""
-        return self.integer and (self.x_affine or self.x == "int8" or self.weight_affine)
+        return self.integer and (self.x_affine or self.x_shift != 0 or self.weight_affine)

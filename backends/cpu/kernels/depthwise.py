@@ -2,8 +2,8 @@
 
 Lanes are channels, in chunks; the last chunk overlaps the one before instead of reaching past the end. A task is one output row: for each
 chunk it copies the input rows under the kernel, padded, into a local buffer (a few per cent of the time), so that the sums know no border.
-For int8, the pixels under four taps are interleaved byte by byte, and one ``vpdpbusd`` multiplies and adds four taps of sixteen
-channels; chunks of 64 channels are interleaved together, which halves the shuffles.
+For int8, the pixels under four taps are interleaved byte by byte, and one product of bytes (``byte_products``) multiplies and adds four
+taps of sixteen channels; where a register holds 64 bytes, chunks of 64 channels are interleaved together, which halves the shuffles.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from qcompile.backends.cpu.kernels.convolution_arguments import Arguments, multiply_add
 from qcompile.backends.cpu.kernels.convolution_spec import LANES, Convolution
+from qcompile.backends.cpu.kernels.isa import SETS
 from qcompile.backends.cpu.kernels.registers import (
     SERIAL_WORK,
     Index,
@@ -65,7 +66,7 @@ def pack_depthwise(
     missing = (spec.integer and scale is None, spec.weight_affine and zero_point is None, spec.epilogue.bias != "none" and bias is None)
     if any(missing):
         raise ValueError(f"{spec} needs {', '.join(n for n, m in zip(('a scale', 'zero points', 'a bias'), missing, strict=True) if m)}")
-    shift = 128 if weight.dtype == np.uint8 else 0  # vpdpbusd reads weights as signed
+    shift = 128 if weight.dtype == np.uint8 else 0  # weights are multiplied as signed bytes
     taps = weight.reshape(channels, spec.taps).astype(np.int32 if spec.integer else np.float32) - shift
     arrays = [_pack_taps(spec, taps)]
     zeros = np.broadcast_to(zero_point - shift, (channels,)) if zero_point is not None and spec.weight_affine else None
@@ -87,8 +88,12 @@ def _channels(values: Array, dtype: Any) -> Array:
 
 
 def _chunks(spec: Convolution) -> list[tuple[int, int]]:
-    """Return (first channel, channels) of each chunk, 64 for int8, then 16; fewer than 16 channels are one chunk, partly empty."""
-    channels, wide = spec.channels, spec.channels // _WIDE if spec.integer else 0
+    """Return (first channel, channels) of each chunk; fewer than 16 channels are one chunk, partly empty.
+
+    For int8, chunks have 64 channels where a register holds 64 bytes, and 16 for the rest; for float, 16.
+    """
+    channels, whole_register = spec.channels, SETS[spec.isa].parts == 1
+    wide = channels // _WIDE if spec.integer and whole_register else 0
     chunks = [(i * _WIDE, _WIDE) for i in range(wide)]
     chunks += [(first, LANES) for first in range(wide * _WIDE, channels - LANES + 1, LANES)]
     return chunks if channels % LANES == 0 else [*chunks, (max(0, channels - LANES), LANES)]
@@ -168,7 +173,7 @@ class _Kernel(Arguments):
 
     def _read(self, where: Any, width: int) -> Any:
         value = self.flat_x[where] if self.spec.channels >= LANES else load_part(self.flat_x, below(self.spec.channels), where)
-        if self.spec.x != "int8":
+        if not self.spec.x_shift:
             return value
         return T.bitwise_xor(T.reinterpret(vector_type("uint8", width), value), spread(T.uint8(128), width))
 

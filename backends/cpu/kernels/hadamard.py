@@ -1,7 +1,7 @@
 """Blocked Hadamard rotation of the last axis by the fast Walsh-Hadamard transform (dialect ``qc.hadamard``).
 
 A block of n elements takes n log2(n) additions. Steps that pair elements less than sixteen apart are shuffles inside a register;
-wider steps pair whole registers, sixteen registers (four steps) for each trip through memory.
+wider steps pair whole vectors, sixteen vectors (four steps) for each trip through memory where the registers hold them.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from qcompile.backends.cpu.kernels.isa import SETS, detect
 from qcompile.backends.cpu.kernels.registers import (
     LANES,
     Index,
@@ -28,8 +29,10 @@ from tvm import tirx
 from tvm.tirx.script.builder import ir as T
 
 
-def hadamard(width: int, block: int) -> tirx.PrimFunc:
+def hadamard(width: int, block: int, isa: str | None = None) -> tirx.PrimFunc:
     """Build ``f(x, out)``: x, out float32 [rows, width]; each run of ``block`` elements is multiplied by the normalised Sylvester matrix.
+
+    ``isa`` is a name of ``qcompile.backends.cpu.kernels.isa.KNOWN``, by default this machine's.
 
     Raises:
         ValueError: block is no power of two or does not divide width.
@@ -37,6 +40,7 @@ def hadamard(width: int, block: int) -> tirx.PrimFunc:
     if block < 1 or block & (block - 1) or width % block:
         raise ValueError(f"blocks of {block} are no power of two that divides {width}")
     with function("hadamard") as builder:
+        together = 16 if SETS[isa or detect()].parts == 1 else 4  # vectors that the registers hold, with room for their sums
         rows = size("rows")
         x, out = argument("x", (rows, width)), argument("out", (rows, width))
         run = max(block, LANES)  # smaller blocks go several to a register
@@ -47,14 +51,14 @@ def hadamard(width: int, block: int) -> tirx.PrimFunc:
             with T.serial(values // run) as i:
                 start = T.Bind(T.cast(i * run, "int64"))
                 mask = below(width - start) if width % LANES else None
-                _transform(buffer, x, out, (index, start), block, run, mask)
+                _transform(buffer, x, out, (index, start), block, run, mask, together)
 
         each_row(rows, width, row, threshold=1 << 15)
     return builder.get()
 
 
-def _transform(buffer: Any, x: Any, out: Any, place: tuple[Index, Index], block: int, run: int, mask: Any) -> None:
-    """Transform ``run`` elements of a row: inside registers on the way in, between registers after, four steps at a time."""
+def _transform(buffer: Any, x: Any, out: Any, place: tuple[Index, Index], block: int, run: int, mask: Any, together: int) -> None:
+    """Transform ``run`` elements of a row: inside registers on the way in, between vectors after, ``together`` at a time."""
     index, start = place
     registers = run // LANES
     with T.serial(registers) as r:
@@ -66,7 +70,7 @@ def _transform(buffer: Any, x: Any, out: Any, place: tuple[Index, Index], block:
         store(buffer, value * splat(1.0 / math.sqrt(block)), ramp(r * LANES))
     step = 1  # in registers
     while step < registers:
-        count = min(16, registers // step)  # registers that meet in this trip, ``step`` apart
+        count = min(together, registers // step)  # vectors that meet in this trip, ``step`` apart
         with T.serial(registers // count) as group:
             first = T.Bind(group // step * (step * count) + group % step)
             held = [T.Bind(buffer[ramp((first + i * step) * LANES)]) for i in range(count)]

@@ -1,38 +1,159 @@
-"""Instruction sets that the kernels are written for, and the TVM target of a machine."""
+"""Instruction sets that the kernels are written for, and the TVM target of a machine.
+
+A kernel is written in vectors of sixteen lanes; what differs between sets is the product of bytes (``byte_products``), how many vectors
+fit the registers, and whether there is a fused multiply-add. ``SETS`` declares these; tests run every set of it.
+
+The set is chosen when code is made: the best one of this machine, or the one that the environment variable ``QCOMPILE_CPU`` names, which
+makes code for every processor that has it. Whether a machine can run finished code is checked when it is loaded (``missing_features``).
+"""
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import os
+import platform
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import tvm
 from tvm.target import codegen
 
+from qcompile.errors import Refused
+
 # TVM's thread pool would pin the calling thread to one core, for good and for every other library in the process (measured:
 # sched_getaffinity shrinks from two cores to one at the first parallel kernel). The pool reads this when it starts.
 os.environ.setdefault("TVM_BIND_THREADS", "0")
 
+CHOICE = "QCOMPILE_CPU"  # environment variable with a name of ``KNOWN``
+
 PORTABLE = "portable"
+AVX2 = "avx2"
+AVX_VNNI = "avxvnni"
+AVX512 = "avx512"
 AVX512_VNNI = "avx512vnni"
-KNOWN = (AVX512_VNNI, PORTABLE)
+AMX = "amx"
+NEON = "neon"
+DOTPROD = "dotprod"
+I8MM = "i8mm"
 
-_VNNI_FEATURES = ("avx512f", "avx512bw", "avx512vl", "avx512vnni")
+
+@dataclass(frozen=True)
+class InstructionSet:
+    """What kernels need to know of an instruction set.
+
+    Attributes:
+        name: one of ``KNOWN``.
+        machine: its architecture as ``platform.machine`` says it, empty for every architecture.
+        features: LLVM features that the kernels rely on.
+        mcpu, mattr: LLVM's oldest processor that has them, and what to add to it.
+        register_lanes: 4-byte lanes of a vector register.
+        registers: number of vector registers.
+        signed_x: byte products take x as signed bytes; else as unsigned ones.
+        widens: byte products keep each register of weights, and x, as two registers of int16.
+        temporaries: registers that a byte product needs besides its operands.
+        fused: it has a fused multiply-add.
+        tiles: it has tile registers (``tiles``) besides.
+        mtriple: for code made on another architecture.
+    """
+
+    name: str
+    machine: str
+    features: tuple[str, ...]
+    mcpu: str
+    mattr: tuple[str, ...]
+    register_lanes: int
+    registers: int
+    signed_x: bool = False
+    widens: bool = False
+    temporaries: int = 0
+    fused: bool = True
+    tiles: bool = False
+    mtriple: str = ""
+
+    @property
+    def parts(self) -> int:
+        """Registers of a vector of sixteen lanes."""
+        return 16 // self.register_lanes
+
+    def block_rows(self, vectors: int, integer: bool) -> int:
+        """Return the most rows of a register block: sums [rows][vectors], the vectors' weights and one x are held at a time."""
+        twice, temporaries = (2 if self.widens else 1, self.temporaries) if integer else (1, 0)
+        return (self.registers - twice * (vectors * self.parts + 1) - temporaries) // (vectors * self.parts)
 
 
-@functools.cache
+_AVX2_FEATURES = ("avx2", "fma")
+_AVX512_FEATURES = ("avx512f", "avx512bw", "avx512dq", "avx512vl", "fma")
+_NEON = InstructionSet(
+    NEON, "aarch64", ("neon",), "generic", ("+neon",), 4, 32, signed_x=True, temporaries=8, mtriple="aarch64-linux-gnu"
+)  # fmt: skip
+_AVX512_VNNI = InstructionSet(AVX512_VNNI, "x86_64", (*_AVX512_FEATURES, "avx512vnni"), "x86-64-v4", ("+avx512vnni",), 16, 32)
+_AMX = replace(
+    _AVX512_VNNI, name=AMX, features=(*_AVX512_VNNI.features, "amx-tile", "amx-int8"),
+    mattr=("+avx512vnni", "+amx-tile", "+amx-int8"), tiles=True,
+)  # fmt: skip
+_DOTPROD = replace(_NEON, name=DOTPROD, features=("neon", "dotprod"), mattr=("+neon", "+dotprod"), temporaries=0)
+_I8MM = replace(_DOTPROD, name=I8MM, features=("neon", "dotprod", "i8mm"), mattr=("+neon", "+dotprod", "+i8mm"), signed_x=False)
+
+# From the best to the one that runs everywhere.
+SETS = {
+    found.name: found
+    for found in (
+        _AMX,
+        _AVX512_VNNI,
+        InstructionSet(AVX_VNNI, "x86_64", (*_AVX2_FEATURES, "avxvnni"), "x86-64-v3", ("+avxvnni",), 8, 16),
+        InstructionSet(AVX512, "x86_64", _AVX512_FEATURES, "x86-64-v4", (), 16, 32, widens=True, temporaries=2),
+        InstructionSet(AVX2, "x86_64", _AVX2_FEATURES, "x86-64-v3", (), 8, 16, widens=True, temporaries=2),
+        _I8MM,
+        _DOTPROD,
+        _NEON,
+        InstructionSet(PORTABLE, "", (), "", (), 8, 16, widens=True, temporaries=2, fused=False),
+    )
+}
+KNOWN = tuple(SETS)
+
+
 def detect(mcpu: str | None = None, mattr: str | None = None) -> str:
-    """Return the best instruction set of ``KNOWN`` for an LLVM processor name (default: this machine's)."""
-    target = tvm.target.Target(target_description(mcpu, mattr))
-    has = functools.partial(codegen.target_has_features, target=target)
-    return AVX512_VNNI if "x86" in codegen.llvm_get_system_triple() and all(has(name) for name in _VNNI_FEATURES) else PORTABLE
+    """Return the best instruction set of ``KNOWN`` for an LLVM processor name; by default the chosen one, or this machine's best.
+
+    Raises:
+        Refused: ``QCOMPILE_CPU`` names no set, or one that this machine cannot run.
+    """
+    if mcpu is None and mattr is None:
+        chosen = os.environ.get(CHOICE)
+        return _refuse_foreign(chosen) if chosen else _best_here()
+    has = features_of(target_description(mcpu, mattr))
+    return next(name for name, found in SETS.items() if found.machine in ("", machine()) and has.issuperset(found.features))
 
 
-def target_description(mcpu: str | None = None, mattr: str | None = None, threads: int | None = None) -> dict[str, Any]:
-    """Return the TVM target, as a dict, for an LLVM processor name; without one, for the machine this runs on."""
-    description: dict[str, Any] = {"kind": "llvm", "mcpu": mcpu or codegen.llvm_get_system_cpu(), "num-cores": threads or thread_count()}
-    if mattr:
-        description["mattr"] = mattr.split(",")
+def target_description(
+    mcpu: str | None = None, mattr: str | None = None, threads: int | None = None, isa: str | None = None
+) -> dict[str, Any]:
+    """Return the TVM target, as a dict: of an LLVM processor name, of an instruction set, else of the code made on this machine.
+
+    Without any of these, it is the chosen instruction set's, or this processor's with everything it has.
+
+    Raises:
+        Refused: as ``detect``.
+    """
+    description: dict[str, Any] = {"kind": "llvm"}
+    name = isa
+    if not name and mcpu is None and mattr is None and os.environ.get(CHOICE):
+        name = detect()
+    if name:
+        found = SETS[check(name)]
+        description["mcpu"] = found.mcpu or {"x86_64": "x86-64"}.get(machine(), "generic")
+        features = list(found.mattr)
+        if found.machine not in ("", machine()):
+            description["mtriple"] = found.mtriple
+    else:
+        description["mcpu"] = mcpu or codegen.llvm_get_system_cpu()
+        features = mattr.split(",") if mattr else [] if mcpu else _corrections()
+    if features:
+        description["mattr"] = features
+    description["num-cores"] = threads or thread_count()
     return description
 
 
@@ -47,6 +168,132 @@ def check(isa: str) -> str:
     Raises:
         ValueError: it is not one of ``KNOWN``.
     """
-    if isa not in KNOWN:
+    if isa not in SETS:
         raise ValueError(f"unknown instruction set '{isa}'; known are {', '.join(KNOWN)}")
     return isa
+
+
+def _refuse_foreign(isa: str) -> str:
+    if isa not in SETS:
+        raise Refused(f"{CHOICE} is '{isa}', no known instruction set", way_out=f"use one of {', '.join(KNOWN)}")
+    if reason := cannot_run(isa):
+        raise Refused(f"{CHOICE} is '{isa}', but {reason}", way_out=f"leave {CHOICE} unset to get the best set of this machine")
+    return isa
+
+
+@functools.cache
+def _best_here() -> str:
+    return next(name for name in SETS if not cannot_run(name))
+
+
+# ---- what a processor has ---------------------------------------------------------------------------------------------------
+
+# LLVM feature -> the flag of /proc/cpuinfo, for every feature that code of vectors and loops may use. Others (system instructions) do
+# not occur in kernels, so they are never a reason to refuse code.
+_SAME_X86 = "sse sse2 ssse3 avx avx2 fma f16c bmi2 popcnt movbe adx aes gfni vaes vpclmulqdq avx512f avx512bw avx512cd avx512dq avx512vl"
+_X86_FLAGS = {name: name for name in (*_SAME_X86.split(), "avx512ifma", "avx512vbmi")} | {
+    "sse3": "pni",
+    "sse4.1": "sse4_1",
+    "sse4.2": "sse4_2",
+    "bmi": "bmi1",
+    "lzcnt": "abm",
+    "pclmul": "pclmulqdq",
+    "sha": "sha_ni",
+    "avx512vnni": "avx512_vnni",
+    "avx512bf16": "avx512_bf16",
+    "avx512fp16": "avx512_fp16",
+    "avx512vbmi2": "avx512_vbmi2",
+    "avx512bitalg": "avx512_bitalg",
+    "avx512vpopcntdq": "avx512_vpopcntdq",
+    "avxvnni": "avx_vnni",
+    "avxvnniint8": "avx_vnni_int8",
+    "avxifma": "avx_ifma",
+    "amx-int8": "amx_int8",
+    "amx-bf16": "amx_bf16",
+    "amx-tile": "amx_tile",
+}
+_ARM_FLAGS = {
+    "neon": "asimd",
+    "dotprod": "asimddp",
+    "i8mm": "i8mm",
+    "bf16": "bf16",
+    "fullfp16": "asimdhp",
+    "lse": "atomics",
+    "rdm": "asimdrdm",
+    "crc": "crc32",
+    "sve": "sve",
+    "sve2": "sve2",
+}
+_FLAGS = {"x86_64": _X86_FLAGS, "aarch64": _ARM_FLAGS}
+
+
+def machine() -> str:
+    """Return this machine's architecture, ``x86_64`` or ``aarch64`` where it is one of these."""
+    return {"AMD64": "x86_64", "arm64": "aarch64"}.get(platform.machine(), platform.machine())
+
+
+def features_of(description: dict[str, Any]) -> frozenset[str]:
+    """Return the LLVM features of a target description."""
+    return frozenset(codegen.llvm_get_cpu_features(tvm.target.Target(description)))
+
+
+def required_features(description: dict[str, Any]) -> tuple[str, ...]:
+    """Return the features that code for a target may use and that a processor can lack, sorted."""
+    architecture = "aarch64" if description.get("mtriple", "").startswith("aarch64") else machine()
+    return tuple(sorted(features_of(description) & _FLAGS.get(architecture, {}).keys()))
+
+
+def missing_features(required: Iterable[str]) -> list[str]:
+    """Return those of the LLVM features that this machine lacks."""
+    return sorted(set(required) - _features_here())
+
+
+def cannot_run(isa: str) -> str:
+    """Return why this machine cannot run code for an instruction set; empty where it can."""
+    found = SETS[check(isa)]
+    if found.machine not in ("", machine()):
+        return f"{isa} is of {found.machine}, this machine is {machine()}"
+    missing = missing_features(found.features)
+    return f"this processor lacks {', '.join(missing)}" if missing else ""
+
+
+@functools.cache
+def _features_here() -> frozenset[str]:
+    """Return this processor's features by the operating system, or by LLVM's table of processors where it does not tell."""
+    flags = _system_flags()
+    by_model = features_of({"kind": "llvm", "mcpu": codegen.llvm_get_system_cpu()})
+    known = _FLAGS.get(machine(), {})
+    found = frozenset(name for name, flag in known.items() if flag in flags) if flags else by_model & known.keys()
+    return found if _tiles_permitted(found) else frozenset(name for name in found if not name.startswith("amx-"))
+
+
+def _tiles_permitted(features: frozenset[str]) -> bool:
+    """Return whether the operating system lets this process use tile registers: Linux wants to be asked, once for all threads.
+
+    Code with tiles in it is made, or loaded (``missing_features``), only after this; a tile instruction without it kills the process.
+    """
+    if "amx-tile" not in features or platform.system() != "Linux":
+        return False
+    arch_prctl, request_permission, tile_data = 158, 0x1023, 18
+    return bool(ctypes.CDLL(None).syscall(arch_prctl, request_permission, tile_data) == 0)
+
+
+def _corrections() -> list[str]:
+    """Return what this machine's processor has more or less than LLVM says of its model; of more, only what kernels are written for.
+
+    A virtual machine may hide some of what the model has, and may show a name of an older model.
+    """
+    by_model = features_of({"kind": "llvm", "mcpu": codegen.llvm_get_system_cpu()})
+    hidden = (by_model & _FLAGS.get(machine(), {}).keys()) - _features_here()
+    more = set(SETS[_best_here()].features) - by_model
+    return [*(f"-{feature}" for feature in sorted(hidden)), *(f"+{feature}" for feature in sorted(more))]
+
+
+def _system_flags() -> frozenset[str]:
+    """Return the flags of the first processor in /proc/cpuinfo; empty where there is no such file."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return frozenset()
+    named = (line.partition(":") for line in lines)
+    return frozenset(next((flags.split() for name, _, flags in named if name.strip() in ("flags", "Features")), []))

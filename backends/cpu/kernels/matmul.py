@@ -3,16 +3,19 @@
 One task packs its rows of x side by side, ``[row block][k / 16 words][rows][16 words]``, so that the register block reads them
 from one stream without cache conflicts. Then, for each block of columns and each stretch of k, the panel of weights
 ``[words][vectors][16 columns]`` meets every row block while it lies in the first-level cache. A word is 4 bytes: four codes that one
-``vpdpbusd`` lane multiplies and adds, or one float. Sums of integers are exact: x is made unsigned by flipping its top bit, weights
-are signed, and both shifts are taken back by column sums (see ``_finish``).
+lane multiplies and adds (``byte_products``), or one float. Sums of integers are exact: x is made unsigned (or signed, as the
+instruction set multiplies) by flipping its top bit, weights are signed, and both shifts are taken back by column sums (see
+``matmul_finish``).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
+from qcompile.backends.cpu.kernels.matmul_finish import Sums, finish_row
+from qcompile.backends.cpu.kernels.matmul_input import PackedInput, pack_row
 from qcompile.backends.cpu.kernels.matmul_panel import Arguments, Panel, make_panel, multiply_add
+from qcompile.backends.cpu.kernels.matmul_rows import ceildiv, dispatch, emit_few_rows
 from qcompile.backends.cpu.kernels.matmul_spec import CHUNK, LANES, Linear
 from qcompile.backends.cpu.kernels.vector import Expr, hold, register, rounded, spread
 from tvm import tirx
@@ -36,7 +39,7 @@ def linear(spec: Linear) -> tirx.PrimFunc:
             T.func_name("linear")
             T.func_attr({"tirx.noalias": True})
             arguments = _declare(spec)
-            _emit_tasks(spec, arguments)
+            _emit(spec, arguments)
     return builder.get()
 
 
@@ -74,28 +77,36 @@ def _declare(spec: Linear) -> Arguments:
     return Arguments(m, **found)
 
 
+def _emit(spec: Linear, arguments: Arguments) -> None:
+    """Emit the body for few rows and the one for many; both read the same packed weight."""
+    m = hold(T.cast(arguments.m, "int32"))
+    if not spec.few_rows:
+        _emit_tasks(spec, arguments, m)
+        return
+    with T.If(T.And(m >= 1, m <= spec.few_rows[-1])):  # no rows are no tasks of the other body
+        with T.Then():
+            emit_few_rows(spec, arguments, m)
+        with T.Else():
+            _emit_tasks(spec, arguments, m)
+
+
 # ---- tasks ----------------------------------------------------------------------------------------------------------------
 
 
-def _ceildiv(a: Expr, b: Expr) -> Expr:
-    return T.truncdiv(a + b - 1, b)
-
-
-def _emit_tasks(spec: Linear, arguments: Arguments) -> None:
+def _emit_tasks(spec: Linear, arguments: Arguments, m: Expr) -> None:
     """Cut rows and columns into tasks, as many as a multiple of the threads, and emit the body of one."""
     tile, n_blocks = spec.tile, spec.column_blocks
     threads = tile.threads
-    m = hold(T.cast(arguments.m, "int32"))
-    tasks = _ceildiv(m, spec.task_rows)
+    tasks = ceildiv(m, spec.task_rows)
     few = m * (spec.in_features * spec.out_features // 1024) < _FEW_OPERATIONS // 1024
     columns = T.Select(few, 1, min(threads, n_blocks))
     if spec.words * spec.padded_columns * 4 <= _SHARED_BYTES:
         tasks = hold(T.max(tasks, T.Select(m >= 2 * tile.rows * threads, threads, 1)))
-        tasks = T.Select(tasks > 1, _ceildiv(tasks, threads) * threads, tasks)
+        tasks = T.Select(tasks > 1, ceildiv(tasks, threads) * threads, tasks)
         columns = T.Select(tasks > 1, 1, columns)
     row_tasks, column_tasks = hold(tasks), hold(columns)
-    task_rows = hold(_ceildiv(_ceildiv(m, row_tasks), _ROW_STEP) * _ROW_STEP)
-    task_blocks = hold(_ceildiv(n_blocks, column_tasks))
+    task_rows = hold(ceildiv(ceildiv(m, row_tasks), _ROW_STEP) * _ROW_STEP)
+    task_blocks = hold(ceildiv(n_blocks, column_tasks))
     with T.parallel(0, row_tasks * column_tasks) as task:
         first_row = hold(T.truncdiv(task, column_tasks) * task_rows)
         first_block = hold(T.truncmod(task, column_tasks) * task_blocks)
@@ -109,21 +120,22 @@ def _emit_task(spec: Linear, arguments: Arguments, first_row: Expr, rows: Expr, 
     tile, stretch = spec.tile, spec.stretch
     packed = T.alloc_buffer((spec.task_rows * spec.chunks * CHUNK,), "int32" if spec.integer else "float32")
     _emit_pack(spec, arguments, packed, first_row, rows)
-    row_blocks = hold(_ceildiv(rows, tile.rows))
+    row_blocks = hold(ceildiv(rows, tile.rows))
     whole = spec.words <= stretch
     sums = T.alloc_buffer(((tile.rows if whole else spec.task_rows) * spec.columns,), spec.sum_dtype)
+    finished = Sums(sums, spec.x_shift)
     panel = make_panel(spec, arguments)
 
     def row_block(block: Expr, column_block: Expr, first_word: Expr, words: Expr, keep: bool) -> None:
         left = hold(rows - block * tile.rows)
         first_sum = 0 if whole else block * (tile.rows * spec.columns)
         place = _Place(column_block, block, first_row + block * tile.rows, left, first_word, words, first_sum)
-        _dispatch(left, spec.row_variants, lambda count: _emit_product(spec, arguments, packed, panel, sums, place, count, keep))
+        dispatch(left, spec.row_variants, lambda count: _emit_product(spec, arguments, packed, panel, sums, place, count, keep))
 
     def finish(block: Expr, column_block: Expr) -> None:
         first_sum = 0 if whole else block * (tile.rows * spec.columns)
         with T.serial(0, T.min(tile.rows, rows - block * tile.rows)) as i:
-            _finish(spec, arguments, sums, first_sum + i * spec.columns, first_row + block * tile.rows + i, column_block)
+            finish_row(spec, arguments, finished, first_sum + i * spec.columns, first_row + block * tile.rows + i, column_block)
 
     with T.serial(0, blocks) as b:
         column_block = hold(first_block + b)
@@ -146,73 +158,14 @@ def _emit_task(spec: Linear, arguments: Arguments, first_row: Expr, rows: Expr, 
             finish(block, column_block)
 
 
-def _dispatch(left: Expr, variants: tuple[int, ...], emit: Callable[[int], None]) -> None:
-    """Emit the smallest of the ascending ``variants`` of a row count that holds ``left`` rows."""
-    if len(variants) == 1:
-        emit(variants[0])
-        return
-    with T.If(left > variants[-2]):
-        with T.Then():
-            emit(variants[-1])
-        with T.Else():
-            _dispatch(left, variants[:-1], emit)
-
-
 def _emit_pack(spec: Linear, arguments: Arguments, packed: Expr, first_row: Expr, rows: Expr) -> None:
     """Copy rows of x into ``packed``; the last block repeats the last row up to a whole block."""
-    tile_rows, size = spec.tile.rows, 4 // (1 if spec.integer else 4)
-    whole, tail = divmod(spec.in_features, CHUNK * size)
-    with T.serial(0, _ceildiv(rows, tile_rows)) as block:
+    tile_rows = spec.tile.rows
+    copy = PackedInput(packed, tile_rows * CHUNK, spec.signed_x)
+    with T.serial(0, ceildiv(rows, tile_rows)) as block:
         with T.serial(0, tile_rows) as i:
-            row = hold(T.cast(first_row + T.min(block * tile_rows + i, rows - 1), "int64"))
             start = hold(block * (spec.chunks * tile_rows * CHUNK) + i * CHUNK)
-            with T.serial(0, whole) as chunk:
-                value = arguments.x[row, T.ramp(chunk * (CHUNK * size), 1, CHUNK * size)]
-                T.buffer_store(packed, _as_words(spec, value), [T.ramp(start + chunk * (tile_rows * CHUNK), 1, CHUNK)])
-            _emit_zero_words(spec, packed, start)
-            if tail:
-                _emit_pack_tail(spec, arguments, packed, row, start + whole * (tile_rows * CHUNK), whole * CHUNK * size, tail)
-
-
-def _emit_zero_words(spec: Linear, packed: Expr, start: Expr) -> None:
-    """Clear the chunks from the first one that x does not fill up to the padded end of the row."""
-    first = spec.in_features // (CHUNK * (4 if spec.integer else 1))
-    if spec.words * (4 if spec.integer else 1) == spec.in_features:
-        return
-    zero = spread(T.int32(0) if spec.integer else T.float32(0), CHUNK)
-    for chunk in range(first, spec.chunks):
-        T.buffer_store(packed, zero, [T.ramp(start + chunk * (spec.tile.rows * CHUNK), 1, CHUNK)])
-
-
-def _emit_pack_tail(spec: Linear, arguments: Arguments, packed: Expr, row: Expr, start: Expr, first: int, count: int) -> None:
-    """Copy the last ``count`` elements of a row, fewer than a vector, and fill the last word with zero codes."""
-    if not spec.integer:
-        with T.serial(0, count) as i:
-            T.buffer_store(packed, arguments.x[row, first + i], [start + i])
-        return
-
-    def word(base: Expr, filled: int) -> Expr:
-        flip = T.uint8(128 if spec.x == "int8" else 0)
-        parts = [T.bitwise_xor(T.reinterpret("uint8", arguments.x[row, base + j]), flip) for j in range(filled)]
-        shifted = [T.shift_left(T.cast(part, "int32"), T.int32(8 * j)) for j, part in enumerate(parts)]
-        total = shifted[0]
-        for part in shifted[1:]:
-            total = T.bitwise_or(total, part)
-        return total
-
-    with T.serial(0, count // 4) as i:
-        T.buffer_store(packed, word(first + i * 4, 4), [start + i])
-    if count % 4:
-        T.buffer_store(packed, word(first + count // 4 * 4, count % 4), [start + count // 4])
-
-
-def _as_words(spec: Linear, value: Expr) -> Expr:
-    """Return one vector of x as 16 words, int8 codes made unsigned by adding 128 (their top bit flipped)."""
-    if not spec.integer:
-        return value
-    if spec.x == "int8":
-        return T.bitwise_xor(T.reinterpret("int32x16", value), T.broadcast(T.reinterpret("int32", T.uint32(0x80808080)), CHUNK))
-    return T.reinterpret("int32x16", value)
+            pack_row(spec, arguments, copy, first_row + T.min(block * tile_rows + i, rows - 1), start)
 
 
 # ---- the register block ---------------------------------------------------------------------------------------------------
@@ -298,79 +251,3 @@ def _prefetch_next_panel(spec: Linear, arguments: Arguments, column_block: Expr,
         address = T.address_of(arguments.weight[column_block, word + ahead, j * (64 if spec.integer else LANES)])
         prefetch = T.llvm_lookup_intrinsic_id("llvm.prefetch")
         T.evaluate(T.call_llvm_intrin("void", prefetch, address, T.int32(0), T.int32(2), T.int32(1)))
-
-
-# ---- the end of a row block -----------------------------------------------------------------------------------------------
-
-
-def _finish(spec: Linear, arguments: Arguments, sums: Expr, first_sum: Expr, row: Expr, column_block: Expr) -> None:
-    """Turn the finished sums of one row and one block of columns into results."""
-    n = spec.out_features
-    row64 = hold(T.cast(row, "int64"))
-    for j in range(spec.tile.vectors):
-        column = hold(column_block * spec.columns + j * LANES)
-        total = sums[T.ramp(first_sum + j * LANES, 1, LANES)]
-        if n % LANES == 0:
-            if n % spec.columns == 0:
-                _store(spec, arguments, total, row64, column)
-            else:
-                with T.If(column < n):
-                    with T.Then():
-                        _store(spec, arguments, total, row64, column)
-            continue
-        with T.If(column + LANES <= n):
-            with T.Then():
-                _store(spec, arguments, total, row64, column)
-            with T.Else():
-                _store_ragged(spec, arguments, total, row64, column)
-
-
-def _store(spec: Linear, arguments: Arguments, total: Expr, row: Expr, column: Expr) -> None:
-    lanes = T.ramp(column, 1, LANES)
-    residual = arguments.residual[row, lanes] if arguments.residual is not None else None
-    T.buffer_store(arguments.y, _result(spec, arguments, total, residual, row, column), [row, lanes])
-
-
-def _store_ragged(spec: Linear, arguments: Arguments, total: Expr, row: Expr, column: Expr) -> None:
-    """Store the last, partly filled vector of a row, element by element."""
-    y = register(spec.epilogue.output, LANES)
-    inside = spec.out_features - column
-    residual, lanes = None, T.ramp(0, 1, LANES)
-    if arguments.residual is not None:
-        found = register("float32", LANES)
-        T.buffer_store(found, spread(T.float32(0), LANES), [lanes])
-        with T.serial(0, inside) as i:
-            T.buffer_store(found, arguments.residual[row, column + i], [i])
-        residual = found[lanes]
-    T.buffer_store(y, _result(spec, arguments, total, residual, row, column), [lanes])
-    with T.serial(0, inside) as i:
-        T.buffer_store(arguments.y, y[i], [row, column + i])
-
-
-def _result(spec: Linear, arguments: Arguments, total: Expr, residual: Expr | None, row: Expr, column: Expr) -> Expr:
-    """Return 16 results from 16 finished sums."""
-    lanes = T.ramp(column, 1, LANES)
-    granule = row if spec.x_per_token else 0
-    epilogue, bias = spec.epilogue, arguments.bias[lanes] if arguments.bias is not None else None
-    y = total
-    if spec.integer and not spec.group:
-        total = T.cast(_exact_sum(spec, arguments, total, granule, lanes), "float32x16")
-    if spec.bits < 32 and not spec.group:
-        y = rounded(total * arguments.scale[lanes])
-    if spec.integer:
-        y = rounded(y * spread(arguments.x_scale[granule], LANES))
-    out_scale, out_zero = (arguments.out_scale[0], arguments.out_zero[0]) if epilogue.codes else (None, None)
-    return epilogue.apply(y, None if epilogue.bias == "int32" else bias, residual, out_scale, out_zero)
-
-
-def _exact_sum(spec: Linear, arguments: Arguments, total: Expr, granule: Expr, lanes: Expr) -> Expr:
-    """Return the sum over k of (x - x_zero)(w - w_zero), from the sum over the bytes that were multiplied.
-
-    Sum over k of (x + s - (x_zero + s)) w = total - (x_zero + s) sum w, with s = 128 where x is int8 and the columns' sums of w packed.
-    """
-    shift = T.int32(128 if spec.x == "int8" else 0)
-    if spec.x_affine:
-        total = total - spread(arguments.x_zero[granule] + shift, LANES) * arguments.sums[lanes]
-    elif spec.x == "int8":
-        total = total - spread(shift, LANES) * arguments.sums[lanes]
-    return total + arguments.bias[lanes] if spec.epilogue.bias == "int32" else total

@@ -9,14 +9,15 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from qcompile.backends.cpu.kernels import isa as instruction_sets
-from qcompile.backends.cpu.kernels.matmul_spec import LANES, TILES, Tile
+from qcompile.backends.cpu.kernels.matmul_spec import FLOAT_TILES, LANES, Tile
 from qcompile.backends.cpu.kernels.vector import Expr, hold, register, spread
 from tvm import tirx
 from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as T
 
 _TASK_BLOCKS = 11  # row blocks of a task: their sums stay in the first-level cache
-_TILES = {**TILES, instruction_sets.AVX512_VNNI: Tile(12, 2, 128)}  # 32 columns divide the head sizes 64, 96 and 128
+_WIDE = Tile(12, 2, 128)  # 32 columns divide the head sizes 64, 96 and 128
+_TILES = {name: _WIDE if found.parts == 1 else FLOAT_TILES[name] for name, found in instruction_sets.SETS.items()}
 
 
 @dataclass(frozen=True)

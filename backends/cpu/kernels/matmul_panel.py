@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from qcompile.backends.cpu.kernels.isa import AVX512_VNNI
+from qcompile.backends.cpu.kernels.byte_products import add_byte_products, signed_byte
+from qcompile.backends.cpu.kernels.matmul_planes import load_planes, word_codes
 from qcompile.backends.cpu.kernels.matmul_spec import LANES, Linear
 from qcompile.backends.cpu.kernels.vector import Expr, hold, register, spread
 from tvm.script.ir_builder import tirx as T
@@ -31,21 +32,7 @@ class Arguments:
 
 def multiply_add(spec: Linear, total: Expr, x: Expr, weight: Expr) -> Expr:
     """Return total + x * weight for 16 columns: x 16 equal words, weight 16 words."""
-    if not spec.integer:
-        return total + x * weight
-    if spec.isa == AVX512_VNNI:
-        dot = T.llvm_lookup_intrinsic_id("llvm.x86.avx512.vpdpbusd.512")
-        return T.call_llvm_pure_intrin("int32x16", dot, total, T.reinterpret("uint8x64", x), weight)
-    weight = T.reinterpret("int32x16", weight)
-    for j in range(4):
-        unsigned = T.bitwise_and(T.shift_right(x, spread(T.int32(8 * j), LANES)), spread(T.int32(255), LANES))
-        total = total + unsigned * _signed_byte(weight, j)
-    return total
-
-
-def _signed_byte(word: Expr, j: int) -> Expr:
-    """Return byte j of each int32 lane with its sign."""
-    return T.shift_right(T.shift_left(word, spread(T.int32(24 - 8 * j), LANES)), spread(T.int32(24), LANES))
+    return add_byte_products(spec.isa, total, x, weight) if spec.integer else total + x * weight
 
 
 class Panel:
@@ -115,14 +102,9 @@ class UnpackedPanel(Panel):
     def _unpack(self, column_block: Expr, step: Expr, local_step: Expr, j: int, zero: Expr | None, scale: Expr | None, total: Expr) -> None:
         """Unpack vector j of one step of words; ``total`` gathers the sums of the columns' codes."""
         spec = self.spec
-        planes, position = [], 0
-        for width in spec.planes:
-            count = spec.step * width // 8
-            spots = [T.ramp((position + v) * spec.columns * 4 + j * 64, 1, 64) for v in range(count)]
-            planes.append([T.Bind(T.reinterpret("uint8x64", self.arguments.weight[column_block, step, spot])) for spot in spots])
-            position += count
+        planes = load_planes(spec, self.arguments.weight, column_block, step, j)
         for w in range(spec.step):
-            code = T.reinterpret("int8x64", self._code(planes, w))
+            code = T.reinterpret("int8x64", word_codes(spec, planes, w))
             code = T.Bind(code if zero is None else code - zero)
             word = local_step * spec.step + w
             if spec.integer:
@@ -133,31 +115,16 @@ class UnpackedPanel(Panel):
                 continue
             bits = T.Bind(T.reinterpret("int32x16", code))
             for i in range(4):
-                value = T.cast(_signed_byte(bits, i), "float32x16")
+                value = T.cast(signed_byte(bits, i), "float32x16")
                 value = value if scale is None else value * scale
                 T.buffer_store(self.codes, value, [T.ramp((word * 4 + i) * spec.columns + j * LANES, 1, LANES)])
-
-    def _code(self, planes: list[list[Expr]], w: int) -> Expr:
-        """Return the unsigned codes of word w of a step, put together from its planes."""
-        code, low = None, 0
-        for width, vectors in zip(self.spec.planes, planes, strict=True):
-            each = 8 // width
-            part, shift = vectors[w // each], w % each * width
-            if shift:
-                part = T.shift_right(part, spread(T.uint8(shift), 64))
-            if shift + width < 8:
-                part = T.bitwise_and(part, spread(T.uint8((1 << width) - 1), 64))
-            if low:
-                part = T.shift_left(part, spread(T.uint8(low), 64))
-            code, low = part if code is None else T.bitwise_or(code, part), low + width
-        return code
 
     def vector(self, column_block: Expr, first_word: Expr, word: Expr, j: int) -> Expr:
         size = 4 if self.spec.integer else 1
         return self.codes[T.ramp((word * self.spec.columns + j * LANES) * size, 1, LANES * size)]
 
     def excess(self, group: Expr, j: int, granule: Expr) -> Expr:
-        zero = T.int32(128 if self.spec.x == "int8" else 0)
+        zero = T.int32(self.spec.x_shift)
         if self.spec.x_affine:
             zero = self.arguments.x_zero[granule] + zero
         return spread(zero, LANES) * self.sums[T.ramp(group * self.spec.columns + j * LANES, 1, LANES)]

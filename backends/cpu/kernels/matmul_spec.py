@@ -8,6 +8,7 @@ from qcompile.backends.cpu.kernels import isa as instruction_sets
 from qcompile.backends.cpu.kernels.matmul_epilogue import Epilogue
 
 LANES = 16  # columns of one vector: 512 bits hold 16 int32 sums or 16 floats
+_FEW_ROWS_SHARE = 3  # x and its tables are read in order, once for each block of columns: they may pass what a task packs by this
 CHUNK = 16  # words of x that are packed side by side for each row: one 64-byte vector
 
 
@@ -30,7 +31,15 @@ class Tile:
     threads: int = field(default_factory=instruction_sets.thread_count)
 
 
-TILES = {instruction_sets.AVX512_VNNI: Tile(8, 3, 128), instruction_sets.PORTABLE: Tile(4, 1, 128)}
+def _tile(isa: str, integer: bool) -> Tile:
+    """Return the tile of an instruction set: three vectors where a vector is one register, else one, and up to eight rows."""
+    found = instruction_sets.SETS[isa]
+    vectors = 3 if found.parts == 1 else 1
+    return Tile(min(found.block_rows(vectors, integer), 8), vectors, 128)
+
+
+TILES = {isa: _tile(isa, integer=True) for isa in instruction_sets.KNOWN}
+FLOAT_TILES = {isa: _tile(isa, integer=False) for isa in instruction_sets.KNOWN}
 
 
 @dataclass(frozen=True)
@@ -67,7 +76,7 @@ class Linear:
     def __post_init__(self) -> None:
         instruction_sets.check(self.isa)
         if self.tile is None:
-            object.__setattr__(self, "tile", TILES[self.isa])
+            object.__setattr__(self, "tile", (TILES if self.integer else FLOAT_TILES)[self.isa])
         if self.x not in ("float32", "int8", "uint8"):
             raise ValueError(f"x is '{self.x}'; known are float32, int8, uint8")
         if self.bits == 32 and self.x != "float32":
@@ -85,6 +94,18 @@ class Linear:
     def integer(self) -> bool:
         """Whether products are of integers."""
         return self.x != "float32"
+
+    @property
+    def signed_x(self) -> bool:
+        """Whether 8-bit weights, and panels of any, meet x as signed bytes; else as unsigned ones."""
+        return instruction_sets.SETS[self.isa].signed_x
+
+    @property
+    def x_shift(self) -> int:
+        """What is added to the codes of x for them to be bytes of that kind: 0, or 128 either way, which flips the top bit."""
+        if not self.integer or self.signed_x == (self.x == "int8"):
+            return 0
+        return -128 if self.signed_x else 128
 
     @property
     def columns(self) -> int:
@@ -152,6 +173,25 @@ class Linear:
         return max(1, rows // self.tile.rows) * self.tile.rows
 
     @property
+    def looks_up(self) -> bool:
+        """Whether, for few rows, four bits of codes at a time choose one of sixteen floats: with narrow codes and float x."""
+        return self.bits < 8 and not self.integer
+
+    @property
+    def table_floats(self) -> int:
+        """Floats of the tables that one row of x gives: sixteen for each two (1-bit plane: four) of its elements."""
+        return sum(self.words // (4 // width) * 16 for width in self.planes if width < 4) if self.looks_up else 0
+
+    @property
+    def few_rows(self) -> tuple[int, ...]:
+        """Row counts, ascending, for which weights are read once, straight into registers; none where x does not fit beside them."""
+        if self.looks_up and instruction_sets.SETS[self.isa].parts > 1:  # the lookup is an instruction of 512-bit registers
+            return ()
+        size = 4 * (self.chunks * CHUNK + self.table_floats)
+        most = instruction_sets.SETS[self.isa].block_rows(self.tile.vectors, self.integer)
+        return tuple(count for count in (1, 2, 4, 8) if count <= most and count * size <= _FEW_ROWS_SHARE * self.tile.packed_bytes)
+
+    @property
     def row_variants(self) -> tuple[int, ...]:
         """Row counts that the register block exists for, ascending; a remainder takes the smallest that holds it."""
         return (*(count for count in (1, 2, 4, 8) if count < self.tile.rows), self.tile.rows)
@@ -170,13 +210,16 @@ class Linear:
 
     @property
     def has_sums(self) -> bool:
-        """Whether the kernel reads the sum of each column of weights: it takes back what was added to make x unsigned."""
-        return self.shifted and not self.group
+        """Whether the kernel reads the sum of each column of weights: it takes back what was added to the codes of x.
+
+        That is 128 where they become unsigned, or less 128 where few rows make them signed beside narrow weights.
+        """
+        return self.integer and not self.group and (self.shifted or self.bits < 8)
 
     @property
     def shifted(self) -> bool:
         """Whether the codes of x, as bytes without sign, have a zero point."""
-        return self.integer and (self.x_affine or self.x == "int8")
+        return self.integer and (self.x_affine or self.x_shift != 0)
 
     @property
     def code_zero(self) -> int:

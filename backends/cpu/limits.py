@@ -1,0 +1,118 @@
+"""What this machine can do at most, measured by kernels that do nothing else: read memory, multiply bytes, multiply floats.
+
+Each is a loop without a bottleneck but the one it measures: memory is streamed by every thread from a share of its own, larger
+together than the caches; products go to more independent accumulators than the multiplier is deep, without a load.
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable
+
+import numpy as np
+import tvm
+from qcompile.backends.cpu.kernels import isa
+from qcompile.backends.cpu.kernels.registers import LANES, argument, function, ramp
+from qcompile.backends.cpu.kernels.vector import Expr, register, spread
+from qcompile.backends.cpu.pipeline import COMPILE_LOCK
+from tvm import tirx
+from tvm.tirx.script.builder import ir as T
+
+from qcompile.target import Limits
+
+READ_BYTES = 512 << 20  # beyond every cache: of 128 MiB, processors with a large third level still hold a part
+ACCUMULATORS = 16  # latency of a multiply-add (4 or 5 cycles) times its ports (2), and some
+ROUNDS = 1 << 18  # of all accumulators: about a millisecond, short beside a time slice, long beside waking a thread
+SECONDS, FEWEST = 0.5, 20  # time for each limit, and runs at least
+_DOT = "llvm.x86.avx512.vpdpbusd.512"
+
+
+@functools.cache
+def measure_limits(threads: int) -> Limits:
+    """Return the limits of ``threads`` threads: of each the best of several runs, for whatever else runs only takes away."""
+    read = READ_BYTES / _seconds(read_kernel(threads), np.zeros((threads, READ_BYTES // 4 // threads), np.int32), threads) / 1e9
+    products = threads * ROUNDS * ACCUMULATORS * LANES
+    float32 = 2 * products / _seconds(float_kernel(threads), np.zeros((threads, LANES), np.float32), threads) / 1e9
+    int8 = None
+    if isa.detect() == isa.AVX512_VNNI:
+        int8 = 8 * products / _seconds(int8_kernel(threads), np.zeros((threads, LANES), np.int32), threads) / 1e9
+    return Limits(threads, read, float32, int8)
+
+
+def _seconds(kernel: tirx.PrimFunc, data: np.ndarray, threads: int) -> float:
+    """Return the seconds of the fastest of some runs of ``kernel(data, out)``."""
+    from qcompile.backends.cpu.executable import set_threads
+
+    with COMPILE_LOCK:
+        name = str(kernel.attrs["global_symbol"])
+        run = tvm.compile(tvm.IRModule({name: kernel}), tvm.target.Target(isa.target_description()))[name]
+    set_threads(threads)
+    arguments = [tvm.runtime.tensor(data), tvm.runtime.tensor(np.zeros((threads, LANES), data.dtype))]
+    times: list[float] = []
+    stop = time.perf_counter() + SECONDS
+    while len(times) < FEWEST or time.perf_counter() < stop:
+        start = time.perf_counter()
+        run(*arguments)
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def read_kernel(threads: int) -> tirx.PrimFunc:
+    """Build ``f(x int32 [threads, words], out int32 [threads, 16])``: every thread reads its row of x and writes a checksum."""
+    words, step = READ_BYTES // 4 // threads, 8 * LANES
+    with function("read_memory") as builder:
+        x, out = argument("x", (threads, words), "int32"), argument("out", (threads, LANES), "int32")
+        with T.parallel(threads) as thread:
+            totals = register("int32", 8 * LANES)
+            for slot in range(8):
+                T.buffer_store(totals, spread(T.int32(0), LANES), [ramp(slot * LANES)])
+            with T.serial(words // step) as i:
+                for slot in range(8):
+                    place = i * step + slot * LANES
+                    T.buffer_store(totals, totals[ramp(slot * LANES)] ^ x[thread, ramp(place)], [ramp(slot * LANES)])
+            _store_sum(out, totals, 8, thread)
+    return builder.get()
+
+
+def int8_kernel(threads: int) -> tirx.PrimFunc:
+    """Build ``f(x int32 [threads, 16], out int32 [threads, 16])``: ``vpdpbusd`` on registers, 64 products a time."""
+
+    def multiply_add(total: Expr, value: Expr) -> Expr:
+        left, right = (T.reinterpret(f"{dtype}x64", value) for dtype in ("uint8", "int8"))
+        return T.call_llvm_pure_intrin("int32x16", T.llvm_lookup_intrinsic_id(_DOT), total, left, right)
+
+    return _product_kernel("multiply_bytes", "int32", threads, multiply_add)
+
+
+def float_kernel(threads: int) -> tirx.PrimFunc:
+    """Build ``f(x float32 [threads, 16], out float32 [threads, 16])``: fused multiply-adds on registers."""
+
+    def multiply_add(total: Expr, value: Expr) -> Expr:
+        return T.call_llvm_pure_intrin("float32x16", T.llvm_lookup_intrinsic_id("llvm.fma"), value, value, total)
+
+    return _product_kernel("multiply_floats", "float32", threads, multiply_add)
+
+
+def _product_kernel(name: str, dtype: str, threads: int, multiply_add: Callable[[Expr, Expr], Expr]) -> tirx.PrimFunc:
+    with function(name) as builder:
+        x, out = argument("x", (threads, LANES), dtype), argument("out", (threads, LANES), dtype)
+        with T.parallel(threads) as thread:
+            totals, value = register(dtype, ACCUMULATORS * LANES), register(dtype, LANES)
+            T.buffer_store(value, x[thread, ramp(0)], [ramp(0)])
+            for slot in range(ACCUMULATORS):
+                T.buffer_store(totals, spread(T.cast(slot, dtype), LANES), [ramp(slot * LANES)])
+            with T.serial(ROUNDS):
+                for slot in range(ACCUMULATORS):
+                    place = ramp(slot * LANES)
+                    T.buffer_store(totals, multiply_add(totals[place], value[ramp(0)]), [place])
+            _store_sum(out, totals, ACCUMULATORS, thread)
+    return builder.get()
+
+
+def _store_sum(out: Expr, totals: Expr, count: int, thread: Expr) -> None:
+    """Emit a store that every accumulator reaches: none may be optimised away."""
+    total = totals[ramp(0)]
+    for slot in range(1, count):
+        total = total + totals[ramp(slot * LANES)]
+    T.buffer_store(out, total, [thread, ramp(0)])
