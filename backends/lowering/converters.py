@@ -88,7 +88,7 @@ def convert(walk: Walk, node: fx.Node) -> None:
         walk.report("the target has no kernel for this operator")
     if entry is None:
         raise Refused(
-            "this operator cannot be lowered", node=node.name, operator=full,
+            "this operator cannot be lowered", node=node.name, operator=full, source=node.meta.get("source", ""),
             way_out="decompose it, or enter a converter in qcompile.backends.lowering.converters.TABLE",
         )  # fmt: skip
     _emit(walk, node, entry, arguments)
