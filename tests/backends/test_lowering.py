@@ -512,10 +512,12 @@ def test_every_converter_has_a_case() -> None:
 def test_unknown_operator_is_refused_by_name() -> None:
     graph = graph_of([(aten.fft_fft.default, (X,))])
     module = graph.finish()
+    for node in module.graph.find_nodes(op="call_function", target=aten.fft_fft.default):
+        node.meta["source"] = "net.py:7"
     assert not supported(aten.fft_fft.default)
     with pytest.raises(Refused, match=r"fft_fft.*cannot be lowered") as refusal:
         translate(module)
-    assert refusal.value.node == "fft_fft_default"
+    assert (refusal.value.node, refusal.value.operator, refusal.value.source) == ("fft_fft_default", "aten.fft_fft.default", "net.py:7")
     assert refusal.value.way_out
 
 
