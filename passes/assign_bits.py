@@ -4,8 +4,9 @@
     %linear = aten.linear(%x, %weight, %bias) : f32[4,8] !{scheme="weight=int8 channel=0 sym; activation=uint8 tensor affine"}
 
 Nothing is rounded here: the note is what ``insert-quantizers`` reads, so any other way to choose bits is a pass that writes the same note.
-A scheme without a kernel on the target is refused here, before any work on data starts. A pattern of the recipe that fits no layer is
-warned about, and refused where it is a plain name: it was written for a layer that the model does not have.
+A scheme without a kernel on the target is refused here, and an operator that it cannot run at all, before any work on data starts. A
+pattern of the recipe that fits no layer is warned about, and refused where it is a plain name: it was written for a layer that the model
+does not have.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ class AssignBits(Pass):
 
     def run(self, graph: Graph, context: Context) -> int:
         changed = 0
+        context.target.check(graph)
         self._check_patterns(graph, context)
         for node in graph.nodes:
             if node.op != "call_function" or operator_name(node.target) not in QUANTIZABLE:

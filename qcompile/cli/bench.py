@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from qcompile.cli.main import as_json, print_json, threads_option
+from qcompile.cli.main import as_json, print_json, threads_option, trust_option
 from qcompile.errors import Refused
 
 SETTLE = 2  # calls after switching from another runtime that are not timed: its threads may still spin
@@ -29,8 +29,19 @@ SETTLE = 2  # calls after switching from another runtime that are not timed: its
 @click.option("--rounds", type=click.IntRange(1, 10000), default=15, show_default=True, help="How often each runtime gets its turn.")
 @click.option("--calls", type=click.IntRange(1, 10000), default=5, show_default=True, help="Timed calls a turn.")
 @threads_option()
+@trust_option()
 @as_json()
-def bench(artifact: Path, against: str, model: str | None, shape: str, rounds: int, calls: int, threads: int | None, json_: bool) -> None:
+def bench(
+    artifact: Path,
+    against: str,
+    model: str | None,
+    shape: str,
+    rounds: int,
+    calls: int,
+    threads: int | None,
+    trust_code: bool,
+    json_: bool,
+) -> None:
     """Time ARTIFACT and other runtimes on the same inputs, in turns; medians and ratios."""
     import os
 
@@ -39,7 +50,7 @@ def bench(artifact: Path, against: str, model: str | None, shape: str, rounds: i
     from qcompile.peers import make_peer
 
     threads = threads or len(os.sched_getaffinity(0))
-    compiled = load(artifact, threads=threads)
+    compiled = load(artifact, threads=threads, trust_code=trust_code)
     inputs = resize_examples(compiled.graph, compiled.golden_inputs, shape)
     contenders: dict[str, Callable[[Sequence[Any]], Any]] = {"qcompile": compiled.executable}
     names = [name.strip() for name in against.split(",") if name.strip()]
