@@ -216,6 +216,7 @@ def _run_pipeline(captured: Captured, pipeline: Pipeline, context: Context, opti
         steps = pipeline.run(
             graph, context, first=first, check=check, hold=options.hold_promises, observers=(after, *options.observers), before=before
         )
+        context.target.check(graph)  # for pipelines that assign no bits, where nothing asked before
     except Refused:
         if checkpoints:
             checkpoints.remove()  # the same inputs would be refused again: there is nothing to resume

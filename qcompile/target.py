@@ -90,6 +90,10 @@ class Target(ABC):
             f"{'/'.join(map(str, near.weight_bits))} bits by {'/'.join(near.weight_granularity)}, {near.activation} activations"
         )
 
+    def check(self, graph: Graph) -> None:
+        """Raise Refused naming the first operator that this target cannot run in any scheme; asked before work on data starts."""
+        return
+
     @abstractmethod
     def build(self, graph: Graph, *, threads: int | None = None) -> Executable:
         """Lower an integer-stage (or float) graph and return it ready to run on this machine.

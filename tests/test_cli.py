@@ -483,6 +483,8 @@ COMPILE = [
         "TINY:mlp --target cpu --recipe assign-bits{scheme=W3A8},insert-quantizers",
         "cpu has no kernel for qc.linear with .*; the nearest that runs: weights of",
     ),
+    ("TINY:spectrum --target cpu", r"fft_fft \(aten.fft_fft.default\) at .*tiny_models.py:\d+: this operator cannot be lowered"),
+    ("TINY:spectrum --target cpu --recipe float", "this operator cannot be lowered"),
     ("TINY:mlp -o absent/model.qc", "absent: there is no such folder"),
     ("TINY:mlp -o /proc/model.qc", "cannot write here|cannot be written"),
     ("TINY:mlp -o .", "is a directory"),

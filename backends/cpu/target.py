@@ -45,6 +45,12 @@ class CpuTarget(Target):
         Kernel("qc.embedding", (4, 8), ("channel", "tensor"), "float", "rows dequantized while they are gathered"),
     )
 
+    def check(self, graph: Graph) -> None:
+        from qcompile.backends.cpu.legalize import LEGALIZE
+        from qcompile.backends.lowering.converters import check
+
+        check(graph.module, LEGALIZE)
+
     def build(self, graph: Graph, *, threads: int | None = None) -> Executable:
         from qcompile.backends.cpu.build import build
 
