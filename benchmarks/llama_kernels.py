@@ -14,7 +14,6 @@ import functools
 import importlib.util
 import itertools
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -22,18 +21,20 @@ from typing import Any
 
 import click
 import numpy as np
+import tvm
 
-sys.path.insert(0, str(Path(__file__).parent))
-from matmul_kernels import FEW_ROWS, _kernel_call, _weight_bytes
 from qcompile.backends.cpu.kernels import isa
+from qcompile.backends.cpu.kernels.matmul import linear
 from qcompile.backends.cpu.kernels.matmul_spec import Linear
+from qcompile.backends.cpu.kernels.pack import pack_linear
 
 from qcompile.registry import find_target
 
 SIZE = 4096
-MEMORY = 288 << 20  # bytes of all layers of one contender: beyond the caches. All contenders together need some 12 GB: --only picks
+MEMORY = 288 << 20  # bytes of all layers of one contender: beyond the caches, and a dozen contenders fit into 8 GB
 TYPES = {"Q4_0": 2, "Q4_K": 12, "Q8_0": 8, "Q2_K": 10, "TQ2_0": 35}  # enum ggml_type
-OURS = ("W8A8", "W4A8 g32", "W4A8 g128", "W2A8 g128")
+_TOKEN = {"x": "int8", "x_per_token": True, "x_affine": False}
+OURS = {"W8A8": {"x": "uint8"}, **{f"W{b}A8 g{g}": {**_TOKEN, "bits": b, "group": g} for b, g in ((4, 32), (4, 128), (2, 128))}}
 Call = Callable[[], object]
 
 
@@ -153,14 +154,22 @@ def onnxruntime_call(bits: int, rows: int, rng: np.random.Generator) -> tuple[Ca
 
 def our_call(name: str, rows: int, rng: np.random.Generator) -> tuple[Call, int, int]:
     """Return a call of as many of our layers in turn, their number and the bytes of one."""
-    spec = Linear(SIZE, SIZE, **FEW_ROWS[name])
-    size = _weight_bytes(spec)
+    spec = Linear(SIZE, SIZE, **OURS[name])
+    with tvm.target.Target(isa.target_description()) as target:
+        kernel = tvm.compile(tvm.IRModule({"linear": linear(spec)}), target)["linear"]
+    highest = 1 << (spec.bits - 1)
+    codes = rng.integers(-highest, highest, (SIZE, SIZE)).astype(np.int8)
+    constants = pack_linear(spec, codes, np.full((SIZE, spec.groups) if spec.group else (SIZE,), 0.01, np.float32))
+    size = sum(array.nbytes for array in constants)
     layers = -(-MEMORY // size)
-    one = _kernel_call(spec, rows, rng, MEMORY)
+    copies = [[tvm.runtime.tensor(array.copy()) for array in constants] for _ in range(layers)]
+    x = [rng.integers(0, 127, (rows, SIZE)).astype(spec.x), np.full(rows if spec.x_per_token else 1, 0.01, np.float32)]
+    x += [np.array([3], np.int32)] if spec.x_affine else []
+    inputs, y = [tvm.runtime.tensor(array) for array in x], tvm.runtime.tensor(np.zeros((rows, SIZE), np.float32))
 
     def call() -> None:
-        for _ in range(layers):
-            one()
+        for weight in copies:
+            kernel(*inputs, *weight, y)
 
     return call, layers, size
 

@@ -4,7 +4,9 @@
     %linear = aten.linear(%x, %weight, %bias) : f32[4,8] !{scheme="weight=int8 channel=0 sym; activation=uint8 tensor affine"}
 
 Nothing is rounded here: the note is what ``insert-quantizers`` reads, so any other way to choose bits is a pass that writes the same note.
-A scheme without a kernel on the target is refused here, before any work on data starts.
+A scheme without a kernel on the target is refused here, and an operator that it cannot run at all, before any work on data starts. A
+pattern of the recipe that fits no layer is warned about, and refused where it is a plain name: it was written for a layer that the model
+does not have.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from qcompile.errors import Refused
 from qcompile.formats import Channel, Group, LayerScheme, Scheme, parse_layer_scheme
 from qcompile.graph import Graph
 from qcompile.graph.text import bound_arguments, operator_name
+from qcompile.nearest import nearest_names
 from qcompile.pipeline import BITS, Context, Keeps, Pass
 
 # Operators whose second argument is a weight that can be stored in few bits, and the integer operator that runs them.
@@ -39,6 +42,8 @@ class AssignBits(Pass):
 
     def run(self, graph: Graph, context: Context) -> int:
         changed = 0
+        context.target.check(graph)
+        self._check_patterns(graph, context)
         for node in graph.nodes:
             if node.op != "call_function" or operator_name(node.target) not in QUANTIZABLE:
                 continue
@@ -67,9 +72,37 @@ class AssignBits(Pass):
         schemes = context.recipe.schemes
         chosen = getattr(schemes, kind), f"schemes.{kind}"
         for pattern, text in schemes.layers.items():
-            if any(fnmatchcase(name, pattern) for name in (weight, weight.removesuffix(".weight"), node.name, node.meta.get("scope", ""))):
+            if _fits(pattern, node, weight):
                 chosen = text, f"schemes.layers['{pattern}']"
         return chosen
+
+    def _check_patterns(self, graph: Graph, context: Context) -> None:
+        """Warn of the recipe's patterns that fit no layer; raise Refused for one without a wildcard."""
+        patterns = context.recipe.schemes.layers if context.recipe else {}
+        if patterns and self.scheme:
+            _warn(context, f"schemes.layers is not read: assign-bits{{scheme={self.scheme}}} gives every layer one scheme")
+            return
+        layers = [node for node in graph.nodes if node.op == "call_function" and operator_name(node.target) in QUANTIZABLE]
+        weights = [str(bound_arguments(node)["weight"].target) for node in layers]
+        for pattern in patterns:
+            if any(_fits(pattern, node, weight) for node, weight in zip(layers, weights, strict=True)):
+                continue
+            reason = f"schemes.layers['{pattern}'] fits no layer"
+            known = nearest_names(pattern, (weight.removesuffix(".weight") for weight in weights))
+            nearest = f"the nearest of the {len(layers)} layers are {known}" if layers else "the model has no layer that takes a scheme"
+            if not any(c in pattern for c in "*?["):
+                raise Refused(reason, way_out=nearest)
+            _warn(context, f"{reason}; {nearest}")
+
+
+def _fits(pattern: str, node: fx.Node, weight: str) -> bool:
+    """Return whether a recipe's pattern fits a layer's weight, its name, its node or its module."""
+    return any(fnmatchcase(name, pattern) for name in (weight, weight.removesuffix(".weight"), node.name, node.meta.get("scope", "")))
+
+
+def _warn(context: Context, line: str) -> None:
+    if line not in context.warnings:  # a pipeline may assign more than once
+        context.warnings.append(line)
 
 
 def _parsed(text: str, node: fx.Node, source: str) -> LayerScheme:

@@ -58,7 +58,9 @@ def _quantize_activation(graph: Graph, node: fx.Node, quantizer: Quantizer) -> f
     zero_point: fx.Node | None
     if quantizer.scale is None:
         parts = graph.call(_qc.quantize_dynamic.default, x, scheme, before=node)
-        codes, scale, zero_point = (graph.call(operator.getitem, parts, i, before=node) for i in range(3))
+        # Names of their own: "getitem" may be taken by nodes already erased, which a resumed compile does not know of.
+        names = (f"{parts.name}_{part}" for part in ("codes", "scale", "zero_point"))
+        codes, scale, zero_point = (graph.call(operator.getitem, parts, i, before=node, name=part) for i, part in enumerate(names))
         zero_point = None if quantizer.scheme.symmetric else zero_point
     else:
         scale = graph.add_constant(f"{name}_scale", quantizer.scale, like=node)

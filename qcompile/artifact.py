@@ -1,22 +1,25 @@
 """The artifact: one file that holds a compiled model, checked before use and written whole or not at all.
 
 ``model.qc`` is a zip of stored members, each aligned to 64 bytes so that it can be mapped. Its comment is ``qcompile 1`` and the SHA-256 of
-``manifest.json``; the manifest holds size and SHA-256 of every other member. There is no pickle, no Python and no native code in it.
+``manifest.json``; the manifest holds size and SHA-256 of every other member. There is no pickle and no Python in it, and no native code
+unless it was asked for; ``qcompile.native_code`` says when that is loaded.
 
 | member | content |
 | --- | --- |
-| manifest.json | format version, versions, recipe, target, entries, digests of members |
+| manifest.json | format version, versions, recipe, target, entries, digests of members, key and signature of native code |
 | graph.txt | the integer-stage graph, see ``qcompile.graph.text`` |
 | constants.safetensors | every constant once, named by the first 16 hex digits of its digest |
 | golden.safetensors | sample inputs and the reference's outputs |
 | report.json | layers with schemes and errors, float operators with reasons, probe digests |
 | tokenizer.json | the model's tokenizer, where it has one |
+| code/<target>/<name> | what the target built from the graph, only where it was asked for |
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import re
 import struct
 import threading
 import zipfile
@@ -27,13 +30,14 @@ from typing import Any, BinaryIO
 
 import safetensors.torch
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from qcompile.capture.examples import table_rows
 from qcompile.errors import Refused
 from qcompile.files import atomic_file, remove_strays
 from qcompile.graph import Graph, parse_graph, print_graph, tensor_digest
 from qcompile.graph.text import DIGEST_LENGTH
+from qcompile.native_code import NativeCode
 from qcompile.registry import check_name, find_target
 from qcompile.runtime import check_indices, check_inputs, to_output_kind
 from qcompile.target import Executable
@@ -42,6 +46,8 @@ FORMAT_VERSION = 1
 ALIGNMENT = 64
 MAGIC = "qcompile"
 LARGEST_HEADER = 16 << 20  # manifest, report and graph text: no honest one comes near
+LARGE = ("constants.safetensors", "golden.safetensors", "code/")  # members, and a folder, that may be larger
+FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
 
 
 class Value(BaseModel):
@@ -70,6 +76,15 @@ class Member(BaseModel):
     sha256: str
 
 
+class Native(BaseModel):
+    """Who built the members under ``code/``, and what for; see ``NativeCode``."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    target: str
+    key: dict[str, str]
+    signature: str = Field(pattern="^([0-9a-f]{64})?$")
+
+
 class Manifest(BaseModel):
     """What the file says of itself."""
 
@@ -81,6 +96,7 @@ class Manifest(BaseModel):
     target: str
     entries: list[Entry]
     members: dict[str, Member]
+    native: Native | None = None
 
 
 class Artifact:
@@ -102,12 +118,14 @@ class Artifact:
         report: Mapping[str, Any],
         versions: Mapping[str, str],
         tokenizer: bytes | None = None,
+        native: NativeCode | None = None,
     ) -> None:
         self.graph, self.target, self.recipe, self.pipeline = graph, target, recipe, pipeline
         self.golden_inputs, self.golden_outputs = list(golden_inputs), list(golden_outputs)
         self.report = dict(report)
-        self.versions, self.tokenizer = dict(versions), tokenizer
+        self.versions, self.tokenizer, self.native = dict(versions), tokenizer, native
         self.threads: int | None = None
+        self.trust_code = False
         self._rows = [table_rows(graph, node) for node in graph.inputs]
         self._executable: Executable | None = None
         self._building = threading.Lock()
@@ -116,10 +134,14 @@ class Artifact:
 
     @property
     def executable(self) -> Executable:
-        """The built model; building happens at the first use and is cached for the next process."""
+        """The built model, or the artifact's native code where it may be loaded; building is cached for the next process."""
         with self._building:  # threads that come first together build once
             if self._executable is None:
-                self._executable = find_target(self.target).build(self.graph, threads=self.threads)
+                target = find_target(self.target)
+                if self.native and self.native.target == self.target:
+                    self._executable = self.native.load(target, self.graph, threads=self.threads, trust=self.trust_code)
+                if self._executable is None:
+                    self._executable = target.build(self.graph, threads=self.threads)
         return self._executable
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -158,7 +180,10 @@ class Artifact:
             "golden.safetensors": safetensors.torch.save(_unshared(golden)),
             "report.json": _json(self.report),
         }
-        return members | ({"tokenizer.json": self.tokenizer} if self.tokenizer else {})
+        members |= {"tokenizer.json": self.tokenizer} if self.tokenizer else {}
+        return members | (
+            {f"code/{self.native.target}/{name}": data for name, data in sorted(self.native.files.items())} if self.native else {}
+        )
 
     def manifest(self, members: Mapping[str, bytes] | None = None) -> Manifest:
         """Return the manifest of these members, by default of those that ``save`` would write."""
@@ -173,24 +198,29 @@ class Artifact:
         return Manifest(
             format=FORMAT_VERSION, versions=self.versions, recipe=self.recipe, pipeline=self.pipeline, target=self.target, entries=[entry],
             members={name: Member(bytes=len(data), sha256=hashlib.sha256(data).hexdigest()) for name, data in members.items()},
+            # As it was read: signing code that came from elsewhere would make it this user's.
+            native=Native(target=code.target, key=dict(code.key), signature=code.signature) if (code := self.native) else None,
         )  # fmt: skip
 
     def _write(self, file: BinaryIO) -> None:
         members = self._members()
-        manifest = _json(self.manifest(members).model_dump())
+        manifest = _json(self.manifest(members).model_dump(exclude_none=True))
         with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
             for name, data in {"manifest.json": manifest, **members}.items():
                 archive.writestr(_aligned_header(name, archive.start_dir), data)
             archive.comment = _comment(manifest)
 
 
-def load(path: str | Path, *, target: str | None = None, threads: int | None = None) -> Artifact:
+def load(path: str | Path, *, target: str | None = None, threads: int | None = None, trust_code: bool = False) -> Artifact:
     """Read an artifact; every byte is checked against its digest before it is used.
+
+    Native code in it runs only where this user built it on this machine; other code is built again from the graph.
 
     Args:
         path: the file.
         target: run on another target than the one it was compiled for, such as ``reference``.
         threads: worker threads, by default every core this process may use.
+        trust_code: run the native code in the file whoever built it. It can do whatever you can: only for files whose origin you know.
 
     Raises:
         Refused: the file is missing, damaged, of another format version, or no artifact.
@@ -213,10 +243,26 @@ def load(path: str | Path, *, target: str | None = None, threads: int | None = N
     artifact = Artifact(
         graph, recipe=manifest.recipe, pipeline=manifest.pipeline, target=target or manifest.target,
         golden_inputs=_numbered(golden, "input"), golden_outputs=_numbered(golden, "output"), report=report,
-        versions=manifest.versions, tokenizer=members.get("tokenizer.json"),
+        versions=manifest.versions, tokenizer=members.get("tokenizer.json"), native=_native_code(path, manifest, members),
     )  # fmt: skip
-    artifact.threads = threads
+    artifact.threads, artifact.trust_code = threads, trust_code
     return artifact
+
+
+def _native_code(path: Path, manifest: Manifest, members: Mapping[str, bytes]) -> NativeCode | None:
+    """Return the members under ``code/``, not yet trusted.
+
+    Raises:
+        Refused: they are not of the manifest's target, or named as no file should be.
+    """
+    folder = f"code/{manifest.native.target}/" if manifest.native else "code/"
+    names = [name for name in members if name.startswith("code/")]
+    if bool(names) != bool(manifest.native) or any(not n.startswith(folder) or not FILE_NAME.fullmatch(n[len(folder) :]) for n in names):
+        raise Refused("the native code is not what the manifest says of it", node=str(path))
+    if manifest.native is None:
+        return None
+    files = {name.removeprefix(folder): members[name] for name in names}
+    return NativeCode(manifest.native.target, manifest.native.key, files, manifest.native.signature)
 
 
 def read_members(path: Path) -> dict[str, bytes]:
@@ -281,7 +327,7 @@ def _read_checked(path: Path, archive: zipfile.ZipFile, manifest: Manifest) -> d
         raise Refused(f"the manifest and the file do not hold the same members: {', '.join(odd)}", node=str(path))
     data = {}
     for name, member in manifest.members.items():
-        if name not in ("constants.safetensors", "golden.safetensors") and found[name] > LARGEST_HEADER:
+        if not name.startswith(LARGE) and found[name] > LARGEST_HEADER:
             raise Refused(f"{name} is larger than {LARGEST_HEADER} bytes", node=str(path))
         data[name] = archive.read(name)
         if len(data[name]) != member.bytes or hashlib.sha256(data[name]).hexdigest() != member.sha256:

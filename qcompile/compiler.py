@@ -22,6 +22,7 @@ from qcompile.checkpoint import Checkpoints
 from qcompile.errors import Refused
 from qcompile.files import cache_folder, write_atomic
 from qcompile.graph import Graph, Stage, print_graph
+from qcompile.native_code import build_native_code
 from qcompile.pipeline import Context, Observer, Pass, Pipeline, Step
 from qcompile.recipe import Recipe, load_recipe
 from qcompile.registry import find_target
@@ -45,6 +46,7 @@ class Options:
         observers: see ``Pipeline.run``.
         hold_promises: refuse the pass that breaks its promise under ``check``; False only measures (bisection).
         kernel_times: the table of measured kernel times to use and extend, by default the one in the cache folder.
+        native: build the target's code too and put it into the artifact.
     """
 
     output: Path | None = None
@@ -56,6 +58,7 @@ class Options:
     observers: tuple[Observer, ...] = ()
     kernel_times: Path | None = None
     hold_promises: bool = True
+    native: bool = False
 
 
 @dataclass
@@ -77,6 +80,7 @@ def compile(
     target: str = "cpu",
     calibration: Any = None,
     dynamic_shapes: DynamicShapes | None = None,
+    native: bool = False,
 ) -> Artifact:
     """Compile a model to a quantized artifact.
 
@@ -88,6 +92,7 @@ def compile(
         target: a name, see ``qcompile targets``.
         calibration: an iterable of batches (tuples or dicts), or text: a file, ``text:FILE``, ``images:FOLDER?..``, ``random``.
         dynamic_shapes: for each input a map from axis to the name of its symbolic size, for a module.
+        native: put the target's code for this machine into the artifact; without it, equal compiles give equal bytes on every machine.
 
     Returns:
         The artifact: call it, save it, read its ``report``.
@@ -95,7 +100,10 @@ def compile(
     Raises:
         Refused: naming node, operator, reason and way out.
     """
-    return run_compile(model, example_inputs, recipe=recipe, target=target, calibration=calibration, dynamic_shapes=dynamic_shapes).artifact
+    options = Options(native=native)
+    return run_compile(
+        model, example_inputs, recipe=recipe, target=target, calibration=calibration, dynamic_shapes=dynamic_shapes, options=options
+    ).artifact
 
 
 def run_compile(
@@ -111,6 +119,8 @@ def run_compile(
     """Compile as ``compile`` does, with options, and return what happened on the way."""
     options = options or Options()
     chosen, place = load_recipe(recipe), find_target(target)
+    if options.native and not place.native:
+        raise Refused(f"target {place.name} has no native code to store", way_out="leave out --native")
     pipeline = _stopped(chosen.parsed_pipeline(), options.stop_after)
     captured = capture(model, example_inputs, dynamic_shapes)
     check_finite(captured.graph)
@@ -120,6 +130,8 @@ def run_compile(
     context.progress = options.progress is not None and sys.stderr.isatty()
     graph, steps, errors = _run_pipeline(captured, pipeline, context, options)
     artifact = _make_artifact(captured, graph, pipeline, context, errors)
+    if options.native:
+        artifact.native = build_native_code(place, graph)
     return Compilation(artifact, steps, context, pipeline)
 
 
@@ -204,6 +216,7 @@ def _run_pipeline(captured: Captured, pipeline: Pipeline, context: Context, opti
         steps = pipeline.run(
             graph, context, first=first, check=check, hold=options.hold_promises, observers=(after, *options.observers), before=before
         )
+        context.target.check(graph)  # for pipelines that assign no bits, where nothing asked before
     except Refused:
         if checkpoints:
             checkpoints.remove()  # the same inputs would be refused again: there is nothing to resume
@@ -236,13 +249,15 @@ class _State:
 
     def dump(self, context: Context) -> dict[str, Any]:
         return {"errors": self.errors, "float_number": self.float_number if self.float_graph is not None else None,
-                "notes": context.notes, "kernel_times": context.kernel_times_used, "reasons": context.log.reasons}  # fmt: skip
+                "notes": context.notes, "warnings": context.warnings,
+                "kernel_times": context.kernel_times_used, "reasons": context.log.reasons}  # fmt: skip
 
     @classmethod
     def restore(cls, saved: Mapping[str, Any], checkpoints: Checkpoints, context: Context) -> _State:
         number = saved["float_number"]
         state = cls(dict(saved["errors"]), checkpoints.load(number) if number is not None else None, number)
         context.notes += [tuple(note) for note in saved["notes"]]
+        context.warnings += saved["warnings"]
         context.kernel_times_used = dict(saved["kernel_times"])
         context.log.reasons.update(saved["reasons"])
         return state

@@ -65,6 +65,7 @@ class Context:
         statistics: what the pass asked for, gathered on the graph as it stands.
         log: counts and reasons of rewrite rules.
         notes: ``(node, text)`` lines for the report, such as why a layer stays float.
+        warnings: lines that the user should see at once, such as a recipe's pattern that fits no layer; they are in the report too.
         cache: folder for cached statistics, None for no cache.
         progress: show a progress bar while data are swept.
         kernel_times: table of measured kernel times, None for the one in the cache folder.
@@ -78,6 +79,7 @@ class Context:
     statistics: Statistics | None = None
     log: RewriteLog = field(default_factory=RewriteLog)
     notes: list[tuple[str, str]] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
     cache: Path | None = None
     progress: bool = False
     kernel_times: Path | None = None

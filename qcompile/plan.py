@@ -22,8 +22,8 @@ COMPILER_BYTES = 700 << 20  # torch, tvm and the interpreter: measured 500 to 70
 def plan(model: Any, *, recipe: str | Path | Recipe = "w8a8", target: str = "cpu") -> dict[str, Any]:
     """Return what a compile is predicted to give.
 
-    The keys are ``bytes``, ``float_bytes``, ``bits_per_weight``, ``peak_memory_bytes``, ``kernels``, ``float_ops``, ``pipeline``,
-    ``recipe`` and ``target``.
+    The keys are ``bytes``, ``float_bytes``, ``bits_per_weight``, ``peak_memory_bytes``, ``kernels``, ``float_ops``, ``warnings``,
+    ``pipeline``, ``recipe`` and ``target``.
 
     Raises:
         Refused: the model cannot be captured, or a scheme has no kernel on the target.
@@ -31,10 +31,8 @@ def plan(model: Any, *, recipe: str | Path | Recipe = "w8a8", target: str = "cpu
     chosen, place = load_recipe(recipe), find_target(target)
     captured = capture(model)
     pipeline = chosen.parsed_pipeline()
-    graph = captured.graph
-    Pipeline(tuple(p for p in pipeline.passes if p.name() in _PLANNED)).run(
-        graph, Context(place, chosen, example_inputs=captured.example_inputs)
-    )
+    graph, context = captured.graph, Context(place, chosen, example_inputs=captured.example_inputs)
+    Pipeline(tuple(p for p in pipeline.passes if p.name() in _PLANNED)).run(graph, context)
     layers = [(node, parse_layer_scheme(node.meta["notes"]["scheme"])) for node in graph.nodes if "scheme" in node.meta["notes"]]
     weights = {str(bound_arguments(node)["weight"].target) for node, scheme in layers if scheme.weight}
     sizes = [(stored_bytes(s.weight, _shape(n)), 4 * _elements(n)) for n, s in layers if s.weight]
@@ -52,7 +50,7 @@ def plan(model: Any, *, recipe: str | Path | Recipe = "w8a8", target: str = "cpu
         "peak_memory_bytes": 3 * float_bytes + COMPILER_BYTES,
         "kernels": [{"op": op, "weight": w, "activation": a, "count": count} for (op, w, a), count in sorted(kernels.items())],
         "float_ops": [{"node": n, "op": op, "reason": reason} for n, op, reason in float_operators(graph) if n not in quantized],
-        "pipeline": str(pipeline), "recipe": chosen.name, "target": target,
+        "warnings": context.warnings, "pipeline": str(pipeline), "recipe": chosen.name, "target": target,
     }  # fmt: skip
 
 

@@ -84,6 +84,7 @@ def build_report(graph: Graph, context: Context, errors: Mapping[str, float]) ->
         "float_ops": float_ops,
         "kernel_times": context.kernel_times_used,
         "notes": [list(note) for note in context.notes],
+        "warnings": context.warnings,
         "bits_per_weight": round(bits / elements, 4) if elements else 32.0,
         "bytes": sum(stored.values()),
         "float_bytes": float_bytes(graph),

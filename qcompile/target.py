@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -90,12 +90,14 @@ class Target(ABC):
         summary: one line for ``qcompile targets``.
         kernels: the support table.
         measures: kernel times can be measured on this machine.
+        native: ``native_code`` builds code that an artifact can hold.
     """
 
     name: str
     summary: str
     kernels: tuple[Kernel, ...] = ()
     measures: bool = False
+    native: bool = False
 
     def supports(self, operator: str, scheme: LayerScheme) -> str | None:
         """Return None if there is a kernel for this operator and scheme, else the reason with the nearest scheme that runs."""
@@ -126,6 +128,10 @@ class Target(ABC):
             f"{'/'.join(map(str, near.weight_bits))} bits by {'/'.join(near.weight_granularity)}, {near.activation} activations"
         )
 
+    def check(self, graph: Graph) -> None:
+        """Raise Refused naming the first operator that this target cannot run in any scheme; asked before work on data starts."""
+        return
+
     @abstractmethod
     def build(self, graph: Graph, *, threads: int | None = None) -> Executable:
         """Lower an integer-stage (or float) graph and return it ready to run on this machine.
@@ -134,6 +140,34 @@ class Target(ABC):
             graph: is not changed.
             threads: worker threads, by default every physical core this process may use.
         """
+
+    def native_code(self, graph: Graph) -> dict[str, bytes]:
+        """Return the graph's code for this machine by file name, the same bytes each time; only where ``native``.
+
+        What ``load_native`` can make again from the graph in a moment, such as packed constants, does not belong in it.
+
+        Raises:
+            Refused: it cannot be built here.
+        """
+        raise NotImplementedError(f"{self.name} has no native code")
+
+    def native_key(self) -> dict[str, str]:
+        """Return by name all that native code depends on beside the graph: processor, compiler, sources.
+
+        Code whose key is not exactly this is never loaded.
+        """
+        return {}
+
+    def load_native(self, graph: Graph, code: Mapping[str, bytes], *, threads: int | None = None, keep: bool = False) -> Executable:
+        """Return what ``build`` would, from code that ``native_code`` returned for this graph and key. The caller trusts the code.
+
+        Args:
+            graph: is not changed.
+            code: content by file name.
+            threads: as for ``build``.
+            keep: this user built the code, so it may go to the user's cache; code that is merely trusted must not.
+        """
+        raise NotImplementedError(f"{self.name} loads no native code")
 
     def export(self, graph: Graph) -> bytes:
         """Return the graph as a file of the target's own format.

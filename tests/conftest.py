@@ -35,8 +35,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Point QCOMPILE_CACHE at a fresh folder, for this process and those it starts, so that no earlier run is seen."""
+    """Point QCOMPILE_CACHE and QCOMPILE_CONFIG at fresh folders, for this process and those it starts, so that no earlier run is seen."""
     with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("QCOMPILE_CONFIG", str(tmp_path_factory.mktemp("configuration")))
         patch.setenv("QCOMPILE_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield
 

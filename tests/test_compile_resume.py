@@ -191,6 +191,18 @@ def test_resume_runs_only_what_is_left(tiny: Any, tmp_path: Path) -> None:
     assert output.read_bytes() == (tmp_path / "whole.qc").read_bytes()
 
 
+def test_a_resumed_compile_keeps_its_warnings(tiny: Any, tmp_path: Path) -> None:
+    shipped = qcompile.load_recipe("w8a8-dynamic")
+    (tmp_path / "mine.yaml").write_text(
+        shipped.model_copy(update={"schemes": shipped.schemes.model_copy(update={"layers": {"no*": "float"}})}).canonical()
+    )
+    output, recipe = tmp_path / "model.qc", str(tmp_path / "mine.yaml")
+    first = compiled(tiny, output, stop=7, recipe=recipe)
+    assert "assign-bits" in first
+    assert "assign-bits" not in compiled(tiny, output, recipe=recipe)
+    assert [line[:35] for line in qcompile.load(output).report["warnings"]] == ["schemes.layers['no*'] fits no layer"]
+
+
 @pytest.mark.parametrize("change", [{"recipe": "w8a8-dynamic"}, {"seed": 1}, {"resume": False}], ids=["recipe", "calibration", "no resume"])
 def test_resume_with_other_inputs_starts_afresh(tiny: Any, tmp_path: Path, change: dict[str, Any]) -> None:
     output = tmp_path / "model.qc"

@@ -71,13 +71,14 @@ def test_every_name_is_documented(name: str) -> None:
 
 def test_compile_has_the_agreed_signature() -> None:
     parameters = inspect.signature(qcompile.compile).parameters
-    assert list(parameters) == ["model", "example_inputs", "recipe", "target", "calibration", "dynamic_shapes"]
-    assert [p.kind for p in parameters.values()][2:] == [inspect.Parameter.KEYWORD_ONLY] * 4
+    assert list(parameters) == ["model", "example_inputs", "recipe", "target", "calibration", "dynamic_shapes", "native"]
+    assert [p.kind for p in parameters.values()][2:] == [inspect.Parameter.KEYWORD_ONLY] * 5
     assert parameters["recipe"].default == "w8a8"
     assert parameters["target"].default == "cpu"
     assert all(p.annotation is not inspect.Parameter.empty for p in parameters.values())
     assert inspect.signature(qcompile.compile).return_annotation == "Artifact"
-    assert list(inspect.signature(qcompile.load).parameters) == ["path", "target", "threads"]
+    assert list(inspect.signature(qcompile.load).parameters) == ["path", "target", "threads", "trust_code"]
+    assert (parameters["native"].default, inspect.signature(qcompile.load).parameters["trust_code"].default) == (False, False)
 
 
 def test_refused_is_a_value_error_with_its_parts() -> None:

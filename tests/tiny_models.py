@@ -102,6 +102,22 @@ def untraceable() -> tuple[nn.Module, tuple[torch.Tensor, ...]]:
     return Branching(), (_noise(1, 8),)
 
 
+class Spectrum(nn.Module):
+    """A linear layer and a Fourier transform, which only the reference runs: f32[batch,8] to f32[batch,8]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix = nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.fft.fft(self.mix(x)).real
+
+
+def spectrum() -> tuple[nn.Module, tuple[torch.Tensor, ...]]:
+    """Return Spectrum and a batch of one."""
+    return _seeded(Spectrum), (_noise(1, 8),)
+
+
 def failing() -> None:
     """Fail."""
     raise RuntimeError("out of ideas")

@@ -11,7 +11,14 @@ from qcompile.backends.lowering.translate import translate
 from torch import fx
 
 
-def build(graph_module: fx.GraphModule, *, threads: int | None = None, taps: tuple[str, ...] = (), kernels: bool = True) -> Executable:
+def build(
+    graph_module: fx.GraphModule,
+    *,
+    threads: int | None = None,
+    taps: tuple[str, ...] = (),
+    kernels: bool = True,
+    library: bytes | None = None,
+) -> Executable:
     """Compile a graph of ATen core and qc operators for the machine this runs on, or for the instruction set that ``QCOMPILE_CPU`` names.
 
     Args:
@@ -19,20 +26,22 @@ def build(graph_module: fx.GraphModule, *, threads: int | None = None, taps: tup
         threads: threads of one call; None takes every processor this process may use.
         taps: names of nodes whose values are returned after the outputs, see ``Executable.tapped``.
         kernels: False leaves the target's kernels out: the slow, plain lowering, to compare with.
+        library: the code of an earlier build of this very graph, which is loaded instead of compiled; constants are packed again.
 
     Raises:
         Refused: naming the node and the operator that cannot be lowered; or ``QCOMPILE_CPU`` names a set that cannot run here.
     """
     with pipeline.COMPILE_LOCK:  # building Relax runs TVM's passes too
         lowered = translate(graph_module, legalize=LEGALIZE if kernels else {}, taps=taps)
-    executable = pipeline.compile_module(lowered.module, threads)
     placeholders = [node for node in graph_module.graph.nodes if node.op == "placeholder"]
     inputs = tuple(Port(node.name, dtype_name(node.meta["val"].dtype), _shape(node)) for node in placeholders)
     features = isa.required_features(isa.target_description())
     interface = Interface(
         inputs, tuple(lowered.outputs), len(taps), tuple(lowered.constants), tuple(lowered.fallbacks), isa.machine(), features
     )  # fmt: skip
-    return Executable(executable, lowered.constants, interface, threads)
+    if library is not None:
+        return Executable.from_code(library, lowered.constants, interface, threads)
+    return Executable(pipeline.compile_module(lowered.module, threads), lowered.constants, interface, threads)
 
 
 def _shape(node: fx.Node) -> tuple[int | str, ...]:

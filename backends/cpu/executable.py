@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,8 +24,10 @@ from qcompile.backends.cpu.pipeline import COMPILE_LOCK
 from qcompile.backends.lowering.translate import Fallback
 from safetensors.torch import load_file, save_file
 from tvm import relax
+from tvm.support import cc
 
 from qcompile.errors import Refused
+from qcompile.files import cache_folder
 
 ALIGNMENT = 64  # bytes; kernels load whole 512-bit vectors, and TVM refuses less
 LIBRARY, CONSTANTS, INTERFACE = "library.so", "constants.safetensors", "interface.json"
@@ -89,6 +92,7 @@ class Executable:
         self.interface = interface
         self.threads = threads or isa.thread_count()
         self._module = module
+        self._code: bytes | None = None
         self._constants = {name: aligned(constants[name]) for name in interface.constants}
         self._argument = tvm_ffi.convert([tvm.runtime.from_dlpack(tensor) for tensor in self._constants.values()])
         self._machines = threading.local()
@@ -147,16 +151,43 @@ class Executable:
         folder = Path(path)
         partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
         partial.mkdir(parents=True)
-        self.library(partial / LIBRARY)
+        (partial / LIBRARY).write_bytes(self.code())
         save_file(self._constants, partial / CONSTANTS)
         (partial / INTERFACE).write_text(json.dumps(asdict(self.interface), indent=1))
         partial.rename(folder)
 
-    def library(self, path: str | os.PathLike[str]) -> None:
-        """Write the code as a shared library; the same model gives the same bytes."""
-        self._machine()  # the just-in-time compiler alters LLVM's module: the bytes must not depend on whether the model was called
-        with COMPILE_LOCK, _without_native_log(), tvm.target.Target(isa.target_description()):
-            self._module.export_library(os.fspath(path))
+    def code(self) -> bytes:
+        """Return the code as a shared library; the same model gives the same bytes.
+
+        Raises:
+            Refused: there is no C compiler to link with, or it fails.
+        """
+        if self._code is None and cc.get_cc() is None:
+            raise Refused("there is no C compiler to link native code with", way_out="install one, such as gcc")
+        if self._code is None:
+            self._machine()  # the just-in-time compiler alters LLVM's module: the bytes must not depend on whether the model was called
+            with tempfile.TemporaryDirectory() as folder:
+                path = Path(folder) / LIBRARY
+                with COMPILE_LOCK, _without_native_log(), tvm.target.Target(isa.target_description()):
+                    try:
+                        self._module.export_library(os.fspath(path))
+                    except RuntimeError as error:
+                        raise Refused(f"native code cannot be linked: {' '.join(str(error).split())[:200]}") from error
+                self._code = path.read_bytes()
+        return self._code
+
+    @classmethod
+    def from_code(cls, code: bytes, constants: Mapping[str, torch.Tensor], interface: Interface, threads: int | None = None) -> Executable:
+        """Load what ``code`` returned for the same model. This runs native code: load only what you trust."""
+        # The folder is the user's alone: nobody can change the library before it is loaded. It may go once it is.
+        with tempfile.TemporaryDirectory(dir=cache_folder(), prefix=".code.") as folder:
+            path = Path(folder) / LIBRARY
+            path.write_bytes(code)
+            with _without_native_log():
+                module = tvm.runtime.load_module(os.fspath(path))
+        made = cls(module, constants, interface, threads)
+        made._code = code
+        return made
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], threads: int | None = None) -> Executable:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
 import torch
+from qcompile.backends.cpu.kernels.convolution_spec import Convolution
 from qcompile.backends.cpu.kernels.matmul_epilogue import Epilogue
+from qcompile.backends.cpu.kernels.matmul_spec import Linear
+from qcompile.backends.cpu.kernels.quantization import code_dtype, code_range
 from qcompile.backends.lowering.shapes import Size, dtype_name
 from qcompile.backends.lowering.translate import Walk
 from torch import fx
@@ -48,14 +52,6 @@ def zero_or(walk: Walk, node: fx.Node | None) -> Any:
     return flat(walk, node) if node is not None else walk.parameter("zero", lambda: torch.zeros(1, dtype=torch.int32))
 
 
-def code_dtype(scheme: Scheme) -> str:
-    return dtype_name(scheme.format.storage)
-
-
-def code_range(scheme: Scheme) -> tuple[int, int]:
-    return int(scheme.format.lowest), int(scheme.format.highest)
-
-
 def is_plain_tensor(scheme: Scheme) -> bool:
     return isinstance(scheme.granularity, Tensor) and isinstance(scheme.format, Integer)
 
@@ -73,6 +69,30 @@ def constant_array(walk: Walk, node: fx.Node | None) -> Any:
     if tensor is None:
         raise Refused("must be a constant", node=node.name, operator=str(node.target))
     return tensor.numpy()
+
+
+Weight = tuple[Any, Any, Any]  # codes or values, scale, zero point
+
+
+def product_inputs(
+    walk: Walk, spec: Linear | Convolution, a: Arguments, operands: tuple[Any, Any], weight: Weight, pack: Callable[..., Any]
+) -> list[Any]:
+    """Return the inputs of a linear or convolution kernel in the order of its arguments; the weight is packed once.
+
+    ``operands`` are x and the residual (or None) in the layout that the kernel reads; ``a`` names the node's arguments as qc.linear does.
+    """
+    x, residual = operands
+    bias = constant_array(walk, a.bias)
+
+    def arrays() -> list[torch.Tensor]:
+        return [torch.from_numpy(array) for array in pack(spec, *weight, bias)]
+
+    inputs = [x]
+    if spec.integer:
+        inputs += [flat(walk, a.x_scale), *([flat(walk, a.x_zero_point)] if spec.x_affine else [])]
+    inputs += walk.packed_together((spec, a.weight, a.bias), name_of(a.weight), arrays)
+    inputs += [residual] if residual is not None else []
+    return inputs + ([flat(walk, a.out_scale), zero_or(walk, a.out_zero_point)] if spec.epilogue.codes else [])
 
 
 # ---- epilogues -----------------------------------------------------------------------------------------------------------

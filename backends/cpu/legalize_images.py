@@ -11,16 +11,15 @@ from qcompile.backends.cpu.kernels.convolution import convolution, pack_convolut
 from qcompile.backends.cpu.kernels.convolution_spec import Convolution
 from qcompile.backends.cpu.kernels.depthwise import depthwise, pack_depthwise
 from qcompile.backends.cpu.kernels.matmul_epilogue import Epilogue
+from qcompile.backends.cpu.kernels.quantization import code_dtype
 from qcompile.backends.cpu.legalize_arguments import (
     Arguments,
-    code_dtype,
+    Weight,
     constant_array,
-    flat,
     following,
     is_plain_tensor,
-    name_of,
+    product_inputs,
     quantized_epilogue,
-    zero_or,
 )  # fmt: skip
 from qcompile.backends.lowering.shapes import dtype_name
 from qcompile.backends.lowering.translate import Legalizer, Walk
@@ -85,21 +84,12 @@ def _spec(
         return str(reason)
 
 
-def _call(walk: Walk, node: fx.Node, spec: Convolution, a: Arguments, weight: tuple[Any, Any, Any], swallowed: Any = ()) -> None:
+def _call(walk: Walk, node: fx.Node, spec: Convolution, a: Arguments, weight: Weight, swallowed: Any = ()) -> None:
     """Emit the kernel of ``spec`` and bind the node and those after it that the kernel computes too."""
     is_depthwise = spec.groups == spec.channels == spec.out_channels
     build, pack, name = (depthwise, pack_depthwise, "depthwise") if is_depthwise else (convolution, pack_convolution, "convolution")
-    bias = constant_array(walk, a.bias)
-
-    def arrays() -> list[torch.Tensor]:
-        return [torch.from_numpy(array) for array in pack(spec, *weight, bias)]
-
-    inputs = [walk.channels_last(a.x)]
-    if spec.integer:
-        inputs += [flat(walk, a.x_scale), *([flat(walk, a.x_zero_point)] if spec.x_affine else [])]
-    inputs += walk.packed_together((spec, a.weight, a.bias), name_of(a.weight), arrays)
-    inputs += [walk.channels_last(a.residual)] if a.residual is not None else []
-    inputs += [flat(walk, a.out_scale), zero_or(walk, a.out_zero_point)] if spec.epilogue.codes else []
+    operands = walk.channels_last(a.x), walk.channels_last(a.residual) if a.residual is not None else None
+    inputs = product_inputs(walk, spec, a, operands, weight, pack)
     label = f"{name}_{spec.x[0]}_{spec.kernel[0]}x{spec.kernel[1]}_{spec.channels}_{spec.out_channels}"
     kernel = walk.kernel(spec, lambda: build(spec), label)
     shape = [walk.shape(node)[0], spec.out_height, spec.out_width, spec.out_channels]

@@ -9,15 +9,16 @@ import torch
 from qcompile.backends.cpu.kernels import attention, hadamard, matmul, normalization, pack, quantization, softmax
 from qcompile.backends.cpu.kernels.matmul_epilogue import Epilogue
 from qcompile.backends.cpu.kernels.matmul_spec import Linear
+from qcompile.backends.cpu.kernels.quantization import code_dtype
 from qcompile.backends.cpu.legalize_arguments import (
     Arguments,
-    code_dtype,
+    Weight,
     constant_array,
     flat,
     following,
     is_plain_tensor,
-    name_of,
     product,
+    product_inputs,
     quantized_epilogue,
     rows_of,
     zero_or,
@@ -28,8 +29,6 @@ from torch import fx
 from qcompile.formats import Channel, Group, Integer, Scheme, Tensor, Token, parse_scheme, unpack
 
 qc = torch.ops.qc
-
-Weight = tuple[Any, Any, Any]  # codes or values, scale, zero point
 
 # ---- linear ---------------------------------------------------------------------------------------------------------------
 
@@ -85,15 +84,8 @@ def _linear_spec(a: Arguments, scheme: Scheme, weight: Weight, epilogue: Epilogu
 def _call_linear(walk: Walk, node: fx.Node, spec: Linear, a: Arguments, weight: Weight) -> Any:
     """Emit the kernel of ``spec``; ``a`` holds the node's arguments by the names of qc.linear."""
     x, rows, _ = rows_of(walk, a.x)
-    inputs = [x]
-    if spec.integer:
-        inputs.append(flat(walk, a.x_scale))
-        inputs += [flat(walk, a.x_zero_point)] if spec.x_affine else []
-    inputs += _packed_linear(walk, spec, a, weight)
-    if a.residual is not None:
-        inputs.append(walk.reshape(walk.plain(a.residual), [rows, spec.out_features]))
-    if spec.epilogue.codes:
-        inputs += [flat(walk, a.out_scale), zero_or(walk, a.out_zero_point)]
+    residual = walk.reshape(walk.plain(a.residual), [rows, spec.out_features]) if a.residual is not None else None
+    inputs = product_inputs(walk, spec, a, (x, residual), weight, pack.pack_linear)
     kernel = walk.kernel(spec, lambda: matmul.linear(spec), _linear_name(spec))
     y = walk.call_kernel(kernel, inputs, ([rows, spec.out_features], spec.epilogue.output))
     return walk.reshape(y, [*walk.shape(a.x)[:-1], spec.out_features])
@@ -103,16 +95,6 @@ def _linear_name(spec: Linear) -> str:
     """Return a name that tells a reader of a profile what the kernel is."""
     activation = "" if spec.epilogue.activation == "none" else f"_{spec.epilogue.activation}"
     return f"linear_{spec.x}_w{spec.bits}_{spec.in_features}x{spec.out_features}{activation}"
-
-
-def _packed_linear(walk: Walk, spec: Linear, a: Arguments, weight: Weight) -> list[Any]:
-    """Return the constants of a linear kernel as values, packed once for each weight."""
-    bias = constant_array(walk, a.bias)
-
-    def arrays() -> list[torch.Tensor]:
-        return [torch.from_numpy(array) for array in pack.pack_linear(spec, *weight, bias)]
-
-    return walk.packed_together((spec, a.weight, a.bias), name_of(a.weight), arrays)
 
 
 def _float_linear(walk: Walk, node: fx.Node, a: Arguments) -> Any:

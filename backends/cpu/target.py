@@ -8,7 +8,7 @@ import shutil
 import statistics
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from importlib import resources
 from importlib.metadata import version
@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from qcompile.errors import Refused
 from qcompile.files import cache_folder
 from qcompile.formats import Scheme
 from qcompile.graph import Graph
@@ -33,6 +34,7 @@ class CpuTarget(Target):
     name = "cpu"
     summary = "this machine's processor, through TVM and LLVM (AVX2, AVX512, VNNI; NEON, dotprod, i8mm; portable)"
     measures = True
+    native = True
     kernels = (
         Kernel("qc.linear", _LOW_BITS, ("tensor", "channel", "group"), "static", "x int8 codes, int32 accumulators, fused epilogue"),
         Kernel("qc.linear", _LOW_BITS, ("tensor", "channel", "group"), "dynamic", "the same with a scale for each token"),
@@ -41,19 +43,48 @@ class CpuTarget(Target):
         Kernel("qc.embedding", (4, 8), ("channel", "tensor"), "float", "rows dequantized while they are gathered"),
     )
 
-    def build(self, graph: Graph, *, threads: int | None = None) -> Executable:
-        from qcompile.backends.cpu.executable import Executable as Built
+    def check(self, graph: Graph) -> None:
+        from qcompile.backends.cpu.legalize import LEGALIZE
+        from qcompile.backends.lowering.converters import check
 
-        place = _cache_place(graph)
-        if place.is_dir():
-            try:
-                return _Callable(Built.load(place, threads), graph)
-            except Exception:  # a damaged cache is no reason to fail: build again
-                shutil.rmtree(place, ignore_errors=True)
+        check(graph.module, LEGALIZE)
+
+    def build(self, graph: Graph, *, threads: int | None = None) -> Executable:
         from qcompile.backends.cpu.build import build
 
-        built = build(graph.module, threads=threads)
-        _store(built, place)
+        place = _cache_place(graph)
+        built = _load(place, threads)
+        if built is None:
+            built = build(graph.module, threads=threads)
+            _store(built, place)
+        return _Callable(built, graph)
+
+    def native_code(self, graph: Graph) -> dict[str, bytes]:
+        """Return the library alone: packing the constants again is quick, storing them would double an artifact."""
+        from qcompile.backends.cpu.build import build
+        from qcompile.backends.cpu.executable import LIBRARY
+
+        built = build(graph.module)  # not what the cache holds: the bytes in an artifact must not depend on what was done before
+        code = built.code()
+        _store(built, _cache_place(graph))
+        return {LIBRARY: code}
+
+    def native_key(self) -> dict[str, str]:
+        from qcompile.backends.cpu.kernels import isa
+
+        processor = f"{isa.detect()} {isa.target_description()}"
+        return {"processor": processor, "tvm": version("apache-tvm"), "torch": version("torch"), "sources": _source_digest()}
+
+    def load_native(self, graph: Graph, code: Mapping[str, bytes], *, threads: int | None = None, keep: bool = False) -> Executable:
+        from qcompile.backends.cpu.build import build
+        from qcompile.backends.cpu.executable import LIBRARY
+
+        place = _cache_place(graph)
+        built = _load(place, threads)  # the same code, its constants packed already
+        if built is None:
+            built = build(graph.module, threads=threads, library=code[LIBRARY])
+            if keep:
+                _store(built, place)
         return _Callable(built, graph)
 
     def measure(self, graph: Graph, inputs: Sequence[torch.Tensor]) -> float:
@@ -103,7 +134,7 @@ def _layer_scheme(node: Any) -> Any:
 
 
 # Operator -> how the names of its kernels begin (``legalize.py`` names them), integer and float.
-_KERNELS = {"linear": ("linear_",), "conv2d": ("convolution_", "depthwise_"), "embedding": ("embedding_",)}
+_KERNELS = {"linear": ("linear_",), "conv2d": ("convolution_", "depthwise_"), "embedding": ("embedding",)}
 _REPEATS = 5
 
 
@@ -147,10 +178,20 @@ def _cache_place(graph: Graph) -> Path:
 
     The name holds everything that decides the code: graph, processor, compiler, and this package's own source.
     """
-    from qcompile.backends.cpu.kernels import isa
-
-    key = "\n".join([graph.digest, isa.detect(), str(isa.target_description()), version("apache-tvm"), version("torch"), _source_digest()])
+    key = "\n".join([graph.digest, *TARGET.native_key().values()])
     return cache_folder() / "cpu" / hashlib.sha256(key.encode()).hexdigest()[:32]
+
+
+def _load(place: Path, threads: int | None) -> Any:
+    """Return what ``_store`` left at a place, or None."""
+    from qcompile.backends.cpu.executable import Executable as Built
+
+    if place.is_dir():
+        try:
+            return Built.load(place, threads)
+        except Exception:  # a damaged cache is no reason to fail: build again
+            shutil.rmtree(place, ignore_errors=True)
+    return None
 
 
 @lru_cache(maxsize=1)
@@ -164,12 +205,14 @@ def _source_digest() -> str:
 
 def _store(built: Any, place: Path) -> None:
     """Save the built code whole or not at all; a machine without a C compiler to link with runs without this cache."""
+    if place.is_dir():
+        return
     place.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     temporary = Path(tempfile.mkdtemp(dir=place.parent, prefix=".build."))
     try:
         built.save(temporary / "code")
         os.replace(temporary / "code", place)
-    except OSError:  # another process was first, or nothing can be written
+    except (OSError, Refused):  # another process was first, or nothing can be written, or linked
         pass
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -7,12 +7,12 @@ how it treats images: ``PLAIN`` entries get NCHW; ``POINTWISE`` entries get all 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
-from qcompile.backends.lowering.translate import Walk
+from qcompile.backends.lowering.translate import Walk, nodes_of_constants_only
 from torch import fx
 
 from qcompile.errors import Refused
@@ -61,9 +61,25 @@ def entry_of(target: Any) -> Entry | None:
     return TABLE.get(full) or TABLE.get(packet)
 
 
-def supported(target: Any) -> bool:
-    """Return whether an operator can be lowered, so that refusals can be listed before any work starts."""
-    return entry_of(target) is not None
+def check(graph_module: fx.GraphModule, legalize: Mapping[str, Any]) -> None:
+    """Look whether every operator that runs has an entry or a legalizer, before any work starts.
+
+    Raises:
+        Refused: naming the first node whose operator cannot be lowered.
+    """
+    constant = nodes_of_constants_only(graph_module)
+    for node in graph_module.graph.nodes:
+        if node.op != "call_function" or node in constant or not node.users or isinstance(node.meta.get("val"), int | torch.SymInt):
+            continue
+        if entry_of(node.target) is None and not legalize.keys() & set(operator_names(node.target)):
+            raise _no_entry(node)
+
+
+def _no_entry(node: fx.Node) -> Refused:
+    return Refused(
+        "this operator cannot be lowered", node=node.name, operator=operator_names(node.target)[0], source=node.meta.get("source", ""),
+        way_out="decompose it, or enter a converter in qcompile.backends.lowering.converters.TABLE",
+    )  # fmt: skip
 
 
 def convert(walk: Walk, node: fx.Node) -> None:
@@ -87,10 +103,7 @@ def convert(walk: Walk, node: fx.Node) -> None:
     elif packet.startswith("qc."):
         walk.report("the target has no kernel for this operator")
     if entry is None:
-        raise Refused(
-            "this operator cannot be lowered", node=node.name, operator=full,
-            way_out="decompose it, or enter a converter in qcompile.backends.lowering.converters.TABLE",
-        )  # fmt: skip
+        raise _no_entry(node)
     _emit(walk, node, entry, arguments)
 
 

@@ -109,7 +109,7 @@ class Walk:
         self._plain: dict[fx.Node, Any] = {}
         self._channels_last: dict[fx.Node, Any] = {}
         self._constant_values: dict[fx.Node, Any] = {}
-        self._constant_nodes = _nodes_of_constants_only(graph_module)
+        self._constant_nodes = nodes_of_constants_only(graph_module)
         self._parameters: dict[str, relax.Expr] = {}
         self._groups: dict[tuple[Any, ...], list[Any]] = {}
         self._kernels: dict[Any, Any] = {}
@@ -338,7 +338,7 @@ def _constant_name(node: fx.Node) -> str:
     return str(node.target) if node.op == "get_attr" else node.name
 
 
-def _nodes_of_constants_only(graph_module: fx.GraphModule) -> set[fx.Node]:
+def nodes_of_constants_only(graph_module: fx.GraphModule) -> set[fx.Node]:
     """Return get_attr nodes and the nodes computed from nothing but them."""
     constant: set[fx.Node] = set()
     for node in graph_module.graph.nodes:

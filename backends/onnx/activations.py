@@ -137,6 +137,9 @@ def activate(emitter: Emitter, x: str, activation: str) -> str:
         return str(emitter.op("Clip", x, emitter.constant(0.0), emitter.constant(6.0)))
     if kind in ("gelu", "gelu_tanh"):
         return str(emitter.op("Gelu", x, approximate="tanh" if kind == "gelu_tanh" else "none"))
+    if kind == "hardswish" and emitter.form == "integer":  # the order in which PyTorch rounds; HardSwish multiplies by 1 / 6
+        gate = emitter.op("Clip", emitter.op("Add", x, emitter.constant(3.0)), emitter.constant(0.0), emitter.constant(6.0))
+        return str(emitter.op("Div", emitter.op("Mul", x, gate), emitter.constant(6.0)))
     known = {"relu": "Relu", "tanh": "Tanh", "sigmoid": "Sigmoid", "hardswish": "HardSwish"}
     if kind not in known:
         raise emitter.refuse(f"the activation '{activation}' has no ONNX form")

@@ -20,18 +20,21 @@ ONNX_TYPES = {
     torch.int8: TensorProto.INT8, torch.uint8: TensorProto.UINT8, torch.bool: TensorProto.BOOL,
 }  # fmt: skip
 
+FORMS = ("qdq", "integer")
+
 Converter = Callable[["Emitter", SimpleNamespace], Any]
 TABLE: dict[str, Converter] = {}
+INTEGER_TABLE: dict[str, Converter] = {}  # asked first in the integer form
 
 
-def converts(*names: str) -> Callable[[Converter], Converter]:
-    """Enter a function in the table under operator names such as ``aten.relu``, or ``aten.sum.dim_IntList`` for one overload."""
+def converts(*names: str, table: dict[str, Converter] = TABLE) -> Callable[[Converter], Converter]:
+    """Enter a function in a table under operator names such as ``aten.relu``, or ``aten.sum.dim_IntList`` for one overload."""
 
     def enter(function: Converter) -> Converter:
         for name in names:
-            if name in TABLE:
+            if name in table:
                 raise ValueError(f"{name} has two converters")
-            TABLE[name] = function
+            table[name] = function
         return function
 
     return enter
@@ -42,12 +45,16 @@ class Emitter:
 
     Attributes:
         graph: what is exported.
+        form: one of ``FORMS``.
+        float_products: why the product of a node is one of floats in the integer form, by the node's name.
         values: name of the ONNX value, or names where there are several, of each FX node. A symbolic int is a vector of one int64.
         current: the FX node being converted; its name begins the names of what it makes.
     """
 
-    def __init__(self, graph: Graph) -> None:
+    def __init__(self, graph: Graph, form: str = "qdq") -> None:
         self.graph = graph
+        self.form = form
+        self.float_products: dict[str, str] = {}
         self.nodes: list[onnx.NodeProto] = []
         self.initializers: dict[str, onnx.TensorProto] = {}
         self.values: dict[fx.Node, Any] = {}

@@ -3,12 +3,16 @@
     qc.linear(%x, ..) {x_scheme="int8 tensor sym", out_scheme="int8 tensor sym"}
  -> DequantizeLinear(x), DequantizeLinear(weight) -> MatMul -> Add -> QuantizeLinear
 
-An integer product of the graph is exact; the exported one runs in float32 unless the runtime fuses it, so codes agree except where
-the float sum falls on the other side of a rounding boundary.
+That is the form ``qdq``. Its products run in float32 unless the runtime fuses them, so codes agree except where the float sum falls on
+the other side of a rounding boundary. In the form ``integer`` products of codes are MatMulInteger and ConvInteger, and every
+operator after them rounds where the graph does: codes are equal.
+
+    qc.linear(%x, ..) -> MatMulInteger -> Cast -> Mul(weight_scale) -> Mul(x_scale) -> Add -> QuantizeLinear
 """
 
 from __future__ import annotations
 
+import json
 import re
 from types import SimpleNamespace
 from typing import Any
@@ -17,8 +21,8 @@ import onnx
 import torch
 import torch.fx as fx
 from onnx import helper
-from qcompile.backends.onnx import activations, arithmetic, layers, quantized, shapes  # noqa: F401  enter their operators
-from qcompile.backends.onnx.emit import ONNX_TYPES, TABLE, Converter, Emitter
+from qcompile.backends.onnx import activations, arithmetic, integers, layers, quantized, shapes  # noqa: F401  enter their operators
+from qcompile.backends.onnx.emit import FORMS, INTEGER_TABLE, ONNX_TYPES, TABLE, Converter, Emitter
 
 from qcompile.errors import Refused
 from qcompile.graph import Graph, Stage
@@ -28,17 +32,22 @@ OPSET = 21
 IR_VERSION = 10  # the first that knows int4, and what runtimes of operator set 21 read
 
 
-def export_onnx(graph: Graph) -> onnx.ModelProto:
+def export_onnx(graph: Graph, form: str = "qdq") -> onnx.ModelProto:
     """Return the graph as an ONNX model of operator set 21; the same graph gives the same bytes.
 
-    Names of inputs, outputs and constants are kept, dynamic sizes are named dimensions.
+    Names of inputs, outputs and constants are kept, dynamic sizes are named dimensions. The model's metadata names its form
+    (``qcompile.form``); in the form ``integer`` also the layers whose products are of floats, with the reason
+    (``qcompile.float_products``, JSON).
 
     Raises:
-        Refused: the graph is in stage ``simulated``, or an operator has no export; the message names node and operator.
+        Refused: there is no such form, the graph is in stage ``simulated``, or an operator has no export; the message names node and
+            operator.
     """
+    if form not in FORMS:
+        raise Refused(f"unknown ONNX form '{form}'", way_out=f"known are {', '.join(FORMS)}")
     if graph.stage is Stage.SIMULATED:
         raise Refused("a graph with quantizers has no ONNX form", way_out="materialize it first")
-    emitter = Emitter(graph)
+    emitter = Emitter(graph, form)
     inputs = [_value_info(emitter, node, emitter.free_name(node.name)) for node in graph.inputs]
     for node, info in zip(graph.inputs, inputs, strict=True):
         emitter.values[node] = info.name
@@ -49,6 +58,9 @@ def export_onnx(graph: Graph) -> onnx.ModelProto:
     outputs = [_output(emitter, node, name) for node, name in zip(graph.outputs, graph.output_names, strict=True)]
     body = helper.make_graph(emitter.nodes, "main", inputs, outputs, list(emitter.initializers.values()))
     model = helper.make_model(body, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR_VERSION, producer_name="qcompile")
+    about = {"qcompile.form": form}
+    about |= {"qcompile.float_products": json.dumps(emitter.float_products)} if form == "integer" else {}
+    helper.set_model_props(model, about)
     onnx.checker.check_model(model, full_check=True)
     return model
 
@@ -61,16 +73,18 @@ def _output_names(graph: Graph, emitter: Emitter) -> dict[fx.Node, str]:
     return names
 
 
-def converter_of(target: Any) -> Converter | None:
+def converter_of(target: Any, form: str = "qdq") -> Converter | None:
     """Return the function that exports an operator, or None."""
     if not isinstance(target, torch._ops.OpOverload):
         return TABLE.get(f"py.{getattr(target, '__name__', target)}")
     packet = f"{target.namespace}.{target._opname}"
+    if form == "integer" and packet in INTEGER_TABLE:
+        return INTEGER_TABLE[packet]
     return TABLE.get(f"{packet}.{target._overloadname}") or TABLE.get(packet)
 
 
 def _convert(emitter: Emitter, node: fx.Node, name: str) -> None:
-    converter = converter_of(node.target)
+    converter = converter_of(node.target, emitter.form)
     if converter is None:
         raise Refused("there is no ONNX export of this operator", node=node.name, operator=str(node.target), way_out="use another target")
     arguments = bound_arguments(node) if isinstance(node.target, torch._ops.OpOverload) else {"args": node.args}

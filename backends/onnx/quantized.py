@@ -1,4 +1,7 @@
-"""The qc operators in standard ONNX: dequantize, the float operator, activation, quantize."""
+"""The qc operators in standard ONNX: dequantize, the float operator, activation, quantize.
+
+In the integer form the products of codes are exact: ``qcompile.backends.onnx.integers``.
+"""
 
 from __future__ import annotations
 
@@ -129,10 +132,14 @@ def dequantize_operator(emitter: Emitter, arguments: SimpleNamespace) -> Any:
 
 
 def dequantize(emitter: Emitter, codes: Any, scale: Any, zero_point: Any, text: str) -> str:
-    """Return the float values of codes computed at run time."""
+    """Return the float values of codes computed at run time.
+
+    The integer form has no DequantizeLinear there: ONNX Runtime joins a QuantizeLinear, DequantizeLinear pair with the next one, which
+    rounds once where the graph rounds twice.
+    """
     scheme, rank = parse_scheme(text), emitter.fake(codes).ndim
     granularity, name = scheme.granularity, emitter.value(codes)
-    if isinstance(granularity, (Tensor, Channel)):
+    if isinstance(granularity, (Tensor, Channel)) and emitter.form == "qdq":
         operands = [name, emitter.value(scale)]
         operands += [_typed_zero_point(emitter, scale, zero_point, scheme)] if zero_point is not None else []
         return str(emitter.op("DequantizeLinear", *operands, axis=granularity.axis % rank if isinstance(granularity, Channel) else None))
@@ -215,13 +222,18 @@ def _bias(emitter: Emitter, arguments: SimpleNamespace) -> str | None:
     return str(emitter.op("DequantizeLinear", emitter.constant(codes, name=str(arguments.bias.target)), emitter.constant(scale), axis=axis))
 
 
-def _epilogue(emitter: Emitter, y: str, rank: int, arguments: SimpleNamespace) -> str:
+def epilogue(emitter: Emitter, y: str, rank: int, arguments: SimpleNamespace) -> str:
     """Return what the dialect does after a product and its bias: activation, residual, ``add_`` activation, quantize."""
     late = arguments.activation.startswith("add_")
     y = y if late else activate(emitter, y, arguments.activation)
     if arguments.residual is not None:
         y = emitter.op("Add", y, emitter.value(arguments.residual))
     y = activate(emitter, y, arguments.activation) if late else y
+    return requantize(emitter, y, rank, arguments)
+
+
+def requantize(emitter: Emitter, y: str, rank: int, arguments: SimpleNamespace) -> str:
+    """Return y as codes of the operator's out scheme, or y where it has none."""
     return quantize(emitter, y, rank, arguments.out_scale, arguments.out_zero_point, arguments.out_scheme) if arguments.out_scheme else y
 
 
@@ -234,7 +246,7 @@ def linear(emitter: Emitter, arguments: SimpleNamespace) -> Any:
     y = emitter.op("MatMul", x, w)
     bias = _bias(emitter, arguments)
     y = y if bias is None else emitter.op("Add", y, bias)
-    return _epilogue(emitter, y, emitter.fake(emitter.current).ndim, arguments)
+    return epilogue(emitter, y, emitter.fake(emitter.current).ndim, arguments)
 
 
 @converts("qc.conv2d")
@@ -253,7 +265,7 @@ def conv2d(emitter: Emitter, arguments: SimpleNamespace) -> Any:
         dilations=list(arguments.dilation),
         group=arguments.groups,
     )
-    return _epilogue(emitter, y, 4, arguments)
+    return epilogue(emitter, y, 4, arguments)
 
 
 @converts("qc.matmul")
@@ -261,9 +273,7 @@ def matmul(emitter: Emitter, arguments: SimpleNamespace) -> Any:
     assert emitter.current is not None
     a = dequantize(emitter, arguments.a, arguments.a_scale, arguments.a_zero_point, arguments.a_scheme)
     b = dequantize(emitter, arguments.b, arguments.b_scale, arguments.b_zero_point, arguments.b_scheme)
-    y = emitter.op("MatMul", a, b)
-    rank = emitter.fake(emitter.current).ndim
-    return quantize(emitter, y, rank, arguments.out_scale, arguments.out_zero_point, arguments.out_scheme) if arguments.out_scheme else y
+    return requantize(emitter, emitter.op("MatMul", a, b), emitter.fake(emitter.current).ndim, arguments)
 
 
 @converts("qc.add")

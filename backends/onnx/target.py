@@ -1,4 +1,4 @@
-"""Declaration of the ``onnx`` target: a QDQ model that ONNX Runtime runs."""
+"""Declaration of the ``onnx`` target: models for ONNX Runtime, as QDQ or with exact integer products."""
 
 from __future__ import annotations
 
@@ -14,35 +14,43 @@ _ALL_BITS = tuple(range(1, 9))
 
 
 class OnnxTarget(Target):
-    """Exports to standard ONNX (opset 21, QuantizeLinear and DequantizeLinear) and runs it in ONNX Runtime."""
+    """Exports to standard ONNX (opset 21) and runs it in ONNX Runtime.
+
+    A file is written in the form ``qdq``, which runtimes fuse as they like, unless the form is given. What runs here has the form
+    ``integer``: its codes are those of the reference.
+    """
 
     name = "onnx"
-    summary = "QDQ export (opset 21), run in ONNX Runtime"
+    summary = "ONNX export (opset 21) as QDQ or exact integers, run in ONNX Runtime"
     kernels = tuple(
-        Kernel(operator, _ALL_BITS, ("tensor", "channel", "group"), activation, "DequantizeLinear, float operator, QuantizeLinear")
-        for operator in ("qc.linear", "qc.conv2d", "qc.embedding")
-        for activation in ("static", "dynamic", "float")
+        Kernel(operator, _ALL_BITS, ("tensor", "channel", "group"), activation, summary)
+        for operator, integer, plain in (
+            ("qc.linear", "MatMulInteger; ", "DequantizeLinear, MatMul, QuantizeLinear"),
+            ("qc.conv2d", "ConvInteger; ", "DequantizeLinear, Conv, QuantizeLinear"),
+            ("qc.embedding", "", "Gather of codes, dequantized"),
+        )
+        for activation, summary in (("static", integer + plain), ("dynamic", integer + plain), ("float", plain))
     )
 
     def supports(self, operator: str, scheme: LayerScheme) -> str | None:
-        """Every scheme has a QDQ form; which of them ONNX Runtime runs in integers is its own choice."""
+        """Every scheme has a form; products that are not of integers are named in the exported model."""
         return None
 
-    def export(self, graph: Graph) -> bytes:
-        """Return the graph as the bytes of a checked ONNX model.
+    def export(self, graph: Graph, form: str = "qdq") -> bytes:
+        """Return the graph as the bytes of a checked ONNX model of the form ``qdq`` or ``integer``.
 
         Raises:
             Refused: naming the node whose operator has no ONNX form.
         """
         from qcompile.backends.onnx.export import export_onnx
 
-        return export_onnx(graph).SerializeToString(deterministic=True)
+        return export_onnx(graph, form).SerializeToString(deterministic=True)
 
-    def build(self, graph: Graph, *, threads: int | None = None) -> Executable:
+    def build(self, graph: Graph, *, threads: int | None = None, form: str = "integer") -> Executable:
         from qcompile.backends.onnx.export import export_onnx
         from qcompile.backends.onnx.runner import OnnxRunner
 
-        runner = OnnxRunner(export_onnx(graph), threads=threads or 0)
+        runner = OnnxRunner(export_onnx(graph, form), threads=threads or 0)
 
         def run(inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
             return [torch.as_tensor(output) for output in runner(*inputs)]

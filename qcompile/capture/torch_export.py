@@ -8,7 +8,6 @@ import io
 import operator
 import re
 import sys
-import traceback
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -17,6 +16,7 @@ import torch
 import torch.fx as fx
 from torch.export import ExportedProgram
 
+from qcompile.capture.model_lines import line_in_trace, place_of
 from qcompile.errors import Refused
 from qcompile.graph import Graph, TensorType
 from qcompile.graph.graph import build_module
@@ -50,11 +50,12 @@ def capture_module(
             itself: torch takes a size of 1 for a constant.
 
     Raises:
-        Refused: the code cannot be traced; the message names the operator and the source line.
+        Refused: the code cannot be traced; the message names the module, the operator if there is one, and the source line.
     """
     args = () if isinstance(example_inputs, Mapping) else tuple(example_inputs)
     kwargs = dict(example_inputs) if isinstance(example_inputs, Mapping) else {}
     names = list(kwargs) or list(inspect.signature(module.forward).parameters)
+    _check_inputs(module, args, kwargs)
     axes = _axes_of(dynamic_shapes, names, len(args) or len(kwargs))
     args = tuple(_without_ones(value, chosen) for value, chosen in zip(args, axes, strict=False))
     kwargs = {name: _without_ones(value, chosen) for (name, value), chosen in zip(kwargs.items(), axes, strict=False)}
@@ -69,11 +70,26 @@ def capture_module(
     except Refused:
         raise
     except Exception as error:
-        raise _untraceable(error) from error
+        raise _untraceable(error, module) from error
     finally:
         module.train(was_training)
     sys.stderr.write(said.getvalue())
     return capture_program(program, dynamic_shapes)
+
+
+def _check_inputs(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Raise Refused where the examples do not fit the parameters of the module's ``forward``."""
+    signature = inspect.signature(module.forward)
+    try:
+        signature.bind(*args, **kwargs)
+    except TypeError as error:
+        code = getattr(inspect.unwrap(module.forward), "__code__", None)
+        raise Refused(
+            f"the example inputs do not fit forward{signature}: {error}",
+            node=type(module).__name__,
+            source=f"{code.co_filename}:{code.co_firstlineno}" if code else "",
+            way_out="give one example for each input",
+        ) from error
 
 
 @contextlib.contextmanager
@@ -145,7 +161,7 @@ def capture_program(program: ExportedProgram, dynamic_shapes: DynamicShapes | No
         elif node.op == "call_function" and node.target not in _DROPPED:
             values[node] = _copy_call(graph, node, values)
         elif node.op == "output":
-            graph.output(tuple(values[out] for out in node.args[0][len(signature.buffers_to_mutate) :]))
+            graph.output(tuple(values[out] for out in _checked_outputs(node.args[0])))
         if node in values:
             values[node].meta |= _provenance(node)
     captured = Graph(build_module(constants, {}, graph), types, ranges, history=("capture",))
@@ -153,12 +169,34 @@ def capture_program(program: ExportedProgram, dynamic_shapes: DynamicShapes | No
     return captured
 
 
+def _checked_outputs(outputs: Sequence[Any]) -> Sequence[fx.Node]:
+    """Raise Refused naming the first output that is not a tensor."""
+    for position, output in enumerate(outputs):
+        if not isinstance(output, fx.Node) or not isinstance(output.meta["val"], torch.Tensor):
+            text = f"{output.name}, a size" if isinstance(output, fx.Node) else repr(output)
+            raise Refused(f"output {position} of the model is {text}, not a tensor", way_out="return tensors only")
+    return outputs
+
+
 def _copy_call(graph: fx.Graph, node: fx.Node, values: dict[fx.Node, Any]) -> fx.Node:
-    if not isinstance(node.target, torch._ops.OpOverload) and node.target not in _PYTHON_CALLS:
-        raise Refused("the call is not an operator", node=node.name, operator=str(node.target), source=_source(node))
+    if isinstance(node.target, torch._ops.OpOverload):
+        if node.target.namespace not in _NAMESPACES:
+            raise Refused(
+                "the operator is not one of PyTorch's, and an artifact holds no code of others",
+                node=node.name, operator=str(node.target), source=_source(node), way_out="write it with PyTorch's operators",
+            )  # fmt: skip
+    elif node.target not in _PYTHON_CALLS:
+        raise Refused(
+            "the call is not an operator",
+            node=node.name,
+            operator=str(node.target),
+            source=_source(node),
+            way_out="write it without control flow over tensors",
+        )
     return graph.node_copy(node, lambda n: values[n])
 
 
+_NAMESPACES = ("aten", "qc", "prims")  # those of the text form, ``find_operator``
 _PYTHON_NAMES = ("getitem", "add", "sub", "mul", "floordiv", "truediv", "mod", "neg", "eq", "ne", "lt", "le", "gt", "ge")
 _PYTHON_CALLS = {getattr(operator, name) for name in _PYTHON_NAMES} | {torch.sym_max, torch.sym_min, torch.sym_int}
 
@@ -231,19 +269,18 @@ def _provenance(node: fx.Node) -> dict[str, Any]:
 
 def _source(node: fx.Node) -> str:
     """Return ``file.py:line`` of the innermost line of model code that made the node."""
-    found = re.findall(r'File "([^"]+)", line (\d+)', node.meta.get("stack_trace") or "")
-    return f"{found[-1][0]}:{found[-1][1]}" if found else ""
+    return line_in_trace(node.meta.get("stack_trace") or "")
 
 
-def _untraceable(error: Exception) -> Refused:
-    """Say in one line why tracing failed and in which line of the model's code."""
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if "/torch/" not in f.filename and "qcompile" not in f.filename]
-    user = re.findall(r'File "([^"]+)", line (\d+)', str(error))
-    user = [place for place in user if "/torch/" not in place[0]]
-    source = f"{frames[-1].filename}:{frames[-1].lineno}" if frames else f"{user[-1][0]}:{user[-1][1]}" if user else ""
+def _untraceable(error: Exception, module: torch.nn.Module) -> Refused:
+    """Say in one line why tracing failed, in which module and line of the model's code, and at which operator."""
+    place = place_of(error, module)
     first = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    code = f" at '{place.code}'" if place.code else ""
     return Refused(
-        f"the model cannot be traced: {type(error).__name__}: {first[:300]}",
-        source=source,
+        f"the model cannot be traced{code}: {type(error).__name__}: {first[:300]}",
+        node=place.module,
+        operator=place.operator,
+        source=place.source or line_in_trace(str(error)),
         way_out="make that line independent of tensor values, or export the part around it",
     )

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from qcompile.cli.main import as_json, print_json, threads_option
+from qcompile.cli.main import as_json, print_json, threads_option, trust_option
 from qcompile.errors import Refused
 
 if TYPE_CHECKING:
@@ -42,6 +42,7 @@ Run = Callable[[Sequence[Any]], Any]
 @click.option("--memory", is_flag=True, help="Also measure the peak memory of a process of its own for each runtime.")
 @click.option("--plot", type=click.Path(path_type=Path), help="Write a picture of the times, .png or .svg.")
 @threads_option()
+@trust_option()
 @as_json()
 def bench(
     artifact: Path,
@@ -54,6 +55,7 @@ def bench(
     memory: bool,
     plot: Path | None,
     threads: int | None,
+    trust_code: bool,
     json_: bool,
 ) -> None:
     """Time ARTIFACT and other runtimes on the same inputs, in turns; medians and ratios."""
@@ -65,7 +67,7 @@ def bench(
     from qcompile.registry import find_target
 
     threads = threads or len(os.sched_getaffinity(0))
-    compiled = load(artifact, threads=threads)
+    compiled = load(artifact, threads=threads, trust_code=trust_code)
     inputs = resize_examples(compiled.graph, compiled.golden_inputs, shape)
     contenders = {"qcompile": Contender(compiled.executable, artifact)}
     names = [name.strip() for name in against.split(",") if name.strip()]

@@ -30,6 +30,7 @@ from qcompile.errors import Refused
 @click.option("--dry-run", is_flag=True, help="Print predicted size, memory, kernels and float leftovers; write nothing.")
 @click.option("--bisect", is_flag=True, help="Name the pass that loses most of the model's outputs; write nothing.")
 @click.option("--kernel-times", type=click.Path(path_type=Path, dir_okay=False), help="Table of measured kernel times to use and extend.")
+@click.option("--native", is_flag=True, help="Store the target's code for this machine too; the file then differs from machine to machine.")
 @as_json()
 def compile(model: str, recipe: str, target: str, calibrate: str | None, output: Path | None, **flags: Any) -> None:
     """Compile MODEL (.onnx, .pt2, Hugging Face folder, python:FILE_OR_MODULE:FUNCTION) to an artifact."""
@@ -54,6 +55,7 @@ def compile(model: str, recipe: str, target: str, calibrate: str | None, output:
         observers=(tracer,),
         kernel_times=flags["kernel_times"],
         hold_promises=not flags["bisect"],
+        native=flags["native"] and writes,
     )
     done = run_compile(model, recipe=recipe, target=target, calibration=calibrate, options=options)
     if flags["why_not"]:
@@ -126,6 +128,7 @@ def _print_steps(done: Any, flags: dict[str, Any]) -> None:
 def _print_plan(plan: dict[str, Any], json_: bool) -> None:
     if json_:
         return print_json(plan)
+    _print_warnings(plan["warnings"])
     click.echo(
         f"artifact     about {plan['bytes'] / 1e6:.1f} MB "
         f"({plan['bits_per_weight']:.2f} bits per weight; float {plan['float_bytes'] / 1e6:.1f} MB)"
@@ -152,8 +155,10 @@ def _print_done(done: Any, output: Path, size: int, seconds: float, json_: bool)
                 "bits_per_weight": report["bits_per_weight"],
                 "weight_bytes": report["bytes"],
                 "float_bytes": report["float_bytes"],
+                "warnings": report["warnings"],
             }
         )
+    _print_warnings(report["warnings"])
     low = sum(layer["weight"] != "float32" for layer in report["layers"])
     click.echo(f"{output}: {size / 1e6:.2f} MB in {seconds:.1f} s, recipe {done.context.recipe.name}, target {done.artifact.target}")
     click.echo(
@@ -161,6 +166,11 @@ def _print_done(done: Any, output: Path, size: int, seconds: float, json_: bool)
         f"constants {100 * report['bytes'] / max(report['float_bytes'], 1):.1f} % of float32"
     )
     return None
+
+
+def _print_warnings(warnings: list[str]) -> None:
+    for line in warnings:
+        click.echo(f"warning: {line}", err=True)
 
 
 def _remember(output: Path, model: str) -> None:

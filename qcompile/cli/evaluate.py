@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from qcompile.cli.main import as_json, print_json, threads_option
+from qcompile.cli.main import as_json, print_json, threads_option, trust_option
 
 
 @click.command()
@@ -21,9 +21,18 @@ from qcompile.cli.main import as_json, print_json, threads_option
 @click.option("--limit", type=click.IntRange(1), help="The most samples.")
 @click.option("--target", help="Run on another target, such as reference.")
 @threads_option()
+@trust_option()
 @as_json()
 def evaluate(
-    artifact: Path, task: str, data: str | None, model: str | None, limit: int | None, target: str | None, threads: int | None, json_: bool
+    artifact: Path,
+    task: str,
+    data: str | None,
+    model: str | None,
+    limit: int | None,
+    target: str | None,
+    threads: int | None,
+    trust_code: bool,
+    json_: bool,
 ) -> None:
     """Measure ARTIFACT's accuracy, and that of its float model beside it."""
     from qcompile.artifact import load
@@ -31,7 +40,7 @@ def evaluate(
     from qcompile.evaluation import evaluate as run
     from qcompile.source_notes import find_source
 
-    loaded = load(artifact, target=target, threads=threads)
+    loaded = load(artifact, target=target, threads=threads, trust_code=trust_code)
     place = model or find_source(artifact)
     result = run(loaded, task, data, capture(place) if place else None, limit)
     if json_:

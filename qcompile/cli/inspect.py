@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from qcompile.cli.main import as_json, print_json, threads_option
+from qcompile.cli.main import as_json, print_json, threads_option, trust_option
 
 WIDTH = 170  # a line holds a layer's name and both schemes
 COLUMNS = (("layer", 30), ("op", 12), ("weight", 18), ("activation", 19), ("bits", 5), ("SQNR dB", 7), ("ms", 6), ("reason", 20))
@@ -19,13 +19,14 @@ COLUMNS = (("layer", 30), ("op", 12), ("weight", 18), ("activation", 19), ("bits
 @click.option("--times/--no-times", default=True, help="Measure the time of every layer's kernel on the golden inputs.")
 @click.option("--graph", "graph_", is_flag=True, help="Print the graph's text instead.")
 @threads_option()
+@trust_option()
 @as_json()
-def inspect(artifact: Path, times: bool, graph_: bool, threads: int | None, json_: bool) -> None:
+def inspect(artifact: Path, times: bool, graph_: bool, threads: int | None, trust_code: bool, json_: bool) -> None:
     """Show for each layer of ARTIFACT its scheme, bits, error, time and the reason where it stayed float."""
     from qcompile.artifact import load
     from qcompile.graph import print_graph
 
-    model = load(artifact, threads=threads)
+    model = load(artifact, threads=threads, trust_code=trust_code)
     if graph_:
         return click.echo(print_graph(model.graph))
     measured = _layer_times(model) if times else {}
@@ -47,6 +48,7 @@ def inspect(artifact: Path, times: bool, graph_: bool, threads: int | None, json
                 "pipeline": model.pipeline,
                 "target": model.target,
                 "notes": model.report["notes"],
+                "warnings": model.report.get("warnings", []),  # artifacts of older versions have none
             }
         )
     return _print_layers(artifact, model, layers)
@@ -79,6 +81,8 @@ def _print_layers(artifact: Path, model: Any, layers: list[dict[str, Any]]) -> N
     console.print(table)
     kinds = sorted({item["op"] for item in model.report["float_ops"]})
     console.print(f"{len(model.report['float_ops'])} float operators: {', '.join(kinds)}")
+    for line in model.report.get("warnings", []):
+        console.print(f"warning: {line}", markup=False)
     for node, text in model.report["notes"]:
         console.print(f"note: {node}: {text}", markup=False)
     console.print(

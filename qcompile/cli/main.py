@@ -113,6 +113,11 @@ def print_json(content: Any) -> None:
     click.echo(json.dumps(content, indent=1))
 
 
+def trust_option() -> Any:
+    """Return the ``--trust-code`` option of every command that runs an artifact."""
+    return click.option("--trust-code", is_flag=True, help="Run the artifact's native code although this user did not build it here.")
+
+
 def threads_option() -> Any:
     """Return the ``--threads`` option."""
     return click.option("--threads", type=click.IntRange(1, 1024), help="Worker threads [every core this process may use].")

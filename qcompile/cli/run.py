@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from qcompile.cli.main import as_json, print_json, threads_option
+from qcompile.cli.main import as_json, print_json, threads_option, trust_option
 from qcompile.errors import Refused
 
 
@@ -22,8 +22,11 @@ from qcompile.errors import Refused
 @click.option("-o", "--output", type=click.Path(path_type=Path, dir_okay=False), help="FILE.npz for the outputs.")
 @click.option("--target", help="Run on another target, such as reference.")
 @threads_option()
+@trust_option()
 @as_json()
-def run(artifact: Path, input_: Path | None, output: Path | None, target: str | None, threads: int | None, json_: bool) -> None:
+def run(
+    artifact: Path, input_: Path | None, output: Path | None, target: str | None, threads: int | None, trust_code: bool, json_: bool
+) -> None:
     """Run ARTIFACT on arrays from a file and print or write the outputs."""
     import io
 
@@ -32,7 +35,7 @@ def run(artifact: Path, input_: Path | None, output: Path | None, target: str | 
     from qcompile.artifact import load
     from qcompile.files import write_atomic
 
-    model = load(artifact, target=target, threads=threads)
+    model = load(artifact, target=target, threads=threads, trust_code=trust_code)
     inputs = (
         _read(input_, [node.name for node in model.graph.inputs])
         if input_

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from qcompile.backends.cpu.build import build
-from qcompile.backends.lowering.converters import TABLE, entry_of, operator_names, supported
+from qcompile.backends.lowering.converters import TABLE, check, entry_of, operator_names
 from qcompile.backends.lowering.translate import translate
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -496,7 +496,7 @@ def test_kernels_agree_with_torch(index: int, kernel_outputs: list[list[torch.Te
 
 def test_every_converter_has_a_case() -> None:
     covered = {name for case in CASES for name in operator_names(case[0])}
-    supported(aten.relu.default)  # fills the table
+    entry_of(aten.relu.default)  # fills the table
     synonyms = {
         "view_copy", "_reshape_alias", "unsqueeze_copy", "squeeze_copy", "permute_copy", "transpose_copy", "expand_copy", "split_copy",
         "unbind_copy", "slice_copy", "select_copy", "narrow_copy", "contiguous", "concat", "empty", "empty_like", "new_empty",
@@ -512,11 +512,14 @@ def test_every_converter_has_a_case() -> None:
 def test_unknown_operator_is_refused_by_name() -> None:
     graph = graph_of([(aten.fft_fft.default, (X,))])
     module = graph.finish()
-    assert not supported(aten.fft_fft.default)
-    with pytest.raises(Refused, match=r"fft_fft.*cannot be lowered") as refusal:
-        translate(module)
-    assert refusal.value.node == "fft_fft_default"
-    assert refusal.value.way_out
+    for node in module.graph.find_nodes(op="call_function", target=aten.fft_fft.default):
+        node.meta["source"] = "net.py:7"
+    for refuse in (translate, lambda module: check(module, {})):
+        with pytest.raises(Refused, match=r"fft_fft.*cannot be lowered") as refusal:
+            refuse(module)
+        assert (refusal.value.node, refusal.value.operator, refusal.value.source) == ("fft_fft_default", "aten.fft_fft.default", "net.py:7")
+        assert refusal.value.way_out
+    check(module, {"aten.fft_fft": None})  # a target's legalizer takes it
 
 
 def test_dialect_operators_are_all_lowered() -> None:

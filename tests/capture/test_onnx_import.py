@@ -491,7 +491,7 @@ def test_exported_convolutional_network() -> None:
     data = exported(Residual(), (torch.randn(2, 3, 16, 16),), ["x"], {"x": {0: "batch"}})
     graph = capture_onnx(data)
     assert graph.type_text(graph.outputs[0]) == "f32[batch,5]"
-    assert {"stem.0.weight", "head.weight"} <= graph.constants.keys() or "head.weight" in graph.constants
+    assert {"block.0.weight", "head.weight"} <= graph.constants.keys()  # the exporter folds the stem's normalization, and renames it
     assert_same(graph, data, {"x": floats(3, 3, 16, 16)})
 
 
@@ -521,4 +521,4 @@ def test_trained_network_from_a_file(repository: Path, data_folder: Path, tmp_pa
     graph = capture_onnx(path)
     assert graph.type_text(graph.outputs[0]) == f"f32[batch,{classes}]"
     assert "aten.linear.default" in targets(graph)
-    assert_same(graph, path.read_bytes(), {"input0": floats(3, *inputs[0].shape[1:])}, atol=1e-3)
+    assert_same(graph, path.read_bytes(), {"input0": floats(3, *inputs[0].shape[1:])})

@@ -112,8 +112,9 @@ def test_scale_edges_of_a_decoder(fused) -> None:
 @pytest.mark.parametrize("fused", [False, True])
 def test_dividing_any_edge_of_a_decoder_changes_no_output(fused) -> None:
     graph, tokens = decoder(fused=fused, layers=1), torch.randint(0, 32, (2, 5))
-    before = graph(tokens)[0]
-    for edge in scale_edges(graph):
+    before, edges = graph(tokens)[0], scale_edges(graph)
+    assert len(edges) == 5  # two norms, values and down projection of the layer, the last norm
+    for edge in edges:
         divide_channels(graph, edge, torch.rand(edge.channels, dtype=torch.float64) * 4 + 0.25)
         assert sqnr_db(before, graph(tokens)[0]) > 110, edge.kind
 

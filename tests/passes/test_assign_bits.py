@@ -72,6 +72,42 @@ def test_a_pattern_may_name_the_weight_the_module_or_the_node(build: Any, patter
     assert [name for name, text in chosen(after).items() if text == W8] == ["a"]
 
 
+def test_a_pattern_that_fits_no_layer_is_warned_about_with_the_nearest_names(build: Any) -> None:
+    layers = {"body.*": "W8A8", "*.secnd": "float", "sten*": "float", "[": "float"}
+    after, context, changes = run(build(TEXT, **constants()), linear="W4A16", layers=layers)
+    assert context.warnings == [
+        "schemes.layers['*.secnd'] fits no layer; the nearest of the 4 layers are 'body.second', 'stem', 'table'",
+        "schemes.layers['sten*'] fits no layer; the nearest of the 4 layers are 'stem', 'table', 'body.second'",
+        "schemes.layers['['] fits no layer; the nearest of the 4 layers are 'table', 'stem', 'body.second'",
+    ]
+    assert (chosen(after)["a"], chosen(after)["b"], changes) == (W8, W8, 4)
+
+
+def test_a_plain_name_that_fits_no_layer_is_refused(build: Any) -> None:
+    message = r"schemes\.layers\['body\.frist'\] fits no layer; the nearest of the 4 layers are 'body\.first', "
+    with pytest.raises(Refused, match=message):
+        run(build(TEXT, **constants()), layers={"body.frist": "W8A8"})
+
+
+def test_patterns_of_a_model_without_layers_are_warned_about(build: Any) -> None:
+    graph = build('graph @main float(%x: f32[2]) {\n  %y = aten.relu(%x) : f32[2]\n  return %y as "y"\n}\n')
+    _, context, _ = run(graph, layers={"*": "W8A8"})
+    assert context.warnings == ["schemes.layers['*'] fits no layer; the model has no layer that takes a scheme"]
+
+
+def test_one_scheme_for_all_layers_says_that_patterns_are_not_read(build: Any) -> None:
+    recipe = Recipe(name="test", pipeline="assign-bits", schemes={"layers": {"nothing": "W4A16"}})
+    context = Context(ReferenceTarget(), recipe)
+    Pipeline((AssignBits("W8A8"), AssignBits("W8A8"))).run(build(TEXT, **constants()), context)
+    assert context.warnings == ["schemes.layers is not read: assign-bits{scheme=W8A8} gives every layer one scheme"]
+
+
+def test_kinds_of_layer_that_the_model_lacks_are_no_reason_to_warn(build: Any) -> None:
+    graph = build(TEXT.replace("  %c = aten.conv2d(%image, %stem.weight) : f32[n,4,4,4]\n", "").replace(', %c as "c"', ""), **constants())
+    _, context, changes = run(graph, linear="W8A8", conv2d="W8A8", embedding="W8A16", layers={"*first*": "W8A8"})
+    assert (context.warnings, changes) == ([], 3)
+
+
 def test_a_table_is_stored_and_never_has_an_activation(build: Any) -> None:
     after, _, _ = run(build(TEXT, **constants()), scheme="W4A8-dynamic")
     assert chosen(after)["rows"] == TABLE

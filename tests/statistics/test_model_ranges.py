@@ -153,3 +153,52 @@ def test_what_no_rule_carries_is_refused(ranges: Any) -> None:
     node = next(node for node in graph.nodes if "exp" in str(node.target))
     with pytest.raises(Refused, match=r"exp \(aten\.exp\.default\): its range cannot be found without data; give calibration data"):
         found.range(node)
+
+
+# ---- without notes: measured on noise -------------------------------------------------------------------------------------
+
+
+class Shortcut(torch.nn.Module):
+    """Branch and shortcut hold the same values, so their sum has twice the deviation, not the square root of two of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = torch.nn.Conv2d(2, 4, 1)
+        self.same = torch.nn.Conv2d(4, 4, 1, bias=False)
+        torch.nn.init.dirac_(self.same.weight)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        a = self.stem(x)
+        return a + self.same(a)
+
+
+def test_without_notes_sums_are_as_correlated_as_on_noise() -> None:
+    net, x = Shortcut().eval(), torch.randn(4, 2, 16, 16) * 3 + 1
+    graph = capture(net, (x,)).graph
+    found = graph, ModelRanges(graph, (x,)), net
+    conv, total = spread(found, "conv2d"), spread(found, "add")
+    assert torch.allclose(total.mean, 2 * conv.mean, rtol=1e-5)
+    assert torch.allclose(total.std, 2 * conv.std, rtol=1e-5)
+    with torch.no_grad():
+        out = net.stem(x).double().transpose(0, 1).flatten(1)
+    assert torch.allclose(conv.std, out.std(1), rtol=0.1)  # noise has the moments of the example's channels
+
+
+def test_ranges_on_noise_are_the_same_every_time_and_never_narrower_than_the_papers() -> None:
+    x = torch.randn(2, 2, 8, 8)
+    graph = capture(Shortcut().eval(), (x,)).graph
+    state = torch.random.get_rng_state()
+    first, second = ModelRanges(graph, (x,), 3.0), ModelRanges(graph, (x,))
+    assert torch.equal(torch.random.get_rng_state(), state)
+    for node, spread in first.measured.items():
+        assert torch.equal(spread.high, second.measured[node].high)
+        assert torch.allclose(spread.high, spread.mean + DEVIATIONS * spread.std)
+
+
+def test_a_graph_with_notes_is_not_run_on_noise(ranges: Any) -> None:
+    assert not ranges[1].measured
+
+
+def test_a_graph_over_tokens_is_not_run_on_noise() -> None:
+    graph = capture(torch.nn.Embedding(7, 4), (torch.zeros(1, 3, dtype=torch.int64),)).graph
+    assert not ModelRanges(graph, (torch.zeros(1, 3, dtype=torch.int64),)).measured

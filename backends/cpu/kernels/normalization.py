@@ -11,6 +11,7 @@ from typing import Any
 
 from qcompile.backends.cpu.kernels.code_rounding import RANGES, CodeRounding
 from qcompile.backends.cpu.kernels.isa import detect
+from qcompile.backends.cpu.kernels.partials import SLOTS, Partials
 from qcompile.backends.cpu.kernels.registers import (
     LANES,
     Index,
@@ -21,7 +22,6 @@ from qcompile.backends.cpu.kernels.registers import (
     load,
     local,
     ramp,
-    reduce,
     size,
     splat,
     store,
@@ -30,8 +30,6 @@ from qcompile.backends.cpu.kernels.registers import (
 from qcompile.backends.cpu.kernels.vector import rounded
 from tvm import tirx
 from tvm.tirx.script.builder import ir as T
-
-_SLOTS = 4  # independent partial sums: the latency of an addition
 
 
 def layer_norm(
@@ -79,7 +77,7 @@ class _Norm:
     def row(self, row: Index) -> None:
         """Normalize one row."""
         padded = -(-self.width // LANES) * LANES
-        values, sums = local(padded), local(_SLOTS * LANES)
+        values, sums = local(padded), Partials()
 
         def read(start: Index, mask: Any, slot: int) -> None:
             value = load(self.x, mask, row, start)
@@ -89,21 +87,21 @@ class _Norm:
             store(values, value, ramp(start))
             if self.total is not None:
                 store_row(self.total, value, mask, row, start)
-            self._add(sums, value * value if self.rms else value, slot)
+            sums.take(value * value if self.rms else value, slot)
 
-        self._clear(sums)
-        each_vector(self.width, read, _SLOTS)
-        mean = T.Bind(self._mean(sums))
+        sums.begin("fadd", 0.0)
+        each_vector(self.width, read, SLOTS)
+        mean = T.Bind(sums.result() / T.float32(self.width))
         if not self.rms:
-            self._clear(sums)
+            sums.begin("fadd", 0.0)
 
             def spread(start: Index, mask: Any, slot: int) -> None:
                 difference = T.Bind(values[ramp(start)] - splat(mean))
                 square = difference * difference
-                self._add(sums, square if mask is None else tirx.Select(mask, square, splat(0.0)), slot)
+                sums.take(square if mask is None else tirx.Select(mask, square, splat(0.0)), slot)
 
-            each_vector(self.width, spread, _SLOTS)
-        square = self._mean(sums) if not self.rms else mean
+            each_vector(self.width, spread, SLOTS)
+        square = sums.result() / T.float32(self.width) if not self.rms else mean
         factor = T.Bind(T.float32(1.0) / T.sqrt(square + T.float32(self.epsilon)))
 
         def write(start: Index, mask: Any, slot: int) -> None:
@@ -119,15 +117,4 @@ class _Norm:
                 code = self.rounding.codes(value)
                 store_row(self.codes, T.cast(code, f"{self.codes.dtype}x{LANES}"), mask, row, start)
 
-        each_vector(self.width, write, _SLOTS)
-
-    def _clear(self, sums: Any) -> None:
-        for slot in range(_SLOTS):
-            store(sums, splat(0.0), ramp(slot * LANES))
-
-    def _add(self, sums: Any, value: Any, slot: int) -> None:
-        store(sums, sums[ramp(slot * LANES)] + value, ramp(slot * LANES))
-
-    def _mean(self, sums: Any) -> Any:
-        pairs = [sums[ramp(slot * LANES)] for slot in range(_SLOTS)]
-        return reduce("fadd", (pairs[0] + pairs[1]) + (pairs[2] + pairs[3])) / T.float32(self.width)
+        each_vector(self.width, write, SLOTS)

@@ -10,6 +10,7 @@ from typing import Any
 
 from qcompile.backends.cpu.kernels.code_rounding import CodeRounding
 from qcompile.backends.cpu.kernels.isa import detect
+from qcompile.backends.cpu.kernels.partials import Partials
 from qcompile.backends.cpu.kernels.registers import (
     LANES,
     Index,
@@ -21,9 +22,7 @@ from qcompile.backends.cpu.kernels.registers import (
     function,
     load,
     load_part,
-    local,
     ramp,
-    reduce,
     size,
     splat,
     store,
@@ -114,20 +113,17 @@ def quantize_dynamic(width: int, scheme: Scheme, isa: str | None = None) -> tirx
 def _row_scale(x: Any, row: Index, width: int, scheme: Scheme) -> tuple[Any, Any]:
     """Emit the range of one row; return its scale and zero point (``choose_scale``, operation by operation)."""
     lowest, highest = code_range(scheme)
-    low, high = local(4 * LANES), local(4 * LANES)
-    for slot in range(4):  # zero belongs to every affine range, and changes no symmetric one
-        store(low, splat(0.0), ramp(slot * LANES))
-        store(high, splat(0.0), ramp(slot * LANES))
+    low, high = Partials(), Partials()
+    low.begin("fmin", 0.0)  # zero belongs to every affine range, and changes no symmetric one
+    high.begin("fmax", 0.0)
 
     def widen(start: Index, mask: Any, slot: int) -> None:
-        lanes, value = ramp(slot * LANES), T.Bind(load(x, mask, row, start))
-        store(low, T.min(low[lanes], value), lanes)
-        store(high, T.max(high[lanes], value), lanes)
+        value = T.Bind(load(x, mask, row, start))
+        low.take(value, slot)
+        high.take(value, slot)
 
     each_vector(width, widen)
-    lows, highs = ([b[ramp(slot * LANES)] for slot in range(4)] for b in (low, high))
-    bottom = T.Bind(reduce("fmin", T.min(T.min(lows[0], lows[1]), T.min(lows[2], lows[3]))))
-    top = T.Bind(reduce("fmax", T.max(T.max(highs[0], highs[1]), T.max(highs[2], highs[3]))))
+    bottom, top = T.Bind(low.result()), T.Bind(high.result())
     smallest = T.float32(SMALLEST_SCALE)
     if scheme.symmetric:
         return T.Bind(T.max(T.max(T.float32(0.0) - bottom, top) / T.float32(highest), smallest)), T.int32(0)

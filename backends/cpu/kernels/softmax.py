@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from qcompile.backends.cpu.kernels.partials import SLOTS, Partials
 from qcompile.backends.cpu.kernels.registers import (
     LANES,
     Index,
@@ -16,7 +17,6 @@ from qcompile.backends.cpu.kernels.registers import (
     load,
     local,
     ramp,
-    reduce,
     size,
     splat,
     store,
@@ -24,8 +24,6 @@ from qcompile.backends.cpu.kernels.registers import (
 )  # fmt: skip
 from tvm import tirx
 from tvm.tirx.script.builder import ir as T
-
-_SLOTS = 4
 
 
 def softmax(width: int) -> tirx.PrimFunc:
@@ -38,31 +36,25 @@ def softmax(width: int) -> tirx.PrimFunc:
         x, out = argument("x", (rows, width)), argument("out", (rows, width))
 
         def row(index: Index) -> None:
-            powers, partial = local(-(-width // LANES) * LANES), local(_SLOTS * LANES)
-            for slot in range(_SLOTS):
-                store(partial, splat(-math.inf), ramp(slot * LANES))
+            powers, partials = local(-(-width // LANES) * LANES), Partials()
+            partials.begin("fmax", -math.inf)
 
             def find(start: Index, mask: Any, slot: int) -> None:
                 value = load(x, mask, index, start)
-                value = value if mask is None else tirx.Select(mask, value, splat(-math.inf))
-                store(partial, T.max(partial[ramp(slot * LANES)], value), ramp(slot * LANES))
+                partials.take(value if mask is None else tirx.Select(mask, value, splat(-math.inf)), slot)
 
-            each_vector(width, find, _SLOTS)
-            parts = [partial[ramp(slot * LANES)] for slot in range(_SLOTS)]
-            top = T.Bind(reduce("fmax", T.max(T.max(parts[0], parts[1]), T.max(parts[2], parts[3]))))
-            for slot in range(_SLOTS):
-                store(partial, splat(0.0), ramp(slot * LANES))
+            each_vector(width, find, SLOTS)
+            top = T.Bind(partials.result())
+            partials.begin("fadd", 0.0)
 
             def raise_power(start: Index, mask: Any, slot: int) -> None:
                 value = T.Bind(exp2((load(x, mask, index, start) - splat(top)) * splat(math.log2(math.e))))
                 store(powers, value, ramp(start))
-                value = value if mask is None else tirx.Select(mask, value, splat(0.0))
-                store(partial, partial[ramp(slot * LANES)] + value, ramp(slot * LANES))
+                partials.take(value if mask is None else tirx.Select(mask, value, splat(0.0)), slot)
 
-            each_vector(width, raise_power, _SLOTS)
-            parts = [partial[ramp(slot * LANES)] for slot in range(_SLOTS)]
-            inverse = T.Bind(T.float32(1.0) / reduce("fadd", (parts[0] + parts[1]) + (parts[2] + parts[3])))
-            each_vector(width, lambda start, mask, slot: store_row(out, powers[ramp(start)] * splat(inverse), mask, index, start), _SLOTS)
+            each_vector(width, raise_power, SLOTS)
+            inverse = T.Bind(T.float32(1.0) / partials.result())
+            each_vector(width, lambda start, mask, slot: store_row(out, powers[ramp(start)] * splat(inverse), mask, index, start), SLOTS)
 
         each_row(rows, width, row, threshold=1 << 15)
     return builder.get()

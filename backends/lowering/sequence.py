@@ -1,0 +1,179 @@
+"""A Relax function without branches as what it is: kernels called one after another, reading and writing buffers.
+
+``read_sequence`` takes ``main`` as it stands after fusion: bindings of ``call_tir``, views, tuples. What it returns says for every call
+which kernel runs and which buffers it is given, and nothing of how memory is found for them: ``arena`` plans that, and a target emits
+the calls in its own way.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from qcompile.backends.lowering.shapes import Size
+from tvm import relax, tirx
+from tvm.ir import IRModule
+from tvm.ir.expr import GenericConst
+
+INPUT, CONSTANT, VALUE = "input", "constant", "value"
+
+
+class NoSequence(Exception):
+    """The function needs a virtual machine; the message says what for."""
+
+
+@dataclass(frozen=True)
+class View:
+    """A buffer as one kernel sees it: which one (the ``index``-th input, constant or value), its shape and dtype."""
+
+    kind: str
+    index: int
+    shape: tuple[Size, ...]
+    dtype: str
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of a kernel: its buffers, results last, and the sizes it is given besides."""
+
+    kernel: str
+    arguments: tuple[View, ...]
+    sizes: tuple[Size, ...] = ()
+
+
+@dataclass
+class Sequence:
+    """What a model does in one call.
+
+    Attributes:
+        symbols: the sizes that the inputs' shapes decide.
+        inputs: in order.
+        constants: how many the model was given; ``literals`` follow them.
+        literals: constants written in the function itself.
+        values: what kernels write, each once, outputs among them.
+        calls: in order.
+        outputs: in order; two may be views of one value.
+    """
+
+    symbols: list[tirx.Var] = field(default_factory=list)
+    inputs: list[View] = field(default_factory=list)
+    constants: int = 0
+    literals: list[np.ndarray] = field(default_factory=list)
+    values: list[View] = field(default_factory=list)
+    calls: list[Call] = field(default_factory=list)
+    outputs: list[View] = field(default_factory=list)
+
+
+def read_sequence(module: IRModule) -> Sequence:
+    """Return the calls of a module's ``main(input_0, .., constants)``.
+
+    Raises:
+        NoSequence: it branches, calls something other than a TIR kernel, sizes depend on data, or it returns what no kernel wrote.
+    """
+    return _Reader(module).read(module["main"])
+
+
+class _Reader:
+    def __init__(self, module: IRModule) -> None:
+        self._module = module
+        self._found = Sequence()
+        self._values: dict[relax.Var, Any] = {}  # a View, or a list of them for a tuple
+        self._literals: dict[tuple[str, tuple[int, ...], bytes], View] = {}
+
+    def read(self, main: relax.Function) -> Sequence:
+        count = int(main.attrs["num_input"])
+        for parameter in main.params[:count]:
+            self._input(parameter)
+        for parameter in main.params[count:]:
+            fields = list(parameter.ty.fields)
+            self._values[parameter] = [View(CONSTANT, i, _shape(f), _dtype(f)) for i, f in enumerate(fields)]
+            self._found.constants = len(fields)
+        for block in main.body.blocks:
+            for binding in block.bindings:
+                if not isinstance(binding, relax.VarBinding):
+                    raise NoSequence("a size depends on data")
+                self._values[binding.var] = self._bound(binding.value)
+        returned = self._value(main.body.body)
+        self._found.outputs = returned if isinstance(returned, list) else [returned]
+        if any(output.kind != VALUE for output in self._found.outputs):
+            raise NoSequence("an input or a constant is returned")
+        self._check_sizes()
+        return self._found
+
+    def _input(self, parameter: relax.Var) -> None:
+        shape = _shape(parameter.ty)
+        for size in shape:
+            if not isinstance(size, int | tirx.Var):
+                raise NoSequence(f"the size {size} of an input is to be solved for its symbols")
+            if isinstance(size, tirx.Var) and not any(size.same_as(symbol) for symbol in self._found.symbols):
+                self._found.symbols.append(size)
+        view = View(INPUT, len(self._found.inputs), shape, _dtype(parameter.ty))
+        self._found.inputs.append(view)
+        self._values[parameter] = view
+
+    def _bound(self, value: relax.Expr) -> Any:
+        if not isinstance(value, relax.Call):
+            return self._value(value)
+        name = getattr(value.op, "name", "")
+        if name == "relax.call_tir":
+            return self._call(value)
+        if name == "relax.reshape":
+            source = self._value(value.args[0])
+            return View(source.kind, source.index, _shape(value.ty), source.dtype)
+        raise NoSequence(f"it calls {name or value.op}")
+
+    def _call(self, call: relax.Call) -> Any:
+        arguments = [self._value(argument) for argument in call.args[1].fields]
+        if not all(isinstance(argument, View) for argument in arguments):
+            raise NoSequence("a kernel is given a tuple")
+        types = list(call.ty.fields) if isinstance(call.ty, relax.TupleType) else [call.ty]
+        results = []
+        for kind in types:
+            results.append(View(VALUE, len(self._found.values), _shape(kind), _dtype(kind)))
+            self._found.values.append(results[-1])
+        sizes = tuple(_size(size) for size in call.args[2]) if len(call.args) > 2 else ()
+        self._found.calls.append(Call(call.args[0].name_hint, (*arguments, *results), sizes))
+        return results if isinstance(call.ty, relax.TupleType) else results[0]
+
+    def _value(self, value: relax.Expr) -> Any:
+        if isinstance(value, relax.Var):
+            return self._values[value]
+        if isinstance(value, relax.Tuple):
+            return [self._value(part) for part in value.fields]
+        if isinstance(value, relax.TupleGetItem):
+            return self._value(value.tuple_value)[value.index]
+        if isinstance(value, GenericConst):
+            return self._literal(value.value.numpy())
+        raise NoSequence(f"it holds a {type(value).__name__}")
+
+    def _literal(self, array: np.ndarray) -> View:
+        key = (str(array.dtype), array.shape, array.tobytes())
+        if key not in self._literals:
+            self._literals[key] = View(CONSTANT, self._found.constants + len(self._literals), array.shape, str(array.dtype))
+            self._found.literals.append(array)
+        return self._literals[key]
+
+    def _check_sizes(self) -> None:
+        """Hold every size to the symbols of the inputs: others are known only once some kernel has run."""
+        known = list(self._found.symbols)
+        views = [*self._found.outputs, *(view for call in self._found.calls for view in call.arguments)]
+        for size in [*(s for view in views for s in view.shape), *(s for call in self._found.calls for s in call.sizes)]:
+            if not isinstance(size, int):
+                for variable in tirx.analysis.undefined_vars(size, []):
+                    if not any(variable.same_as(symbol) for symbol in known):
+                        raise NoSequence(f"the size {size} depends on data")
+
+
+def _size(size: Any) -> Size:
+    return int(size) if isinstance(size, int | tirx.IntImm) else size
+
+
+def _shape(kind: Any) -> tuple[Size, ...]:
+    if not isinstance(kind, relax.TensorType) or kind.shape is None:
+        raise NoSequence("a value has no known shape")
+    return tuple(_size(size) for size in kind.shape)
+
+
+def _dtype(kind: Any) -> str:
+    return str(kind.dtype)
