@@ -4,7 +4,8 @@
 Run: TVM_NUM_THREADS=2 python benchmarks/llama_kernels.py [--library FOLDER] [--rows M] [--only TEXT]..
 FOLDER holds libggml-base.so and libggml-cpu.so; by default that of the installed package llama-cpp-python. Every contender has a graph of
 so many equal layers that their weights are larger together than the caches, and computes them one after another; printed is the
-median time of one layer. llama.cpp's weights lie in each of its places that has a kernel for them: AMX, CPU_REPACK (what its loader would choose), CPU.
+median time of one layer.
+llama.cpp's weights lie in each of its places that has a kernel for them: AMX, CPU_REPACK (what its loader would choose), CPU.
 """
 
 from __future__ import annotations
@@ -22,7 +23,6 @@ from typing import Any
 import click
 import numpy as np
 import tvm
-
 from qcompile.backends.cpu.kernels import isa
 from qcompile.backends.cpu.kernels.matmul import linear
 from qcompile.backends.cpu.kernels.matmul_spec import Linear
@@ -123,7 +123,11 @@ def llama_call(ggml: Ggml, kind: int, rows: int, weight: np.ndarray, buffer_type
         product = ctypes.c_void_p(ggml.call(ggml.base, "ggml_mul_mat", ctypes.c_void_p, work, matrix, x))
         ggml.call(ggml.base, "ggml_build_forward_expand", None, graph, product)
     ggml.place(work, ordinary)
-    return lambda: ggml.call(ggml.base, "ggml_backend_graph_compute", ctypes.c_int, ctypes.c_void_p(ggml.backend), graph), layers, data.nbytes
+    return (
+        lambda: ggml.call(ggml.base, "ggml_backend_graph_compute", ctypes.c_int, ctypes.c_void_p(ggml.backend), graph),
+        layers,
+        data.nbytes,
+    )
 
 
 def onnxruntime_call(bits: int, rows: int, rng: np.random.Generator) -> tuple[Call, int, int]:

@@ -497,7 +497,7 @@ COMPILE = [
     ("TINY:mlp --recipe assign-bits,insert-quantizers,quantize-weights{solver=gtpq}", r"unknown solver 'gtpq'; did you mean 'gptq'\?"),
     ("TINY:mlp --target cpx", r"unknown target 'cpx'; did you mean 'cpu'\?"),
     (
-        "TINY:mlp --target cpu --recipe assign-bits{scheme=W3A8},insert-quantizers",
+        "TINY:mlp --target cpu --recipe assign-bits{scheme=W3A4},insert-quantizers",
         "cpu has no kernel for qc.linear with .*; the nearest that runs: weights of",
     ),
     ("TINY:spectrum --target cpu", r"fft_fft \(aten.fft_fft.default\) at .*tiny_models.py:\d+: this operator cannot be lowered"),

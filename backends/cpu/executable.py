@@ -20,6 +20,7 @@ import torch.utils.dlpack
 import tvm
 import tvm_ffi
 from qcompile.backends.cpu.kernels import isa
+from qcompile.backends.cpu.machine import Machine, Step, read_program
 from qcompile.backends.cpu.pipeline import COMPILE_LOCK
 from qcompile.backends.lowering.translate import Fallback
 from safetensors.torch import load_file, save_file
@@ -79,7 +80,7 @@ class KernelTime:
 class Executable:
     """A compiled model. Call it with one tensor (torch or NumPy) for each input; it returns a tuple of torch tensors.
 
-    Calls may come from several threads: each gets a virtual machine of its own, all share the weights and the code.
+    Calls may come from several threads: each gets a machine of its own with its own arena, all share the weights and the code.
 
     Args:
         module: the runtime module that holds the code.
@@ -94,9 +95,15 @@ class Executable:
         self._module = module
         self._code: bytes | None = None
         self._constants = {name: aligned(constants[name]) for name in interface.constants}
-        self._argument = tvm_ffi.convert([tvm.runtime.from_dlpack(tensor) for tensor in self._constants.values()])
+        self._program = read_program(module)
+        if self._program is not None:
+            literals = [aligned(torch.from_numpy(literal)) for literal in self._program.literals]
+            self._addressed = [*self._constants.values(), *literals]
+        else:
+            self._argument = tvm_ffi.convert([tvm.runtime.from_dlpack(tensor) for tensor in self._constants.values()])
         self._machines = threading.local()
         self._dtypes = [getattr(torch, port.dtype) for port in interface.inputs]
+        self._accepted: tuple[list[torch.Size], dict[str, int]] = ([], {})  # the shapes of the last call, found right, and their symbols
 
     @property
     def fallbacks(self) -> tuple[Fallback, ...]:
@@ -109,8 +116,12 @@ class Executable:
         Raises:
             Refused: the number of inputs, a dtype or a shape is not what the interface says.
         """
-        arguments = self._prepare(inputs)
+        tensors, sizes = self._prepare(inputs)
         set_threads(self.threads)
+        if self._program is not None:
+            result: tuple[torch.Tensor, ...] = self._machine()(tensors, sizes)
+            return result
+        arguments = [tvm_ffi.from_dlpack(tensor) for tensor in tensors]
         return tuple(torch.utils.dlpack.from_dlpack(result) for result in self._machine()(*arguments, self._argument))
 
     def tapped(self, *inputs: torch.Tensor | np.ndarray) -> tuple[tuple[torch.Tensor, ...], dict[str, torch.Tensor]]:
@@ -129,7 +140,10 @@ class Executable:
 
     def kernel_calls(self, *inputs: torch.Tensor | np.ndarray) -> list[tuple[str, float]]:
         """Run the model once; return name and milliseconds of every kernel call in the order of the calls."""
-        arguments = self._prepare(inputs)
+        if self._program is not None:
+            return [(step.kernel, step.milliseconds) for step in self.steps(*inputs)]
+        tensors, _ = self._prepare(inputs)
+        arguments = [tvm_ffi.from_dlpack(tensor) for tensor in tensors]
         set_threads(self.threads)
         machine = relax.VirtualMachine(self._module, tvm.cpu())
         calls: list[tuple[str, float]] = []
@@ -145,6 +159,26 @@ class Executable:
         machine.set_instrument(instrument)
         machine["main"](*arguments, self._argument)
         return calls
+
+    def steps(self, *inputs: torch.Tensor | np.ndarray) -> list[Step]:
+        """Run the model twice; return every kernel call of the second time with its time and the shapes it worked on.
+
+        Raises:
+            Refused: the model runs in a virtual machine.
+        """
+        tensors, sizes = self._prepare(inputs)
+        set_threads(self.threads)
+        if self._program is None:
+            raise Refused("a model that runs in a virtual machine has no fixed steps")
+        machine = self._machine()
+        machine(tensors, sizes)
+        found: list[Step] = machine.steps(tensors, sizes)
+        return found
+
+    @property
+    def arena_bytes(self) -> int | None:
+        """Return the bytes that values between kernels take in this thread, of its largest call; None in a virtual machine."""
+        return self._machine().arena_bytes if self._program is not None else None
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a folder with the library, its constants and its interface; it appears whole or not at all."""
@@ -207,25 +241,35 @@ class Executable:
         return cls(module, load_file(folder / CONSTANTS), interface, threads)
 
     def _machine(self) -> Any:
+        """Return the calling thread's machine: it keeps an arena, so sharing one between threads gives wrong answers."""
         if not hasattr(self._machines, "main"):
-            # The virtual machine keeps its arena and its registers: sharing one between threads gives wrong answers.
-            self._machines.machine = relax.VirtualMachine(self._module, tvm.cpu())
-            self._machines.main = self._machines.machine["main"]
+            if self._program is not None:
+                self._machines.main = Machine(self._module, self._program, self._addressed)
+            else:
+                self._machines.machine = relax.VirtualMachine(self._module, tvm.cpu())
+                self._machines.main = self._machines.machine["main"]
         return self._machines.main
 
-    def _prepare(self, inputs: Sequence[torch.Tensor | np.ndarray]) -> list[Any]:
-        if len(inputs) != len(self._dtypes):
-            names = ", ".join(port.name for port in self.interface.inputs)
-            raise Refused(f"the model takes {len(self._dtypes)} inputs ({names}), not {len(inputs)}")
-        sizes: dict[str, int] = {}
-        prepared = []
-        for port, dtype, value in zip(self.interface.inputs, self._dtypes, inputs, strict=True):
-            tensor = value if isinstance(value, torch.Tensor) else torch.from_numpy(value)
-            if tensor.dtype != dtype:
-                raise Refused(f"is {port.dtype}, not {str(tensor.dtype).removeprefix('torch.')}", node=port.name)
-            _check_shape(port, tuple(tensor.shape), sizes)
-            prepared.append(tvm_ffi.from_dlpack(aligned(tensor)))
-        return prepared
+    def _prepare(self, inputs: Sequence[torch.Tensor | np.ndarray]) -> tuple[list[torch.Tensor], tuple[int, ...]]:
+        """Return the inputs in memory as kernels read it, and the values of the program's symbols."""
+        ports = self.interface.inputs
+        if len(inputs) != len(ports):
+            names = ", ".join(port.name for port in ports)
+            raise Refused(f"the model takes {len(ports)} inputs ({names}), not {len(inputs)}")
+        tensors = [value if isinstance(value, torch.Tensor) else torch.from_numpy(value) for value in inputs]
+        for port, dtype, tensor in zip(ports, self._dtypes, tensors, strict=True):
+            if tensor.dtype != dtype or not tensor.is_cpu:
+                found = str(tensor.dtype).removeprefix("torch.") + ("" if tensor.is_cpu else f" on {tensor.device}")
+                raise Refused(f"is {port.dtype}, not {found}", node=port.name)
+        shapes = [tensor.shape for tensor in tensors]
+        known, sizes = self._accepted
+        if shapes != known:
+            sizes = {}
+            for port, shape in zip(ports, shapes, strict=True):
+                _check_shape(port, tuple(shape), sizes)
+            self._accepted = (shapes, sizes)
+        symbols = self._program.symbols if self._program is not None else ()
+        return [aligned(tensor) for tensor in tensors], tuple(sizes[symbol] for symbol in symbols)
 
 
 @contextmanager
@@ -244,7 +288,8 @@ def _without_native_log() -> Iterator[None]:
 
 def aligned(tensor: torch.Tensor) -> torch.Tensor:
     """Return the tensor contiguous and on an address that is a multiple of 64; copied only if it is not so already."""
-    tensor = tensor.detach()
+    if tensor.requires_grad:
+        tensor = tensor.detach()
     if tensor.is_contiguous() and tensor.data_ptr() % ALIGNMENT == 0:
         return tensor
     return tensor.clone(memory_format=torch.contiguous_format)

@@ -1,11 +1,13 @@
 """One host function that calls a model's kernels one after another: no virtual machine, no allocation, no copies.
 
-``host_functions`` makes three TIR functions. All read one table of 64-bit integers (``Layout``): the sizes of this call, and the
-addresses of inputs, outputs, arena and constants.
+``host_functions`` makes TIR functions. They read one table of 64-bit integers (``Layout``): the sizes of this call, and the addresses
+of inputs, outputs, arena and constants.
 
     calls(table, first, last)     runs the kernels first .. last - 1; all of them are a call of the model, one at a time a profile
     sizes(table)                  writes to the table how many bytes the arena takes, and the shapes of the outputs
     arguments(table, shapes)      writes the shapes of every argument of every call, one after another
+    program(place)                writes a text to the address place[0], where it is not 0, and its length to place[1]: what a caller
+                                  must know, so that the code describes itself
 
 A kernel costs what building its DLTensors on the stack costs, some 20 ns.
 """
@@ -19,8 +21,9 @@ from qcompile.backends.lowering.arena import Arena
 from qcompile.backends.lowering.sequence import CONSTANT, INPUT, Sequence, View
 from qcompile.backends.lowering.shapes import Size
 from tvm import tirx
+from tvm.ir import StringImm
 
-CALLS, SIZES, ARGUMENTS = "qcompile_calls", "qcompile_sizes", "qcompile_arguments"
+CALLS, SIZES, ARGUMENTS, PROGRAM = "qcompile_calls", "qcompile_sizes", "qcompile_arguments", "qcompile_program"
 
 
 @dataclass(frozen=True)
@@ -74,9 +77,9 @@ def returned(sequence: Sequence) -> list[int]:
     return list(dict.fromkeys(output.index for output in sequence.outputs))
 
 
-def host_functions(sequence: Sequence, arena: Arena) -> dict[str, tirx.PrimFunc]:
-    """Return the three functions by name; the kernels they call stand in the same module under their own names."""
-    return {CALLS: _calls(sequence, arena), SIZES: _sizes(sequence, arena), ARGUMENTS: _arguments(sequence)}
+def host_functions(sequence: Sequence, arena: Arena, program: str) -> dict[str, tirx.PrimFunc]:
+    """Return the functions by name; the kernels they call stand in the same module under their own names."""
+    return {CALLS: _calls(sequence, arena), SIZES: _sizes(sequence, arena), ARGUMENTS: _arguments(sequence), PROGRAM: _program(program)}
 
 
 def _calls(sequence: Sequence, arena: Arena) -> tirx.PrimFunc:
@@ -107,6 +110,13 @@ def _arguments(sequence: Sequence) -> tirx.PrimFunc:
     shapes = tirx.decl_buffer((max(len(sizes), 1),), "int64", name="shapes")
     stores = [tirx.BufferStore(shapes, _long(size), [_long(i)]) for i, size in enumerate(sizes)]
     return _function(ARGUMENTS, [table, shapes], [*_symbols(sequence, table), *stores])
+
+
+def _program(text: str) -> tirx.PrimFunc:
+    place = tirx.decl_buffer((2,), "int64", name="place")
+    length = tirx.BufferStore(place, _long(len(text)), [_long(1)])
+    copy = tirx.call_extern("handle", "memcpy", tirx.reinterpret("handle", place[_long(0)]), StringImm(text), _long(len(text)))
+    return _function(PROGRAM, [place], [length, tirx.IfThenElse(place[_long(0)] != _long(0), tirx.Evaluate(copy), None)])
 
 
 class _Addresses:

@@ -1,22 +1,29 @@
-"""From a Relax module to machine code for the CPU: one flat list of passes."""
+"""From a Relax module to machine code for the CPU: flat lists of passes."""
 
 from __future__ import annotations
 
+import logging
 import threading
 from typing import Any
 
 import tvm
+from qcompile.backends.cpu.host import host_functions
 from qcompile.backends.cpu.kernels import isa
+from qcompile.backends.cpu.machine import describe
 from qcompile.backends.cpu.schedule import ScheduleRemaining
+from qcompile.backends.lowering.arena import plan_arena
+from qcompile.backends.lowering.sequence import NoSequence, read_sequence
 from qcompile.backends.lowering.share_shapes import OrderShapes, ShareShapes
 from tvm import relax
 from tvm.relax import transform
 
+logger = logging.getLogger(__name__)
+
 COMPILE_LOCK = threading.Lock()  # TVM's compiler is not thread-safe: one compile at a time in a process
 
 
-def passes(extra: list[Any] | None = None) -> list[Any]:
-    """Return the passes, in order."""
+def kernel_passes() -> list[Any]:
+    """Return the passes that turn operators into scheduled kernels, in order."""
     return [
         # Index expressions of unread results and of constants go before anything is built for them.
         transform.EliminateCommonSubexpr(),
@@ -31,6 +38,12 @@ def passes(extra: list[Any] | None = None) -> list[Any]:
         transform.DeadCodeElimination(),
         # After fusion: a schedule is made for whole fused functions.
         ScheduleRemaining(),
+    ]
+
+
+def machine_passes() -> list[Any]:
+    """Return the passes from kernels to the instructions of the Relax virtual machine, in order."""
+    return [
         transform.ToNonDataflow(),
         transform.RemovePurityChecking(),
         transform.CallTIRRewrite(),
@@ -48,9 +61,27 @@ def passes(extra: list[Any] | None = None) -> list[Any]:
     ]
 
 
-def compile_module(module: tvm.IRModule, threads: int | None = None) -> Any:
-    """Return the Relax VM executable of a module for the machine this runs on."""
+def compile_module(module: tvm.IRModule, threads: int | None = None, *, virtual_machine: bool = False) -> Any:
+    """Return the runtime module of a Relax module, for the machine this runs on.
+
+    A function without branches becomes one host function (``host``): a call costs what its kernels cost. What needs more (sizes that
+    depend on data, functions of the runtime), and everything if ``virtual_machine`` says so, becomes code of the Relax virtual machine.
+    """
     target = tvm.target.Target(isa.target_description(threads=threads))
     with COMPILE_LOCK, target:
-        lowered = tvm.transform.Sequential(passes())(module)
+        lowered = tvm.transform.Sequential(kernel_passes())(module)
+        if not virtual_machine:
+            try:
+                return tvm.tirx.build(_host_module(lowered), target)
+            except NoSequence as reason:
+                logger.info("the model runs in a virtual machine: %s", reason)
+        lowered = tvm.transform.Sequential(machine_passes())(lowered)
         return tvm.relax.build(lowered, target, relax_pipeline=None)
+
+
+def _host_module(module: tvm.IRModule) -> tvm.IRModule:
+    """Return the kernels that are called, under their own names, and the host functions."""
+    sequence = read_sequence(module)
+    called = {call.kernel for call in sequence.calls}
+    kernels = {v.name_hint: f.with_attr("global_symbol", v.name_hint) for v, f in module.functions.items() if v.name_hint in called}
+    return tvm.IRModule(kernels | host_functions(sequence, plan_arena(sequence), describe(sequence)))

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import math
 import re
-import time
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
-import tvm
-from qcompile.backends.cpu.executable import Executable, set_threads
-from tvm import relax
+from qcompile.backends.cpu.executable import Executable
+from qcompile.backends.cpu.machine import Step
 
+from qcompile.errors import Refused
 from qcompile.target import OperatorTime
 
 Shapes = list[tuple[int, ...]]
@@ -21,43 +19,32 @@ Shapes = list[tuple[int, ...]]
 def profile(executable: Executable, inputs: Sequence[torch.Tensor], repeats: int) -> list[OperatorTime]:
     """Return time and work of every kernel of one call, longest first; of each kernel the fastest of some calls of the model.
 
-    The timers around a kernel take about a microsecond of their own.
+    The timers around a kernel take up to a microsecond of their own. Of a model that runs in a virtual machine only times are known.
     """
-    arguments = executable._prepare(inputs)
-    set_threads(executable.threads)
-    machine = relax.VirtualMachine(executable._module, tvm.cpu())
-    spent: dict[str, list[float]] = {}
-    work: dict[str, list[tuple[int | None, int]]] = {}
-    starts: list[float] = []
-
-    def instrument(_function: Any, name: str, before: bool, _result: Any, *values: Any) -> None:
-        if before:
-            starts.append(time.perf_counter())
-            return
-        spent.setdefault(name, []).append(1e3 * (time.perf_counter() - starts.pop()))
-        tensors = [] if name.startswith("vm.builtin") else [value for value in values if isinstance(value, tvm.runtime.Tensor)]
-        shapes = [tuple(map(int, tensor.shape)) for tensor in tensors]
-        touched = sum(math.prod(s) * int(t.dtype.itemsize) for s, t in zip(shapes, tensors, strict=True))
-        work.setdefault(name, []).append((operations(name, shapes), touched))
-
-    machine["main"](*arguments, executable._argument)  # the first call allocates
-    machine.set_instrument(instrument)
     best: dict[str, float] = {}
+    rows: dict[str, list[Step]] = {}
     for _ in range(repeats):
-        spent.clear()
-        work.clear()
-        machine["main"](*arguments, executable._argument)
-        best |= {name: min(sum(times), best.get(name, math.inf)) for name, times in spent.items()}
-    rows = [_row(name, milliseconds, work[name]) for name, milliseconds in best.items()]
-    return sorted(rows, key=lambda row: -row.milliseconds)
+        rows = {}
+        for step in _steps(executable, inputs):
+            rows.setdefault(step.kernel, []).append(step)
+        best |= {name: min(sum(s.milliseconds for s in steps), best.get(name, math.inf)) for name, steps in rows.items()}
+    return sorted((_row(steps, best[name]) for name, steps in rows.items()), key=lambda row: -row.milliseconds)
 
 
-def _row(name: str, milliseconds: float, work: list[tuple[int | None, int]]) -> OperatorTime:
-    counts = [count for count, _ in work if count is not None]
+def _steps(executable: Executable, inputs: Sequence[torch.Tensor]) -> list[Step]:
+    try:
+        return executable.steps(*inputs)
+    except Refused:
+        return [Step(name, milliseconds, (), 0) for name, milliseconds in executable.kernel_calls(*inputs)]
+
+
+def _row(steps: list[Step], milliseconds: float) -> OperatorTime:
+    name = steps[0].kernel
+    counts = [operations(name, list(step.shapes)) for step in steps]
+    known = [count for count in counts if count is not None]
     integer = re.match(r"(linear_u?int8|(convolution|depthwise)_[ui])", name) is not None
-    return OperatorTime(
-        name, len(work), milliseconds, sum(counts) if len(counts) == len(work) else None, sum(size for _, size in work), integer
-    )  # fmt: skip
+    total = sum(known) if len(known) == len(counts) else None
+    return OperatorTime(name, len(steps), milliseconds, total, sum(step.bytes for step in steps), integer)
 
 
 def _linear(_name: re.Match[str], shapes: Shapes) -> int:

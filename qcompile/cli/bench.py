@@ -192,9 +192,8 @@ def _operator_lines(rows: Sequence[OperatorTime], limits: Limits | None, median:
     lines = [""]
     if limits:
         int8 = f", {limits.int8_gops:.0f} GOPS int8" if limits.int8_gops else ""
-        lines.append(
-            f"This machine, {limits.threads} threads: reads {limits.read_gb_per_s:.1f} GB/s, {limits.float32_gflops:.0f} GFLOPS float32{int8}"
-        )
+        floats = f"{limits.float32_gflops:.0f} GFLOPS float32"
+        lines.append(f"This machine, {limits.threads} threads: reads {limits.read_gb_per_s:.1f} GB/s, {floats}{int8}")
     lines.append(f"{'kernel':{LONGEST_NAME}} {'calls':>5} {'ms':>8} {'share':>6} {'GOPS':>7} {'GB/s':>6}  of limit")
     for row in rows:
         found = operator_row(row, rows, limits)
@@ -213,5 +212,6 @@ def _total_lines(rows: Sequence[OperatorTime], limits: Limits | None, median: fl
     integer = sum(row.operations or 0 for row in rows if row.integer)
     percent = ""
     if limits and limits.int8_gops:
-        percent = f", {100 * (integer / limits.int8_gops + (total - integer) / limits.float32_gflops) / (median * 1e6):.0f} % of the arithmetic limit"
+        ideal = (integer / limits.int8_gops + (total - integer) / limits.float32_gflops) / 1e6  # milliseconds
+        percent = f", {100 * ideal / median:.0f} % of the arithmetic limit"
     return [f"{total / 1e9:.3f} billion operations in {median:.3f} ms: {total / median / 1e6:.0f} GOPS{percent}"] if total else []

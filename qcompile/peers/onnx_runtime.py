@@ -64,7 +64,9 @@ def prepare_int4(graph: Any, inputs: Sequence[Any], folder: Path) -> Path:
     from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
 
     result = folder / "onnxruntime-int4.onnx"
-    quantizer = MatMulNBitsQuantizer(onnx.load(prepare_float(graph, inputs, folder)), bits=4, block_size=32, is_symmetric=True, accuracy_level=4)
+    quantizer = MatMulNBitsQuantizer(
+        onnx.load(prepare_float(graph, inputs, folder)), bits=4, block_size=32, is_symmetric=True, accuracy_level=4
+    )
     quantizer.process()
     quantizer.model.save_model_to_file(str(result))
     return result

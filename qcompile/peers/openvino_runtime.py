@@ -1,4 +1,4 @@
-"""OpenVINO: float32, int8 by NNCF, and int8 from ONNX Runtime's static QDQ. Models are fixed to the shapes of the timing, its fastest way."""
+"""OpenVINO: float32, int8 by NNCF, int8 from ONNX Runtime's static QDQ; models fixed to the shapes of the timing, its fastest way."""
 
 from __future__ import annotations
 

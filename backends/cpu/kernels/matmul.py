@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from qcompile.backends.cpu.kernels import tiles
 from qcompile.backends.cpu.kernels.matmul_finish import Sums, finish_row
 from qcompile.backends.cpu.kernels.matmul_input import PackedInput, pack_row
 from qcompile.backends.cpu.kernels.matmul_panel import Arguments, Panel, make_panel, multiply_add
@@ -118,29 +119,31 @@ def _emit_tasks(spec: Linear, arguments: Arguments, m: Expr) -> None:
 def _emit_task(spec: Linear, arguments: Arguments, first_row: Expr, rows: Expr, first_block: Expr, blocks: Expr) -> None:
     """Emit one task: pack its rows of x, then finish its blocks of columns one after another."""
     tile, stretch = spec.tile, spec.stretch
+    arguments.begin_task(spec)
     packed = T.alloc_buffer((spec.task_rows * spec.chunks * CHUNK,), "int32" if spec.integer else "float32")
     _emit_pack(spec, arguments, packed, first_row, rows)
     row_blocks = hold(ceildiv(rows, tile.rows))
     whole = spec.words <= stretch
     sums = T.alloc_buffer(((tile.rows if whole else spec.task_rows) * spec.columns,), spec.sum_dtype)
-    finished = Sums(sums, spec.x_shift)
+    finished = Sums(sums, 0 if spec.tiled else spec.x_shift)
     panel = make_panel(spec, arguments)
+    emit_product = _emit_tiles if spec.tiled else _emit_product
+    if spec.tiled:
+        tiles.configure()
 
     def row_block(block: Expr, column_block: Expr, first_word: Expr, words: Expr, keep: bool) -> None:
         left = hold(rows - block * tile.rows)
         first_sum = 0 if whole else block * (tile.rows * spec.columns)
         place = _Place(column_block, block, first_row + block * tile.rows, left, first_word, words, first_sum)
-        dispatch(left, spec.row_variants, lambda count: _emit_product(spec, arguments, packed, panel, sums, place, count, keep))
+        dispatch(left, spec.row_variants, lambda count: emit_product(spec, arguments, packed, panel, sums, place, count, keep))
 
     def finish(block: Expr, column_block: Expr) -> None:
         first_sum = 0 if whole else block * (tile.rows * spec.columns)
         with T.serial(0, T.min(tile.rows, rows - block * tile.rows)) as i:
             finish_row(spec, arguments, finished, first_sum + i * spec.columns, first_row + block * tile.rows + i, column_block)
 
-    with T.serial(0, blocks) as b:
-        column_block = hold(first_block + b)
-        first_words = min(stretch, spec.words)
-        panel.fill(column_block, 0, first_words)
+    def columns(column_block: Expr) -> None:
+        panel.fill(column_block, 0, min(stretch, spec.words))
         if whole:
             with T.serial(0, row_blocks) as block:
                 row_block(block, column_block, 0, spec.words, keep=False)
@@ -157,11 +160,16 @@ def _emit_task(spec: Linear, arguments: Arguments, first_row: Expr, rows: Expr, 
         with T.serial(0, row_blocks) as block:
             finish(block, column_block)
 
+    with T.serial(0, blocks) as b:
+        columns(hold(first_block + b))
+    if spec.tiled:
+        tiles.release()
+
 
 def _emit_pack(spec: Linear, arguments: Arguments, packed: Expr, first_row: Expr, rows: Expr) -> None:
     """Copy rows of x into ``packed``; the last block repeats the last row up to a whole block."""
     tile_rows = spec.tile.rows
-    copy = PackedInput(packed, tile_rows * CHUNK, spec.signed_x)
+    copy = PackedInput(packed, tile_rows * CHUNK, spec.x == "int8" if spec.tiled else spec.signed_x)
     with T.serial(0, ceildiv(rows, tile_rows)) as block:
         with T.serial(0, tile_rows) as i:
             start = hold(block * (spec.chunks * tile_rows * CHUNK) + i * CHUNK)
@@ -239,6 +247,26 @@ def _emit_product(
             exact = total[i][j][lanes] - panel.excess(g, j, granule) if spec.shifted else total[i][j][lanes]
             scale = arguments.scale[place.column_block, group, T.ramp(j * LANES, 1, LANES)]
             T.buffer_store(sums, sums[spot] + rounded(T.cast(exact, "float32x16") * scale), [spot])
+
+
+def _emit_tiles(
+    spec: Linear, arguments: Arguments, packed: Expr, panel: Panel, sums: Expr, place: _Place, count: int, keep: bool
+) -> None:  # fmt: skip
+    """Add or store to ``sums`` as ``_emit_product``, in tile registers: ``count`` is of whole tiles."""
+    vectors, row_stride = spec.tile.vectors, spec.tile.rows * CHUNK
+    product = tiles.Block(count // tiles.ROWS, vectors, signed=spec.x == "int8")
+    start = hold(place.block * (spec.chunks * row_stride) + T.truncdiv(place.first_word, CHUNK) * row_stride)
+    row_tiles, pitch = range(count // tiles.ROWS), tiles.ROWS * spec.columns
+    spots = [[T.address_of(sums[place.first_sum + i * pitch + j * LANES]) for j in range(vectors)] for i in row_tiles]
+    if keep:
+        product.load(spots, spec.columns * 4)
+    else:
+        product.zero()
+    with T.serial(0, T.truncdiv(place.words, CHUNK)) as chunk:
+        x = [T.address_of(packed[start + chunk * row_stride + i * (tiles.ROWS * CHUNK)]) for i in row_tiles]
+        weight = [panel.tile(place.column_block, place.first_word, chunk * CHUNK, j) for j in range(vectors)]
+        product.multiply_add(x, CHUNK * 4, weight, spec.columns * 4)
+    product.store(spots, spec.columns * 4)
 
 
 def _prefetch_next_panel(spec: Linear, arguments: Arguments, column_block: Expr, word: Expr) -> None:

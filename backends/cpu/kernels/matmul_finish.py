@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 from qcompile.backends.cpu.kernels.matmul_panel import Arguments
@@ -93,5 +94,5 @@ def _result(spec: Linear, arguments: Arguments, total: Expr, residual: Expr | No
         y = rounded(y * arguments.scale[lanes])
     if spec.integer:
         y = rounded(y * spread(arguments.x_scale[granule], LANES))
-    out_scale, out_zero = (arguments.out_scale[0], arguments.out_zero[0]) if epilogue.codes else (None, None)
-    return epilogue.apply(y, None if epilogue.bias == "int32" else bias, residual, out_scale, out_zero)
+    y = dataclasses.replace(epilogue, output="float32").apply(y, None if epilogue.bias == "int32" else bias, residual, None, None)
+    return y if arguments.rounding is None else T.cast(arguments.rounding.codes(rounded(y)), f"{epilogue.output}x{LANES}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from qcompile.backends.cpu.kernels.byte_products import add_byte_products, signed_byte
+from qcompile.backends.cpu.kernels.code_rounding import CodeRounding
 from qcompile.backends.cpu.kernels.matmul_planes import load_planes, word_codes
 from qcompile.backends.cpu.kernels.matmul_spec import LANES, Linear
 from qcompile.backends.cpu.kernels.vector import Expr, hold, register, spread
@@ -28,6 +29,12 @@ class Arguments:
     residual: Expr | None = None
     out_scale: Expr | None = None
     out_zero: Expr | None = None
+    rounding: CodeRounding | None = None
+
+    def begin_task(self, spec: Linear) -> None:
+        """Emit what is the same for all results of a task."""
+        if spec.epilogue.codes:
+            self.rounding = CodeRounding(self.out_scale[0], self.out_zero[0], *spec.epilogue.range, isa=spec.isa)
 
 
 def multiply_add(spec: Linear, total: Expr, x: Expr, weight: Expr) -> Expr:
@@ -48,6 +55,10 @@ class Panel:
         """Return vector j of a word, counted from the stretch's first."""
         size = 64 if self.spec.integer else LANES
         return self.arguments.weight[column_block, first_word + word, T.ramp(j * size, 1, size)]
+
+    def tile(self, column_block: Expr, first_word: Expr, word: Expr, j: int) -> Expr:
+        """Return the address of vector j of a word, counted from the stretch's first; words are ``columns`` * 4 bytes apart."""
+        return T.address_of(self.arguments.weight[column_block, first_word + word, j * 64])
 
     def excess(self, group: Expr, j: int, granule: Expr) -> Expr:
         """Return what the zero point of x added to the sums of a group, counted from the stretch's first."""
@@ -122,6 +133,9 @@ class UnpackedPanel(Panel):
     def vector(self, column_block: Expr, first_word: Expr, word: Expr, j: int) -> Expr:
         size = 4 if self.spec.integer else 1
         return self.codes[T.ramp((word * self.spec.columns + j * LANES) * size, 1, LANES * size)]
+
+    def tile(self, column_block: Expr, first_word: Expr, word: Expr, j: int) -> Expr:
+        return T.address_of(self.codes[(word * self.spec.columns + j * LANES) * 4])
 
     def excess(self, group: Expr, j: int, granule: Expr) -> Expr:
         zero = T.int32(self.spec.x_shift)

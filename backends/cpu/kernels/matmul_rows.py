@@ -59,6 +59,7 @@ def _emit_blocks(spec: Linear, arguments: Arguments, m: Expr, count: int, first:
     product = (_IntegerRows if spec.integer else _FloatRows)(spec, arguments, m, count)
     product.end = hold(first + blocks)
     product.prepare()
+    arguments.begin_task(spec)
     sums = T.alloc_buffer((count * spec.columns,), spec.sum_dtype)
     with T.serial(0, blocks) as b:
         column_block = hold(first + b)

@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from qcompile.backends.cpu.kernels import isa as instruction_sets
+from qcompile.backends.cpu.kernels import tiles
 from qcompile.backends.cpu.kernels.matmul_epilogue import Epilogue
 
 LANES = 16  # columns of one vector: 512 bits hold 16 int32 sums or 16 floats
 _FEW_ROWS_SHARE = 3  # x and its tables are read in order, once for each block of columns: they may pass what a task packs by this
+_TASK_ROWS = 256
 CHUNK = 16  # words of x that are packed side by side for each row: one 64-byte vector
 
 
@@ -32,13 +34,14 @@ class Tile:
 
 
 def _tile(isa: str, integer: bool) -> Tile:
-    """Return the tile of an instruction set: three vectors where a vector is one register, else one, and up to eight rows."""
+    """Return the block of an instruction set's vectors: three where a vector is one register, else one, and up to eight rows."""
     found = instruction_sets.SETS[isa]
     vectors = 3 if found.parts == 1 else 1
     return Tile(min(found.block_rows(vectors, integer), 8), vectors, 128)
 
 
 TILES = {isa: _tile(isa, integer=True) for isa in instruction_sets.KNOWN}
+TILED = Tile(2 * tiles.ROWS, 2, 256, packed_bytes=1 << 20)  # block of tile registers
 FLOAT_TILES = {isa: _tile(isa, integer=False) for isa in instruction_sets.KNOWN}
 
 
@@ -76,7 +79,11 @@ class Linear:
     def __post_init__(self) -> None:
         instruction_sets.check(self.isa)
         if self.tile is None:
-            object.__setattr__(self, "tile", (TILES if self.integer else FLOAT_TILES)[self.isa])
+            object.__setattr__(self, "tile", TILED if self.tiled else (TILES if self.integer else FLOAT_TILES)[self.isa])
+        if self.tiled and (
+            self.tile.rows % tiles.ROWS or self.tile.rows > 2 * tiles.ROWS or self.tile.vectors > 2 or self.tile.words % CHUNK
+        ):
+            raise ValueError(f"tile registers hold blocks of 16 or 32 rows by 1 or 2 vectors, in stretches of whole tiles, not {self.tile}")
         if self.x not in ("float32", "int8", "uint8"):
             raise ValueError(f"x is '{self.x}'; known are float32, int8, uint8")
         if self.bits == 32 and self.x != "float32":
@@ -96,8 +103,13 @@ class Linear:
         return self.x != "float32"
 
     @property
+    def tiled(self) -> bool:
+        """Whether many rows are multiplied in tile registers. Groups are not: their sums would leave the tiles too often."""
+        return instruction_sets.SETS[self.isa].tiles and self.integer and not self.group
+
+    @property
     def signed_x(self) -> bool:
-        """Whether 8-bit weights, and panels of any, meet x as signed bytes; else as unsigned ones."""
+        """Whether, in vectors, 8-bit weights, and panels of any, meet x as signed bytes; else as unsigned ones. Tiles take both."""
         return instruction_sets.SETS[self.isa].signed_x
 
     @property
@@ -141,8 +153,8 @@ class Linear:
 
     @property
     def code_words(self) -> int:
-        """Words of four codes in a packed row, padded to whole steps and whole groups."""
-        whole = self.group // 4 if self.group else self.step
+        """Words of four codes in a packed row, padded to whole steps, whole groups and whole tiles."""
+        whole = self.group // 4 if self.group else tiles.WORDS if self.tiled else self.step
         return -(-self.in_features // (4 * whole)) * whole
 
     @property
@@ -169,7 +181,7 @@ class Linear:
     @property
     def task_rows(self) -> int:
         """The most rows that one task takes: their packed copy, and their sums, have a fixed size."""
-        rows = min(self.tile.packed_bytes // (self.chunks * CHUNK * 4), 240)
+        rows = min(self.tile.packed_bytes // (self.chunks * CHUNK * 4), _TASK_ROWS)
         return max(1, rows // self.tile.rows) * self.tile.rows
 
     @property
@@ -194,6 +206,8 @@ class Linear:
     @property
     def row_variants(self) -> tuple[int, ...]:
         """Row counts that the register block exists for, ascending; a remainder takes the smallest that holds it."""
+        if self.tiled:
+            return tuple(range(tiles.ROWS, self.tile.rows + 1, tiles.ROWS))
         return (*(count for count in (1, 2, 4, 8) if count < self.tile.rows), self.tile.rows)
 
     @property

@@ -56,7 +56,10 @@ def half_hidden(monkeypatch: pytest.MonkeyPatch) -> Iterator[frozenset[str]]:
     """Let the operating system tell of a processor with AVX2 and no more, whatever its model; yield its LLVM features."""
     if instruction_sets.machine() != "x86_64":
         pytest.skip("the flags of this test are of x86-64")
-    cached = (instruction_sets._best_here, instruction_sets._features_here, )
+    cached = (
+        instruction_sets._best_here,
+        instruction_sets._features_here,
+    )
     features = frozenset(instruction_sets.required_features(instruction_sets.target_description(isa=instruction_sets.AVX2)))
     flags = frozenset(instruction_sets._X86_FLAGS[name] for name in features)
     monkeypatch.setattr(instruction_sets, "_system_flags", lambda: flags)

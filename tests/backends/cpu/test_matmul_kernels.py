@@ -20,6 +20,7 @@ from qcompile.formats import pack
 
 ISAS = sorted({isa.detect(), isa.PORTABLE})
 SMALL = Tile(rows=4, vectors=2, words=32, packed_bytes=8 << 10, threads=2)  # so that small layers cut every loop
+SMALL_TILED = Tile(rows=32, vectors=2, words=32, packed_bytes=8 << 10, threads=2)  # the same in tile registers
 
 
 @dataclass
@@ -128,7 +129,8 @@ _INTEGER = {
 @pytest.mark.parametrize("name", _INTEGER)
 @pytest.mark.parametrize("isa_name", ISAS)
 def test_integer_layers_agree_bit_for_bit(name: str, isa_name: str) -> None:
-    spec = replace(_INTEGER[name], isa=isa_name, tile=SMALL)
+    spec = replace(_INTEGER[name], isa=isa_name, tile=None)
+    spec = replace(spec, tile=SMALL_TILED if spec.tiled else SMALL)
     kernel, rng = _compile(spec), np.random.default_rng(1)
     for extreme in (False, True):
         layer = _make_layer(spec, rng, extreme)
@@ -184,7 +186,7 @@ def test_float_layers_agree_within_rounding(name: str, isa_name: str) -> None:
     """The bound is k + 8 roundings of the sum of magnitudes, and the activations' own 1e-6 (they do not stretch distances above 1.2)."""
     spec = replace(_FLOAT[name], isa=isa_name, tile=SMALL)
     kernel, rng = _compile(spec), np.random.default_rng(3)
-    layer = _make_layer(replace(spec, bits=8, x="int8") if spec.bits == 32 else spec, rng)
+    layer = _make_layer(replace(spec, bits=8, x="int8", tile=None) if spec.bits == 32 else spec, rng)
     layer.spec = spec
     if spec.bits == 32:
         layer.codes, layer.scale = rng.standard_normal((spec.out_features, spec.in_features)).astype(np.float32), None
