@@ -326,7 +326,6 @@ def test_bench(cli: Cli, saved: Path) -> None:
 
 
 def test_bench_measures_memory_and_draws(cli: Cli, saved: Path, tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
     few = ("--rounds", 1, "--calls", 2, "--against", "onnxruntime,torch", "--plot")
     done = cli("bench", saved, "--memory", *few, tmp_path / "bench.svg", "--json")
     assert done.code == 0, done.err
@@ -497,8 +496,8 @@ COMPILE = [
     ("TINY:mlp --recipe assign-bits,insert-quantizers,quantize-weights{solver=gtpq}", r"unknown solver 'gtpq'; did you mean 'gptq'\?"),
     ("TINY:mlp --target cpx", r"unknown target 'cpx'; did you mean 'cpu'\?"),
     (
-        "TINY:mlp --target cpu --recipe assign-bits{scheme=W3A4},insert-quantizers",
-        "cpu has no kernel for qc.linear with .*; the nearest that runs: weights of",
+        "TINY:cnn --target cpu --recipe assign-bits{scheme=W4A8},insert-quantizers",
+        "cpu has no kernel for qc.conv2d with .*; the nearest that runs: weights of",
     ),
     ("TINY:spectrum --target cpu", r"fft_fft \(aten.fft_fft.default\) at .*tiny_models.py:\d+: this operator cannot be lowered"),
     ("TINY:spectrum --target cpu --recipe float", "this operator cannot be lowered"),

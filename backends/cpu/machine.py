@@ -148,7 +148,7 @@ class Machine:
             self._resize(sizes)
         results = [torch.empty(self._shapes[i], dtype=dtype, device="cpu") for i, dtype in zip(self._makers, self._dtypes, strict=True)]
         addresses = [tensor.data_ptr() for tensor in (*inputs, *results)]
-        self._addresses.pack_into(self._entries, 8 * self._layout.first_input, *addresses)
+        self._addresses.pack_into(self._entries.data, 8 * self._layout.first_input, *addresses)
         return results
 
     def _resize(self, sizes: tuple[int, ...]) -> None:

@@ -70,7 +70,8 @@ def plan_arena(sequence: Sequence) -> Arena:
         units.setdefault(key, unit)
         size = -(-length * np.dtype(value.dtype).itemsize // ALIGNMENT) * ALIGNMENT
         grouped.setdefault(key, []).append(_Lifetime(index, size, uses[0], uses[-1]))
-    regions, places = [], {}
+    regions: list[Region] = []
+    places: dict[int, Place] = {}
     for number, key in enumerate(sorted(grouped)):
         offsets, length = _place(grouped[key])
         regions.append(Region(units[key], length))

@@ -38,7 +38,7 @@ def _run(name: str, path: Path, threads: int, inputs: Path) -> None:
 
     from qcompile.peers import load_peer
 
-    with np.load(inputs) as file:
+    with np.load(inputs, allow_pickle=False) as file:
         values: Sequence[Any] = [file[key] for key in file.files]
     run = load_peer(name, path, threads)
     if name == "qcompile":
