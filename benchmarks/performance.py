@@ -89,7 +89,10 @@ def model_table(folder: Path, rounds: int, wanted: str) -> Iterator[str]:
             mine, *peers = found["runs"]
             rows, limits = found["operators"], found["limits"]
             ideal = sum(
-                (row["operations"] or 0) / (limits["int8_gops"] if row["integer"] else limits["float32_gflops"]) / 1e6 for row in rows
+                (row["operations"] or 0)
+                / (limits["tile_gops"] or limits["int8_gops"] if row["integer"] else limits["float32_gflops"])
+                / 1e6
+                for row in rows
             )
             text = ", ".join(f"{peer['name']} {peer['median_ms']:.2f} ({found['speedup'][peer['name']]:.2f})" for peer in peers)
             yield f"| {name} | {shape or 'batch=1'} | {mine['median_ms']:.3f} | {100 * ideal / mine['median_ms']:.0f} % | {text} |"

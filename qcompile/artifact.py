@@ -12,6 +12,7 @@ unless it was asked for; ``qcompile.native_code`` says when that is loaded.
 | golden.safetensors | sample inputs and the reference's outputs |
 | report.json | layers with schemes and errors, float operators with reasons, probe digests |
 | tokenizer.json | the model's tokenizer, where it has one |
+| tiles.json | block sizes of kernels where ``qcompile tune`` put them, see ``qcompile.kernel_tiles`` |
 | code/<target>/<name> | what the target built from the graph, only where it was asked for |
 """
 
@@ -37,6 +38,7 @@ from qcompile.errors import Refused
 from qcompile.files import atomic_file, remove_strays
 from qcompile.graph import Graph, parse_graph, print_graph, tensor_digest
 from qcompile.graph.text import DIGEST_LENGTH
+from qcompile.kernel_tiles import KernelTiles, parse_tiles
 from qcompile.native_code import NativeCode
 from qcompile.registry import check_name, find_target
 from qcompile.runtime import check_indices, check_inputs, to_output_kind
@@ -119,11 +121,13 @@ class Artifact:
         versions: Mapping[str, str],
         tokenizer: bytes | None = None,
         native: NativeCode | None = None,
+        tiles: KernelTiles | None = None,
     ) -> None:
         self.graph, self.target, self.recipe, self.pipeline = graph, target, recipe, pipeline
         self.golden_inputs, self.golden_outputs = list(golden_inputs), list(golden_outputs)
         self.report = dict(report)
         self.versions, self.tokenizer, self.native = dict(versions), tokenizer, native
+        self.tiles = tiles or KernelTiles()
         self.threads: int | None = None
         self.trust_code = False
         self._rows = [table_rows(graph, node) for node in graph.inputs]
@@ -137,7 +141,7 @@ class Artifact:
         """The built model, or the artifact's native code where it may be loaded; building is cached for the next process."""
         with self._building:  # threads that come first together build once
             if self._executable is None:
-                target = find_target(self.target)
+                target = find_target(self.target).with_tiles(self.tiles)
                 if self.native and self.native.target == self.target:
                     self._executable = self.native.load(target, self.graph, threads=self.threads, trust=self.trust_code)
                 if self._executable is None:
@@ -181,6 +185,7 @@ class Artifact:
             "report.json": _json(self.report),
         }
         members |= {"tokenizer.json": self.tokenizer} if self.tokenizer else {}
+        members |= {"tiles.json": self.tiles.to_json()} if self.tiles.machines else {}
         return members | (
             {f"code/{self.native.target}/{name}": data for name, data in sorted(self.native.files.items())} if self.native else {}
         )
@@ -244,6 +249,7 @@ def load(path: str | Path, *, target: str | None = None, threads: int | None = N
         graph, recipe=manifest.recipe, pipeline=manifest.pipeline, target=target or manifest.target,
         golden_inputs=_numbered(golden, "input"), golden_outputs=_numbered(golden, "output"), report=report,
         versions=manifest.versions, tokenizer=members.get("tokenizer.json"), native=_native_code(path, manifest, members),
+        tiles=parse_tiles(members.get("tiles.json", b"{}"), f"{path}: tiles.json"),
     )  # fmt: skip
     artifact.threads, artifact.trust_code = threads, trust_code
     return artifact

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -12,6 +12,7 @@ import torch
 from qcompile.errors import Refused
 from qcompile.formats import LayerScheme, Scheme
 from qcompile.graph.graph import Graph
+from qcompile.kernel_tiles import KernelTiles, Tuning
 
 
 @dataclass(frozen=True)
@@ -41,13 +42,20 @@ class Limits:
         threads: that number.
         read_gb_per_s: 1e9 bytes read from memory in a second.
         float32_gflops: 1e9 float32 additions and multiplications in a second.
-        int8_gops: the same of int8 products summed in int32; None where there is no instruction for them.
+        int8_gops: the same of int8 products summed in int32, in vectors; None where there is no instruction for them.
+        tile_gops: the same in tile registers; None where there are none.
     """
 
     threads: int
     read_gb_per_s: float
     float32_gflops: float
     int8_gops: float | None
+    tile_gops: float | None = None
+
+    @property
+    def integer_gops(self) -> float | None:
+        """The faster of the two ways to multiply int8."""
+        return self.tile_gops or self.int8_gops
 
 
 @dataclass(frozen=True)
@@ -91,6 +99,7 @@ class Target(ABC):
         kernels: the support table.
         measures: kernel times can be measured on this machine.
         native: ``native_code`` builds code that an artifact can hold.
+        tunes: ``tune`` finds tiles for kernels, see ``qcompile.kernel_tiles``.
     """
 
     name: str
@@ -98,6 +107,7 @@ class Target(ABC):
     kernels: tuple[Kernel, ...] = ()
     measures: bool = False
     native: bool = False
+    tunes: bool = False
 
     def supports(self, operator: str, scheme: LayerScheme) -> str | None:
         """Return None if there is a kernel for this operator and scheme, else the reason with the nearest scheme that runs."""
@@ -176,6 +186,30 @@ class Target(ABC):
             Refused: the target has none, or an operator has no form in it.
         """
         raise Refused(f"target {self.name} exports no file")
+
+    def with_tiles(self, tiles: KernelTiles) -> Target:
+        """Return the target as it builds with a table beside the user's own, whose entries go first. Without ``tunes``, it is the same."""
+        return self
+
+    def tune(
+        self,
+        graph: Graph,
+        batches: Sequence[Sequence[torch.Tensor]],
+        *,
+        seconds: float,
+        again: bool = False,
+        progress: Callable[[str], None] | None = None,
+    ) -> Tuning:
+        """Search for faster tiles for a graph's kernels and put them into the user's table; only where ``tunes``.
+
+        Args:
+            graph: is not changed.
+            batches: inputs to measure at; a tile that is slower at one of them is not taken.
+            seconds: after which no other tile is tried. A later search goes on from there.
+            again: try also what earlier searches tried.
+            progress: called with a line of text as work goes on.
+        """
+        raise Refused(f"target {self.name} has no kernels to tune")
 
     def measure(self, graph: Graph, inputs: Sequence[torch.Tensor]) -> float:
         """Return the smallest microseconds of many calls of a graph; only where ``measures``."""

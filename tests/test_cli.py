@@ -15,6 +15,7 @@ import pytest
 import torch
 
 import qcompile
+from qcompile.cli.main import COMMANDS
 from qcompile.source_notes import remember_source
 
 Cli = Callable[..., Any]
@@ -404,10 +405,7 @@ def test_lists_tell_more(cli: Cli) -> None:
     assert (formats["int4"]["lowest"], formats["int4"]["highest"]) == (-8, 7)
 
 
-@pytest.mark.parametrize(
-    "command",
-    ["compile", "run", "bench", "evaluate", "inspect", "diff", "verify", "export", "passes", "recipes", "targets", "formats", "methods"],
-)
+@pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_has_help_and_json(cli: Cli, command: str) -> None:
     done = cli(command, "--help")
     assert done.code == 0
@@ -496,7 +494,7 @@ COMPILE = [
     ("TINY:mlp --recipe assign-bits,insert-quantizers,quantize-weights{solver=gtpq}", r"unknown solver 'gtpq'; did you mean 'gptq'\?"),
     ("TINY:mlp --target cpx", r"unknown target 'cpx'; did you mean 'cpu'\?"),
     (
-        "TINY:cnn --target cpu --recipe assign-bits{scheme=W4A8},insert-quantizers",
+        "TINY:cnn --target cpu --recipe assign-bits{scheme=W4A16},insert-quantizers",
         "cpu has no kernel for qc.conv2d with .*; the nearest that runs: weights of",
     ),
     ("TINY:spectrum --target cpu", r"fft_fft \(aten.fft_fft.default\) at .*tiny_models.py:\d+: this operator cannot be lowered"),
@@ -535,7 +533,7 @@ def refused(done: Any, message: str) -> None:
     assert done.out == ""
 
 
-@pytest.mark.parametrize("command", ["run", "inspect", "verify", "bench", "evaluate", "export", "diff"])
+@pytest.mark.parametrize("command", ["run", "inspect", "verify", "tune", "bench", "evaluate", "export", "diff"])
 @pytest.mark.parametrize(
     ("file", "message"),
     [

@@ -363,6 +363,7 @@ def test_the_json_keys_of_every_command(cli: Callable[..., Any], tmp_path: Path)
         "compile": (*compiling, "-o", path),
         "compile --dry-run": (*compiling, "--dry-run"),
         "run": ("run", path),
+        "tune": ("tune", tmp_path / "cpu.qc", "--seconds", 0),
         "bench": ("bench", path, "--rounds", 1, "--calls", 1),
         "evaluate": ("evaluate", path, "--data", "random"),
         "inspect": ("inspect", path),
@@ -372,6 +373,7 @@ def test_the_json_keys_of_every_command(cli: Callable[..., Any], tmp_path: Path)
         **{name: (name,) for name in ("passes", "recipes", "targets", "formats", "methods")},
     }
     assert {name.split()[0] for name in calls} == set(COMMANDS)
+    assert cli("compile", model, "--calibrate", "random", "-o", tmp_path / "cpu.qc").code == 0  # the reference has no kernels to tune
     rows = re.findall(r"^\| `([\w -]+)` \| ((?:`\w+`(?:, )?)+) \|$", (ROOT / "docs" / "cli.md").read_text(encoding="utf-8"), re.MULTILINE)
     documented = {name: re.findall(r"`(\w+)`", keys) for name, keys in rows}
     found = {}

@@ -6,6 +6,7 @@ from qcompile.backends.cpu import pipeline
 from qcompile.backends.cpu.executable import Executable, Interface, Port
 from qcompile.backends.cpu.kernels import isa
 from qcompile.backends.cpu.legalize import LEGALIZE
+from qcompile.backends.cpu.tiling import Tiling
 from qcompile.backends.lowering.shapes import dtype_name
 from qcompile.backends.lowering.translate import translate
 from torch import fx
@@ -18,6 +19,7 @@ def build(
     taps: tuple[str, ...] = (),
     kernels: bool = True,
     library: bytes | None = None,
+    tiling: Tiling | None = None,
 ) -> Executable:
     """Compile a graph of ATen core and qc operators for the machine this runs on, or for the instruction set that ``QCOMPILE_CPU`` names.
 
@@ -26,13 +28,14 @@ def build(
         threads: threads of one call; None takes every processor this process may use.
         taps: names of nodes whose values are returned after the outputs, see ``Executable.tapped``.
         kernels: False leaves the target's kernels out: the slow, plain lowering, to compare with.
-        library: the code of an earlier build of this very graph, which is loaded instead of compiled; constants are packed again.
+        library: the code of an earlier build of this very graph and tiling, loaded instead of compiled; constants are packed again.
+        tiling: the tiles of kernels, by default each kernel's own.
 
     Raises:
         Refused: naming the node and the operator that cannot be lowered; or ``QCOMPILE_CPU`` names a set that cannot run here.
     """
     with pipeline.COMPILE_LOCK:  # building Relax runs TVM's passes too
-        lowered = translate(graph_module, legalize=LEGALIZE if kernels else {}, taps=taps)
+        lowered = translate(graph_module, legalize=LEGALIZE if kernels else {}, taps=taps, tiling=tiling or Tiling())
     placeholders = [node for node in graph_module.graph.nodes if node.op == "placeholder"]
     inputs = tuple(Port(node.name, dtype_name(node.meta["val"].dtype), _shape(node)) for node in placeholders)
     features = isa.required_features(isa.target_description())

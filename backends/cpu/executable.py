@@ -180,6 +180,10 @@ class Executable:
         """Return the bytes that values between kernels take in this thread, of its largest call; None in a virtual machine."""
         return self._machine().arena_bytes if self._program is not None else None
 
+    def copy(self) -> Executable:
+        """Return the same code with its constants, and what it will allocate, at other places in memory."""
+        return Executable(self._module, {name: tensor.clone() for name, tensor in self._constants.items()}, self.interface, self.threads)
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a folder with the library, its constants and its interface; it appears whole or not at all."""
         folder = Path(path)
@@ -292,7 +296,13 @@ def aligned(tensor: torch.Tensor) -> torch.Tensor:
         tensor = tensor.detach()
     if tensor.is_contiguous() and tensor.data_ptr() % ALIGNMENT == 0:
         return tensor
-    return tensor.clone(memory_format=torch.contiguous_format)
+    copy = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
+    # Not torch's copy: it wakes threads of its own, which then stand in the way of the kernels' (ResNet-50: 11.9 ms instead of 4.6).
+    try:
+        np.copyto(copy.numpy(), tensor.numpy())
+    except (TypeError, RuntimeError):  # a dtype that NumPy does not have
+        copy.copy_(tensor)
+    return copy
 
 
 def set_threads(threads: int) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from qcompile.backends.cpu.legalize_images import LEGALIZE_IMAGES
 from qcompile.backends.cpu.legalize_layers import LEGALIZE_LAYERS
+from qcompile.backends.cpu.legalize_products import LEGALIZE_PRODUCTS
 from qcompile.backends.lowering.translate import Legalizer
 
-LEGALIZE: dict[str, Legalizer] = {**LEGALIZE_LAYERS, **LEGALIZE_IMAGES}
+LEGALIZE: dict[str, Legalizer] = {**LEGALIZE_LAYERS, **LEGALIZE_IMAGES, **LEGALIZE_PRODUCTS}

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from qcompile.backends.cpu.kernels.byte_codes import is_easy
 from qcompile.backends.cpu.kernels.convolution_spec import Convolution
 from qcompile.backends.cpu.kernels.matmul_epilogue import Epilogue
 from qcompile.backends.cpu.kernels.matmul_spec import Linear
@@ -54,6 +55,12 @@ def zero_or(walk: Walk, node: fx.Node | None) -> Any:
 
 def is_plain_tensor(scheme: Scheme) -> bool:
     return isinstance(scheme.granularity, Tensor) and isinstance(scheme.format, Integer)
+
+
+def has_easy_scale(walk: Walk, scale: fx.Node) -> bool:
+    """Return whether a scale is a constant that the quick rounding to codes is right for."""
+    value = walk.constant(scale)
+    return value is not None and value.numel() == 1 and is_easy(float(value))
 
 
 def name_of(node: fx.Node) -> str:
@@ -120,9 +127,9 @@ def following(walk: Walk, node: fx.Node) -> tuple[list[fx.Node], str, fx.Node | 
         (user,) = last.users
         if user.target in _COPIES and not user.kwargs:
             pass
-        elif activation == "none" and residual is None and (name := _activation_name(user)):
+        elif activation == "none" and residual is None and (name := activation_name(user)):
             activation = name
-        elif activation == "none" and residual is not None and (name := _activation_name(user)) in ("relu", "relu6"):
+        elif activation == "none" and residual is not None and (name := activation_name(user)) in ("relu", "relu6"):
             activation = f"add_{name}"
         elif residual is None and (other := _residual_of(walk, user, last)) is not None:
             residual = other
@@ -133,7 +140,8 @@ def following(walk: Walk, node: fx.Node) -> tuple[list[fx.Node], str, fx.Node | 
     return swallowed, activation, residual
 
 
-def _activation_name(node: fx.Node) -> str:
+def activation_name(node: fx.Node) -> str:
+    """Return the dialect's name of an activation node, empty for another node."""
     if node.target is aten.gelu.default:
         return "gelu_tanh" if node.kwargs.get("approximate") == "tanh" else "gelu"
     if node.target is aten.hardtanh.default and list(node.args[1:]) == [0.0, 6.0]:

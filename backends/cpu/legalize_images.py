@@ -17,10 +17,12 @@ from qcompile.backends.cpu.legalize_arguments import (
     Weight,
     constant_array,
     following,
+    has_easy_scale,
     is_plain_tensor,
     product_inputs,
     quantized_epilogue,
 )  # fmt: skip
+from qcompile.backends.cpu.tiling import cut, note
 from qcompile.backends.lowering.shapes import dtype_name
 from qcompile.backends.lowering.translate import Legalizer, Walk
 from torch import fx
@@ -87,11 +89,14 @@ def _spec(
 def _call(walk: Walk, node: fx.Node, spec: Convolution, a: Arguments, weight: Weight, swallowed: Any = ()) -> None:
     """Emit the kernel of ``spec`` and bind the node and those after it that the kernel computes too."""
     is_depthwise = spec.groups == spec.channels == spec.out_channels
-    build, pack, name = (depthwise, pack_depthwise, "depthwise") if is_depthwise else (convolution, pack_convolution, "convolution")
+    spec = spec if is_depthwise else cut(walk, node, spec)
+    easy = spec.epilogue.codes and has_easy_scale(walk, a.out_scale)
+    pack, name = (pack_depthwise, "depthwise") if is_depthwise else (pack_convolution, "convolution")
     operands = walk.channels_last(a.x), walk.channels_last(a.residual) if a.residual is not None else None
     inputs = product_inputs(walk, spec, a, operands, weight, pack)
     label = f"{name}_{spec.x[0]}_{spec.kernel[0]}x{spec.kernel[1]}_{spec.channels}_{spec.out_channels}"
-    kernel = walk.kernel(spec, lambda: build(spec), label)
+    kernel = walk.kernel((spec, easy), lambda: depthwise(spec, easy=easy) if is_depthwise else convolution(spec, easy=easy), label)
+    note(walk, node, kernel)
     shape = [walk.shape(node)[0], spec.out_height, spec.out_width, spec.out_channels]
     y = walk.call_kernel(kernel, inputs, (shape, spec.epilogue.output))
     for later in (node, *swallowed):

@@ -13,9 +13,11 @@ from qcompile.backends.cpu.kernels.quantization import code_dtype
 from qcompile.backends.cpu.legalize_arguments import (
     Arguments,
     Weight,
+    activation_name,
     constant_array,
     flat,
     following,
+    has_easy_scale,
     is_plain_tensor,
     product,
     product_inputs,
@@ -23,6 +25,7 @@ from qcompile.backends.cpu.legalize_arguments import (
     rows_of,
     zero_or,
 )  # fmt: skip
+from qcompile.backends.cpu.tiling import cut, note
 from qcompile.backends.lowering.translate import Legalizer, Walk
 from torch import fx
 
@@ -83,10 +86,13 @@ def _linear_spec(a: Arguments, scheme: Scheme, weight: Weight, epilogue: Epilogu
 
 def _call_linear(walk: Walk, node: fx.Node, spec: Linear, a: Arguments, weight: Weight) -> Any:
     """Emit the kernel of ``spec``; ``a`` holds the node's arguments by the names of qc.linear."""
+    spec = cut(walk, node, spec)
     x, rows, _ = rows_of(walk, a.x)
     residual = walk.reshape(walk.plain(a.residual), [rows, spec.out_features]) if a.residual is not None else None
     inputs = product_inputs(walk, spec, a, (x, residual), weight, pack.pack_linear)
-    kernel = walk.kernel(spec, lambda: matmul.linear(spec), _linear_name(spec))
+    easy = spec.epilogue.codes and has_easy_scale(walk, a.out_scale)
+    kernel = walk.kernel((spec, easy), lambda: matmul.linear(spec, easy=easy), _linear_name(spec))
+    note(walk, node, kernel)
     y = walk.call_kernel(kernel, inputs, ([rows, spec.out_features], spec.epilogue.output))
     return walk.reshape(y, [*walk.shape(a.x)[:-1], spec.out_features])
 
@@ -161,15 +167,23 @@ def _rms_norm(walk: Walk, node: fx.Node, a: Arguments) -> Any:
 
 
 def _attention(walk: Walk, node: fx.Node, a: Arguments) -> Any:
-    """qc.attention."""
+    """qc.attention; writes codes where only a following qc.quantize reads the result."""
     depth, masked = int(walk.fake(a.q).shape[-1]) // a.heads, a.key_mask is not None
+    quantize = _first_quantize(node) if walk.is_inner(node) and len(node.users) == 1 else None
+    codes = code_dtype(parse_scheme(str(quantize.args[3]))) if quantize is not None else ""
     kernel = walk.kernel(
-        ("attention", a.heads, a.kv_heads, depth, a.scale, masked, a.causal),
-        lambda: attention.attention(a.heads, a.kv_heads, depth, a.scale, key_mask=masked, causal=a.causal),
-        f"attention_{a.heads}x{depth}",
+        ("attention", a.heads, a.kv_heads, depth, a.scale, masked, a.causal, codes),
+        lambda: attention.attention(a.heads, a.kv_heads, depth, a.scale, key_mask=masked, causal=a.causal, codes=codes),
+        f"attention_{a.heads}x{depth}" + f"_{codes}" * (codes != ""),
     )
     inputs = [walk.plain(t) for t in (a.q, a.k, a.v)] + ([walk.plain(a.key_mask)] if masked else [])
-    return walk.call_kernel(kernel, inputs, (walk.shape(node), "float32"))
+    inputs += [flat(walk, quantize.args[1]), zero_or(walk, quantize.args[2])] if quantize is not None else []
+    result = walk.call_kernel(kernel, inputs, (walk.shape(node), codes or "float32"))
+    if quantize is None:
+        return result
+    walk.bind(quantize, result)
+    walk.bind(node, result)  # nobody else reads it: any value marks it as done
+    return None
 
 
 def _softmax(walk: Walk, node: fx.Node, a: Arguments) -> Any:
@@ -198,8 +212,29 @@ def _quantize(walk: Walk, node: fx.Node, a: Arguments) -> Any:
     scheme = parse_scheme(a.scheme)
     if not is_plain_tensor(scheme):
         return f"no kernel quantizes to '{scheme}'"
+    if _is_image(walk, node, a.x):
+        return _quantize_image(walk, node, a, scheme)
     kernel = walk.kernel(("quantize", scheme), lambda: quantization.quantize_static(scheme), f"quantize_{code_dtype(scheme)}")
     return _elementwise(walk, node, a.x, kernel, [flat(walk, a.scale), zero_or(walk, a.zero_point)], code_dtype(scheme))
+
+
+def _is_image(walk: Walk, node: fx.Node, x: fx.Node) -> bool:
+    """Return whether a value in the graph's order is a picture of a few channels that only convolutions read."""
+    shape = walk.shape(x)
+    if len(shape) != 4 or walk.is_channels_last(x) or not all(isinstance(n, int) for n in shape[1:]):
+        return False
+    few = 2 <= shape[1] <= 4 and shape[2] * shape[3] >= 16
+    return few and all(user.target is qc.conv2d.default and user.args[0] is node for user in node.users)
+
+
+def _quantize_image(walk: Walk, node: fx.Node, a: Arguments, scheme: Scheme) -> None:
+    batch, channels, height, width = walk.shape(a.x)
+    spec = (channels, height * width, scheme)
+    kernel = walk.kernel(("quantize_image", spec), lambda: quantization.quantize_image(*spec), "quantize_image")
+    x = walk.reshape(walk.plain(a.x), [batch, channels, height * width])
+    inputs = [x, flat(walk, a.scale), zero_or(walk, a.zero_point)]
+    codes = walk.call_kernel(kernel, inputs, ([batch, height * width, channels], code_dtype(scheme)))
+    walk.bind(node, walk.reshape(codes, [batch, height, width, channels]), channels_last=True)
 
 
 def _elementwise(walk: Walk, node: fx.Node, source: fx.Node, kernel: Any, parameters: list[Any], dtype: str) -> Any:
@@ -220,6 +255,75 @@ def _dequantize(walk: Walk, node: fx.Node, a: Arguments) -> Any:
         return f"no kernel dequantizes '{scheme}'"
     kernel = walk.kernel(("dequantize", scheme), lambda: quantization.dequantize(scheme), f"dequantize_{code_dtype(scheme)}")
     return _elementwise(walk, node, a.codes, kernel, [flat(walk, a.scale), zero_or(walk, a.zero_point)], "float32")
+
+
+def _add(walk: Walk, node: fx.Node, a: Arguments) -> Any:
+    """qc.add of two tensors of one shape."""
+    schemes = [parse_scheme(text) for text in (a.a_scheme, a.b_scheme, a.out_scheme)]
+    if not all(map(is_plain_tensor, schemes)):
+        return f"no kernel adds '{schemes[0]}' and '{schemes[1]}' to '{schemes[2]}'"
+    if tuple(walk.fake(a.a).shape) != tuple(walk.fake(a.b).shape):
+        return "no kernel adds tensors of two shapes"
+    terms = [(a.a, a.a_scale, a.a_zero_point, schemes[0]), (a.b, a.b_scale, a.b_zero_point, schemes[1])]
+    _call_add(walk, terms, a.activation, ([], [node]), (a.out_scale, a.out_zero_point, schemes[2]))
+    return None
+
+
+def _float_add(walk: Walk, node: fx.Node, a: Arguments) -> Any:
+    """aten.add of two dequantized tensors of one shape: reads their codes, and also computes a relu and the codes of the sum."""
+    terms = [_codes_behind(term) for term in (a.self, a.other)]
+    if None in terms or a.alpha != 1 or walk.fake(a.self).shape != walk.fake(a.other).shape:
+        return _GENERIC
+    last, activation = node, "none"
+    if walk.is_inner(node) and len(node.users) == 1 and (name := activation_name(next(iter(node.users)))) in ("relu", "relu6"):
+        last, activation = next(iter(node.users)), name
+    quantize = _first_quantize(last)
+    quantized = [quantize] if quantize is not None else []
+    values = [last] if not walk.is_inner(last) or set(last.users) - set(quantized) else []
+    grid = (quantize.args[1], quantize.args[2], parse_scheme(str(quantize.args[3]))) if quantize is not None else None
+    _call_add(walk, terms, activation, (values, quantized), grid)
+    for passed in (node, last):
+        if passed not in values:  # nobody reads it: any value marks it as done
+            walk.bind(passed, walk.plain(a.self))
+    return None
+
+
+_GENERIC = ""  # no reason to report: the generic way is as good
+
+
+def _codes_behind(node: Any) -> tuple[Any, ...] | None:
+    """Return codes, scale, zero point and scheme of a value that is dequantized with one scale, or None."""
+    if not isinstance(node, fx.Node) or node.target is not qc.dequantize.default or len(node.args) != 4 or node.kwargs:
+        return None
+    scheme = parse_scheme(str(node.args[3]))
+    return (node.args[0], node.args[1], node.args[2], scheme) if is_plain_tensor(scheme) else None
+
+
+def _call_add(walk: Walk, terms: Any, activation: str, results: tuple[list[fx.Node], list[fx.Node]], grid: Any) -> None:
+    """Emit the sum of two terms (codes, scale, zero point, scheme) in whichever order of memory they have.
+
+    ``results``: nodes that are the float sum, and nodes that are its codes; ``grid``: their scale, zero point and scheme.
+    """
+    values, quantized = results
+    last = any(walk.is_channels_last(codes) for codes, *_ in terms)
+    operands = [walk.channels_last(codes) if last else walk.plain(codes) for codes, *_ in terms]
+    shape = list(operands[0].ty.shape)
+    scale, zero_point, out = grid if quantized else (None, None, None)
+    count, dtypes = product(shape), [code_dtype(scheme) for *_, scheme in terms]
+    kernel = walk.kernel(
+        ("add", *dtypes, out, activation, bool(values)),
+        lambda: quantization.quantized_add(dtypes[0], dtypes[1], out, activation, values=bool(values)),
+        "add_codes",
+    )
+    inputs = []
+    for operand, (_, its_scale, its_zero, _) in zip(operands, terms, strict=True):
+        inputs += [walk.reshape(operand, [count]), flat(walk, its_scale), zero_or(walk, its_zero)]
+    inputs += [flat(walk, scale), zero_or(walk, zero_point)] if quantized else []
+    kinds = [([count], "float32")] if values else []
+    kinds += [([count], code_dtype(out))] if out is not None else []
+    made = walk.call_kernel(kernel, inputs, *kinds)
+    for node, result in zip([*values, *quantized], made if len(kinds) == 2 else [made], strict=True):
+        walk.bind(node, walk.reshape(result, shape), channels_last=last)
 
 
 def _quantize_dynamic(walk: Walk, node: fx.Node, a: Arguments) -> Any:
@@ -279,6 +383,8 @@ LEGALIZE_LAYERS: dict[str, Legalizer] = {
     "aten._softmax": _softmax,
     "qc.quantize": _quantize,
     "qc.dequantize": _dequantize,
+    "qc.add": _add,
+    "aten.add.Tensor": _float_add,
     "qc.quantize_dynamic": _quantize_dynamic,
     "qc.embedding": _embedding,
     "aten.linear": _float_linear,

@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 import numpy as np
 import tvm
-from qcompile.backends.cpu.kernels import isa
+from qcompile.backends.cpu.kernels import isa, tiles
 from qcompile.backends.cpu.kernels.registers import LANES, argument, function, ramp
 from qcompile.backends.cpu.kernels.vector import Expr, register, spread
 from qcompile.backends.cpu.pipeline import COMPILE_LOCK
@@ -24,6 +24,8 @@ from qcompile.target import Limits
 READ_BYTES = 512 << 20  # beyond every cache: of 128 MiB, processors with a large third level still hold a part
 ACCUMULATORS = 16  # latency of a multiply-add (4 or 5 cycles) times its ports (2), and some
 ROUNDS = 1 << 18  # of all accumulators: about a millisecond, short beside a time slice, long beside waking a thread
+TILE_ROUNDS = 1 << 14  # of four products
+_TILE = tiles.ROWS * tiles.COLUMNS
 SECONDS, FEWEST = 0.5, 20  # time for each limit, and runs at least
 _DOT = "llvm.x86.avx512.vpdpbusd.512"
 
@@ -34,13 +36,16 @@ def measure_limits(threads: int) -> Limits:
     read = READ_BYTES / _seconds(read_kernel(threads), np.zeros((threads, READ_BYTES // 4 // threads), np.int32), threads) / 1e9
     products = threads * ROUNDS * ACCUMULATORS * LANES
     float32 = 2 * products / _seconds(float_kernel(threads), np.zeros((threads, LANES), np.float32), threads) / 1e9
-    int8 = None
-    if isa.detect() == isa.AVX512_VNNI:
+    int8 = tiled = None
+    if not isa.cannot_run(isa.AVX512_VNNI):
         int8 = 8 * products / _seconds(int8_kernel(threads), np.zeros((threads, LANES), np.int32), threads) / 1e9
-    return Limits(threads, read, float32, int8)
+    if not isa.cannot_run(isa.AMX):
+        products = threads * TILE_ROUNDS * 4 * tiles.ROWS * tiles.COLUMNS * tiles.DEPTH
+        tiled = 2 * products / _seconds(tile_kernel(threads), np.zeros((threads, _TILE), np.int32), threads, _TILE) / 1e9
+    return Limits(threads, read, float32, int8, tiled)
 
 
-def _seconds(kernel: tirx.PrimFunc, data: np.ndarray, threads: int) -> float:
+def _seconds(kernel: tirx.PrimFunc, data: np.ndarray, threads: int, results: int = LANES) -> float:
     """Return the seconds of the fastest of some runs of ``kernel(data, out)``."""
     from qcompile.backends.cpu.executable import set_threads
 
@@ -48,7 +53,7 @@ def _seconds(kernel: tirx.PrimFunc, data: np.ndarray, threads: int) -> float:
         name = str(kernel.attrs["global_symbol"])
         run = tvm.compile(tvm.IRModule({name: kernel}), tvm.target.Target(isa.target_description()))[name]
     set_threads(threads)
-    arguments = [tvm.runtime.tensor(data), tvm.runtime.tensor(np.zeros((threads, LANES), data.dtype))]
+    arguments = [tvm.runtime.tensor(data), tvm.runtime.tensor(np.zeros((threads, results), data.dtype))]
     times: list[float] = []
     stop = time.perf_counter() + SECONDS
     while len(times) < FEWEST or time.perf_counter() < stop:
@@ -83,6 +88,23 @@ def int8_kernel(threads: int) -> tirx.PrimFunc:
         return T.call_llvm_pure_intrin("int32x16", T.llvm_lookup_intrinsic_id(_DOT), total, left, right)
 
     return _product_kernel("multiply_bytes", "int32", threads, multiply_add)
+
+
+def tile_kernel(threads: int) -> tirx.PrimFunc:
+    """Build ``f(x int32 [threads, 256], out int32 [threads, 256])``: products of x, as a tile of codes, with itself, as one of weights."""
+    with function("multiply_tiles") as builder:
+        x, out = argument("x", (threads, _TILE), "int32"), argument("out", (threads, _TILE), "int32")
+        with T.parallel(threads) as thread:
+            tiles.configure()
+            block, start = tiles.Block(2, 2, signed=False), T.address_of(x[thread, 0])
+            block.multiply_add([start] * 2, tiles.DEPTH, [start] * 2, tiles.DEPTH)
+            block.zero()
+            with T.serial(TILE_ROUNDS):
+                for i in range(2):
+                    block.multiply(i)
+            block.store([[T.address_of(out[thread, 0])] * 2] * 2, tiles.DEPTH)
+            tiles.release()
+    return builder.get()
 
 
 def float_kernel(threads: int) -> tirx.PrimFunc:

@@ -91,8 +91,11 @@ def _schedule_pointwise(plan: s_tir.Schedule, loops: list[Any]) -> None:
     if len(loops) == 1:
         return  # one axis of unknown size: LLVM makes vectors of a plain loop
     last = _extent(plan, loops[-1])
+    # A batch of images is most often one; waking another thread for a small one costs more than the work.
+    small_image = len(loops) == 4 and (_work(plan, loops[1:]) or SERIAL_WORK) < SERIAL_WORK
     outer = plan.fuse(*loops[:-1]) if len(loops) > 2 else loops[0]
-    plan.parallel(outer)
+    if not small_image:
+        plan.parallel(outer)
     if last is not None and last % VECTOR == 0:
         plan.vectorize(plan.split(loops[-1], [None, VECTOR])[1])
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import shutil
 import statistics
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from importlib import resources
 from importlib.metadata import version
@@ -18,13 +19,15 @@ from typing import Any
 import torch
 
 from qcompile.errors import Refused
-from qcompile.files import cache_folder
+from qcompile.files import cache_folder, write_atomic
 from qcompile.formats import Scheme
 from qcompile.graph import Graph
 from qcompile.graph.text import bound_arguments, operator_name
+from qcompile.kernel_tiles import KernelTiles, Tile, Tuning, read_tiles
 from qcompile.target import Executable, Kernel, Limits, OperatorTime, Target
 
 MEASURE_SECONDS = 0.1  # for each kernel; some hundred calls of a small one
+TILES = "tiles.json"  # beside the library: the tiles by layer
 _LOW_BITS = tuple(range(1, 9))
 
 
@@ -32,16 +35,26 @@ class CpuTarget(Target):
     """This machine's processor through TVM and LLVM, with kernels for each instruction set of ``kernels.isa``."""
 
     name = "cpu"
-    summary = "this machine's processor, through TVM and LLVM (AVX2, AVX512, VNNI; NEON, dotprod, i8mm; portable)"
+    summary = "this machine's processor, through TVM and LLVM (AVX2, AVX512, VNNI, AMX; NEON, dotprod, i8mm, SVE; portable)"
     measures = True
     native = True
+    tunes = True
     kernels = (
         Kernel("qc.linear", _LOW_BITS, ("tensor", "channel", "group"), "static", "x int8 codes, int32 accumulators, fused epilogue"),
         Kernel("qc.linear", _LOW_BITS, ("tensor", "channel", "group"), "dynamic", "the same with a scale for each token"),
         Kernel("qc.linear", _LOW_BITS, ("tensor", "channel", "group"), "float", "weights dequantized in the kernel, float32 product"),
-        Kernel("qc.conv2d", (8,), ("tensor", "channel"), "static", "int8 dense, 1x1, depthwise and grouped convolution"),
+        Kernel(
+            "qc.conv2d",
+            _LOW_BITS,
+            ("tensor", "channel"),
+            "static",
+            "dense, 1x1, depthwise and grouped; weights widened to int8 when packed",
+        ),
         Kernel("qc.embedding", (4, 8), ("channel", "tensor"), "float", "rows dequantized while they are gathered"),
     )
+
+    def __init__(self, tiles: KernelTiles | None = None) -> None:
+        self._shipped = tiles or KernelTiles()
 
     def check(self, graph: Graph) -> None:
         from qcompile.backends.cpu.legalize import LEGALIZE
@@ -51,23 +64,28 @@ class CpuTarget(Target):
 
     def build(self, graph: Graph, *, threads: int | None = None) -> Executable:
         from qcompile.backends.cpu.build import build
+        from qcompile.backends.cpu.tiling import Tiling
 
-        place = _cache_place(graph)
+        tiles = self._tiles(graph)
+        place = _cache_place(graph, tiles)
         built = _load(place, threads)
         if built is None:
-            built = build(graph.module, threads=threads)
+            built = build(graph.module, threads=threads, tiling=Tiling(tiles))
             _store(built, place)
         return _Callable(built, graph)
 
     def native_code(self, graph: Graph) -> dict[str, bytes]:
-        """Return the library alone: packing the constants again is quick, storing them would double an artifact."""
+        """Return the library and its tiles: packing the constants again is quick, storing them would double an artifact."""
         from qcompile.backends.cpu.build import build
         from qcompile.backends.cpu.executable import LIBRARY
+        from qcompile.backends.cpu.tiling import Tiling
 
-        built = build(graph.module)  # not what the cache holds: the bytes in an artifact must not depend on what was done before
+        tiles = self._tiles(graph)
+        # Not what the cache holds: the bytes in an artifact must not depend on what was done before.
+        built = build(graph.module, tiling=Tiling(tiles))
         code = built.code()
-        _store(built, _cache_place(graph))
-        return {LIBRARY: code}
+        _store(built, _cache_place(graph, tiles))
+        return {LIBRARY: code, **({TILES: json.dumps(tiles, sort_keys=True).encode()} if tiles else {})}
 
     def native_key(self) -> dict[str, str]:
         from qcompile.backends.cpu.kernels import isa
@@ -78,14 +96,46 @@ class CpuTarget(Target):
     def load_native(self, graph: Graph, code: Mapping[str, bytes], *, threads: int | None = None, keep: bool = False) -> Executable:
         from qcompile.backends.cpu.build import build
         from qcompile.backends.cpu.executable import LIBRARY
+        from qcompile.backends.cpu.tiling import Tiling
 
-        place = _cache_place(graph)
+        # Constants are packed as the code reads them, whatever the tables say by now.
+        tiles = json.loads(code[TILES]) if TILES in code else {}
+        place = _cache_place(graph, tiles)
         built = _load(place, threads)  # the same code, its constants packed already
         if built is None:
-            built = build(graph.module, threads=threads, library=code[LIBRARY])
+            built = build(graph.module, threads=threads, library=code[LIBRARY], tiling=Tiling(tiles))
             if keep:
                 _store(built, place)
         return _Callable(built, graph)
+
+    def with_tiles(self, tiles: KernelTiles) -> CpuTarget:
+        return CpuTarget(tiles) if tiles.machines else self
+
+    def tune(
+        self,
+        graph: Graph,
+        batches: Sequence[Sequence[torch.Tensor]],
+        *,
+        seconds: float,
+        again: bool = False,
+        progress: Callable[[str], None] | None = None,
+    ) -> Tuning:
+        from qcompile.backends.cpu.tuning import Search
+
+        machine, table = self.machine(), _own_table()
+        known = {} if again else read_tiles(table).of(machine)
+        found = Search(graph.module, batches, known, progress=progress).run(seconds)
+        tuning = Tuning(machine, table, found.layers, found.default_ms, found.tuned_ms)
+        write_atomic(table, read_tiles(table).updated(tuning.tiles()).to_json())
+        return tuning
+
+    def _tiles(self, graph: Graph) -> dict[str, Tile]:
+        """Return the tiles that the tables have for layers of a graph on this machine; the user measured here, so that table goes first."""
+        from qcompile.backends.cpu.tiling import layer_name
+
+        known = self._shipped.updated(read_tiles(_own_table())).of(self.machine())
+        names = {layer_name(node) for node in graph.nodes} if known else set()
+        return {name: known[name].tile for name in sorted(names & known.keys()) if known[name].tile}
 
     def measure(self, graph: Graph, inputs: Sequence[torch.Tensor]) -> float:
         from qcompile.backends.cpu.build import build
@@ -173,12 +223,17 @@ class _Callable:
         return profile(self.built, inputs, _REPEATS)
 
 
-def _cache_place(graph: Graph) -> Path:
+def _own_table() -> Path:
+    """Return the file of the tiles that this user measured."""
+    return cache_folder() / "kernel_tiles.json"
+
+
+def _cache_place(graph: Graph, tiles: Mapping[str, Tile]) -> Path:
     """Return where the code of this graph lies.
 
-    The name holds everything that decides the code: graph, processor, compiler, and this package's own source.
+    The name holds everything that decides the code: graph, processor, compiler, this package's own source, and tiles.
     """
-    key = "\n".join([graph.digest, *TARGET.native_key().values()])
+    key = "\n".join([graph.digest, *TARGET.native_key().values(), json.dumps(tiles, sort_keys=True)])
     return cache_folder() / "cpu" / hashlib.sha256(key.encode()).hexdigest()[:32]
 
 

@@ -83,15 +83,15 @@ def _getitem(walk: Walk, a: Arguments) -> Any:
     return a.argument_0[a.argument_1]
 
 
-@converts("aten.slice", "aten.slice_copy", "aten.narrow", "aten.narrow_copy")
+@converts("aten.slice", "aten.slice_copy", "aten.narrow", "aten.narrow_copy", order=SPATIAL)
 def _slice(walk: Walk, a: Arguments) -> Any:
-    rank = len(a.self.ty.shape)
-    axis = a.dim % rank
+    dim = a.dim % len(a.self.ty.shape)
+    axis = axis_in(a.order, dim) if a.order != NCHW else dim
     size = a.self.ty.shape[axis]
     start, step = (0 if a.start is None else a.start), getattr(a, "step", 1)
     if isinstance(start, int) and start < 0:
         start = size + start
-    count = walk.shape()[axis]
+    count = walk.shape()[dim]
     # The result's size is known, so the end follows from it: no clamping at run time, and it stays a symbol.
     end = start + (count - 1) * step + 1
     return op.strided_slice(a.self, [axis], [start], [end], [step], assume_inbound=True)

@@ -95,10 +95,14 @@ class Walk:
         node: the node being translated.
         sizes: translates torch sizes.
         fallbacks: what has been reported so far.
+        tiling: what the target's legalizers cut kernels by; not read here.
     """
 
-    def __init__(self, graph_module: fx.GraphModule, legalize: dict[str, Legalizer], taps: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self, graph_module: fx.GraphModule, legalize: dict[str, Legalizer], taps: tuple[str, ...] = (), tiling: Any = None
+    ) -> None:
         self._taps = taps
+        self.tiling = tiling
         self.graph_module = graph_module
         self.builder = relax.BlockBuilder()
         self.sizes = Sizes()
@@ -316,18 +320,21 @@ class Walk:
         return nodes
 
 
-def translate(graph_module: fx.GraphModule, *, legalize: dict[str, Legalizer] | None = None, taps: tuple[str, ...] = ()) -> Lowered:
+def translate(
+    graph_module: fx.GraphModule, *, legalize: dict[str, Legalizer] | None = None, taps: tuple[str, ...] = (), tiling: Any = None
+) -> Lowered:
     """Translate a graph of ATen core and qc operators into a Relax module.
 
     Args:
         graph_module: constants are ``get_attr`` nodes, every node carries ``meta["val"]``.
         legalize: a target's own emitters by operator name (``qc.linear``, ``aten.conv2d``).
         taps: names of further nodes to return after the outputs.
+        tiling: handed to the legalizers as ``Walk.tiling``.
 
     Raises:
         Refused: naming the node and the operator that cannot be lowered.
     """
-    return Walk(graph_module, legalize or {}, taps).run()
+    return Walk(graph_module, legalize or {}, taps, tiling).run()
 
 
 def _is_tensor_like(value: Any) -> bool:

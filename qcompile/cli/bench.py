@@ -169,7 +169,7 @@ def operator_row(row: OperatorTime, rows: Sequence[OperatorTime], limits: Limits
     share = row.milliseconds / (sum(other.milliseconds for other in rows) or 1)
     found: dict[str, Any] = {**asdict(row), "share": share, "gops": gops, "gb_per_s": gb_per_s, "percent_of_limit": None, "limit": None}
     if limits is not None:
-        peak = limits.int8_gops if row.integer else limits.float32_gflops
+        peak = limits.integer_gops if row.integer else limits.float32_gflops
         near = {"memory": (gb_per_s or 0) / limits.read_gb_per_s, "arithmetic": gops / peak if gops and peak else 0.0}
         limit = max(near, key=near.__getitem__)
         if near[limit]:
@@ -192,6 +192,7 @@ def _operator_lines(rows: Sequence[OperatorTime], limits: Limits | None, median:
     lines = [""]
     if limits:
         int8 = f", {limits.int8_gops:.0f} GOPS int8" if limits.int8_gops else ""
+        int8 += f", {limits.tile_gops:.0f} in tiles" if limits.tile_gops else ""
         floats = f"{limits.float32_gflops:.0f} GFLOPS float32"
         lines.append(f"This machine, {limits.threads} threads: reads {limits.read_gb_per_s:.1f} GB/s, {floats}{int8}")
     lines.append(f"{'kernel':{LONGEST_NAME}} {'calls':>5} {'ms':>8} {'share':>6} {'GOPS':>7} {'GB/s':>6}  of limit")
@@ -211,7 +212,7 @@ def _total_lines(rows: Sequence[OperatorTime], limits: Limits | None, median: fl
     total = sum(row.operations or 0 for row in rows)
     integer = sum(row.operations or 0 for row in rows if row.integer)
     percent = ""
-    if limits and limits.int8_gops:
-        ideal = (integer / limits.int8_gops + (total - integer) / limits.float32_gflops) / 1e6  # milliseconds
+    if limits and limits.integer_gops:
+        ideal = (integer / limits.integer_gops + (total - integer) / limits.float32_gflops) / 1e6  # milliseconds
         percent = f", {100 * ideal / median:.0f} % of the arithmetic limit"
     return [f"{total / 1e9:.3f} billion operations in {median:.3f} ms: {total / median / 1e6:.0f} GOPS{percent}"] if total else []

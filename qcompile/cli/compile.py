@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import time
 from pathlib import Path
 from typing import Any
 
 import click
 
-from qcompile.cli.main import as_json, print_json
-from qcompile.errors import Refused
+from qcompile.cli.main import as_json, check_folder, print_json
 
 
 @click.command()
@@ -43,7 +41,7 @@ def compile(model: str, recipe: str, target: str, calibrate: str | None, output:
         return _print_plan(plan(model, recipe=recipe, target=target), flags["json_"])
     output = output or Path(_default_name(model))
     writes = not flags["bisect"] and not flags["stop_after"]
-    _check_folder(output)
+    check_folder(output)
     tracer = _Tracer(flags)
     options = Options(
         output=output if writes else None,
@@ -73,13 +71,6 @@ def compile(model: str, recipe: str, target: str, calibrate: str | None, output:
 def _default_name(model: str) -> str:
     stem = model.rsplit(":", 1)[-1] if model.startswith("python:") else Path(model).name
     return f"{Path(stem).stem or 'model'}.qc"
-
-
-def _check_folder(output: Path) -> None:
-    if not output.parent.is_dir():
-        raise Refused("there is no such folder", node=str(output.parent))
-    if not os.access(output.parent, os.W_OK):
-        raise Refused("the folder cannot be written", node=str(output.parent))
 
 
 class _Tracer:

@@ -9,6 +9,7 @@ import importlib
 import json
 import os
 import sys
+from pathlib import Path
 from typing import Any, NoReturn
 
 import click
@@ -20,6 +21,7 @@ from qcompile.nearest import nearest_name
 COMMANDS = {
     "compile": ("compile", "Compile a model to a quantized artifact."),
     "run": ("run", "Run an artifact on arrays from a file."),
+    "tune": ("tune", "Search for faster block sizes of an artifact's kernels on this machine."),
     "bench": ("bench", "Time an artifact side by side with other runtimes."),
     "evaluate": ("evaluate", "Measure an artifact's accuracy against data or its float model."),
     "inspect": ("inspect", "Show layers, schemes, errors and float operators."),
@@ -101,6 +103,14 @@ def fail(message: str) -> int:
     line = "".join(c if c.isprintable() else " " for c in " ".join(message.split()))
     click.echo(f"qcompile: {line}", err=True)
     return 2
+
+
+def check_folder(output: Path) -> None:
+    """Raise Refused where no file can be written, before work for it starts."""
+    if not output.parent.is_dir():
+        raise Refused("there is no such folder", node=str(output.parent))
+    if not os.access(output.parent, os.W_OK):
+        raise Refused("the folder cannot be written", node=str(output.parent))
 
 
 def as_json(flag: Any = None) -> Any:

@@ -6,36 +6,40 @@ scalars. Only the queries of a task and its result are transposed. Running maxim
 Dao et al. 2022) let any number of keys pass through one small tile. With fewer queries than ``FEW_ROWS`` (decoding) lanes are
 channels instead.
 
-Error against exact arithmetic for bounded inputs: products of d and s terms in float32 and an exp2 within 2 ulp.
+Error against exact arithmetic for bounded inputs: products of d and s terms in float32 and an exp2 within 1.5 ulp.
 """
 
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from qcompile.backends.cpu.kernels.isa import SETS, detect
+from qcompile.backends.cpu.kernels.code_rounding import RANGES, CodeRounding
+from qcompile.backends.cpu.kernels.isa import SETS, detect, thread_count
 from qcompile.backends.cpu.kernels.registers import (
     LANES,
+    Expression,
     Index,
     argument,
     below,
     exp2,
+    fold,
     function,
     load_part,
     local,
     long,
     ramp,
-    reduce,
     serial_or_parallel,
     size,
     splat,
     store,
-    store_part,
+    store_row,
     transpose,
 )  # fmt: skip
+from qcompile.backends.cpu.kernels.vector import register, rounded
 from tvm import tirx
 from tvm.tirx.script.builder import ir as T
 
@@ -63,13 +67,15 @@ _WIDE_BLOCK, _BLOCK = _Block(2, 8, 128, 8), _Block(1, 4, 128, 4)
 
 
 def attention(
-    heads: int, kv_heads: int, head_dim: int, scale: float, *, key_mask: bool, causal: bool, bias: bool = False, isa: str | None = None
-) -> tirx.PrimFunc:
-    """Build ``f(q, k, v[, key_mask][, bias], out)``.
+    heads: int, kv_heads: int, head_dim: int, scale: float, *, key_mask: bool, causal: bool, bias: bool = False, codes: str = "",
+    isa: str | None = None,
+) -> tirx.PrimFunc:  # fmt: skip
+    """Build ``f(q, k, v[, key_mask][, bias][, scale, zero_point], out)``.
 
     q and out float32 [batch, tokens, heads * head_dim]; k and v float32 [batch, keys, kv_heads * head_dim]; key_mask bool [batch, keys],
     True where a key may be seen; bias float32 [bias_batch, bias_heads, tokens, keys], added to the scaled scores, either size 1 broadcasts.
     ``causal`` counts from the end: query i sees key j when ``j <= i + keys - tokens``. A query that sees no key gives zeros.
+    ``codes`` is "", "int8" or "uint8": then out holds codes of that dtype, of scale float32 [1] and zero_point int32 [1].
 
     Raises:
         ValueError: heads is no multiple of kv_heads.
@@ -77,32 +83,65 @@ def attention(
     if heads % kv_heads:
         raise ValueError(f"{heads} query heads do not divide among {kv_heads} key heads")
     with function("attention") as builder:
-        block = _WIDE_BLOCK if SETS[isa or detect()].parts == 1 else _BLOCK
-        task = _Attention(heads, kv_heads, head_dim, scale, key_mask, causal, bias, block)
+        shape = _Shape(heads, kv_heads, head_dim, scale, key_mask, causal, bias, codes, isa or detect())
+        task = _Attention(shape)
         with T.If(task.tokens < T.int64(FEW_ROWS)):
             with T.Then():
-                serial_or_parallel(task.batch * heads, task.work, task.few_rows)
+                serial_or_parallel(task.batch * (heads // task.share), task.work, task.few_rows)
             with T.Else():
                 blocks = (task.tokens + task.block.rows - 1) // task.block.rows
                 serial_or_parallel(task.batch * heads * blocks, task.work, lambda index: task.row_block(index, blocks))
     return builder.get()
 
 
+@dataclass(frozen=True)
+class _Shape:
+    """What one attention function is made for; the names are those of ``attention``."""
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    scale: float
+    key_mask: bool
+    causal: bool
+    bias: bool
+    codes: str
+    isa: str
+
+
 class _Attention:
     """The arguments of one attention function and the statements of its tasks."""
 
-    def __init__(self, heads: int, kv_heads: int, d: int, scale: float, key_mask: bool, causal: bool, bias: bool, block: _Block) -> None:
-        self.heads, self.kv_heads, self.d, self.causal, self.block = heads, kv_heads, d, causal, block
-        self.scale = scale * math.log2(math.e)  # the softmax runs in powers of two
+    def __init__(self, shape: _Shape) -> None:
+        self.heads, self.kv_heads, self.d, self.causal = shape.heads, shape.kv_heads, shape.head_dim, shape.causal
+        self.isa, self.block = shape.isa, _WIDE_BLOCK if SETS[shape.isa].parts == 1 else _BLOCK
+        self.scale = shape.scale * math.log2(math.e)  # the softmax runs in powers of two
         self.batch, self.tokens, self.keys = size("batch"), size("tokens"), size("keys")
-        self.q = argument("q", (self.batch, self.tokens, heads * d))
-        self.k = argument("k", (self.batch, self.keys, kv_heads * d))
-        self.v = argument("v", (self.batch, self.keys, kv_heads * d))
-        self.key_mask = argument("key_mask", (self.batch, self.keys), "bool") if key_mask else None
+        self.q = argument("q", (self.batch, self.tokens, self.heads * self.d))
+        self.k = argument("k", (self.batch, self.keys, self.kv_heads * self.d))
+        self.v = argument("v", (self.batch, self.keys, self.kv_heads * self.d))
+        self.key_mask = argument("key_mask", (self.batch, self.keys), "bool") if shape.key_mask else None
         self.bias_batch, self.bias_heads = size("bias_batch"), size("bias_heads")
-        self.bias = argument("bias", (self.bias_batch, self.bias_heads, self.tokens, self.keys)) if bias else None
-        self.out = argument("out", (self.batch, self.tokens, heads * d))
-        self.work = self.batch * heads * self.tokens * self.keys * d
+        self.bias = argument("bias", (self.bias_batch, self.bias_heads, self.tokens, self.keys)) if shape.bias else None
+        self.codes = shape.codes
+        self.out_scale = argument("scale", (1,)) if shape.codes else None
+        self.out_zero = argument("zero_point", (1,), "int32") if shape.codes else None
+        self.out = argument("out", (self.batch, self.tokens, self.heads * self.d), shape.codes or "float32")
+        # Heads of one task of few rows: all that share their keys, fewer where that would leave threads without work.
+        together = self.heads // self.kv_heads
+        fitting = (n for n in range(together, 0, -1) if together % n == 0 and self.heads // n >= thread_count())
+        self.share = next(fitting, 1)
+        self.work = self.batch * self.heads * self.tokens * self.keys * self.d
+
+    def _rounding(self) -> CodeRounding | None:
+        """Compute what all codes of a task share."""
+        return CodeRounding(self.out_scale[0], self.out_zero[0], *RANGES[self.codes], self.isa) if self.codes else None
+
+    def _store(self, rounding: CodeRounding | None, value: Expression, place: tuple[Index, Index, Index], width: int) -> None:
+        """Store ``width`` channels of one row from one channel on: the floats, or their codes."""
+        value = T.Bind(rounded(value)) if rounding else value
+        result = T.Bind(T.cast(rounding.codes(value), f"{self.codes}x{LANES}")) if rounding else value
+        store_row(self.out, result, None if width == LANES else below(width), *place)
 
     def chunks(self) -> list[tuple[int, int]]:
         """Return (first channel, channels) of each vector of a head."""
@@ -117,12 +156,10 @@ class _Attention:
         first = T.Bind(index % blocks * block.rows)
         channel = T.Bind(h // (self.heads // self.kv_heads) * d)
         queries, result = local(d * block.rows), local(d * block.rows)
-        weights = local(block.pass_keys * block.rows)
-        top, total = local(block.rows), local(block.rows)
+        weights, limits = local(block.pass_keys * block.rows), local(block.pass_keys)
+        tops, totals = self._each_vector(splat(LOWEST)), self._each_vector(splat(0.0))
+        rounding = self._rounding()
         self._load_queries(queries, b, h, first)
-        for v in range(block.vectors):
-            store(top, splat(LOWEST), ramp(v * LANES))
-            store(total, splat(0.0), ramp(v * LANES))
         with T.serial(d * block.vectors) as i:
             store(result, splat(0.0), ramp(i * LANES))
         # Keys after the last row of the block are never seen.
@@ -130,9 +167,29 @@ class _Attention:
         with T.serial((seen + block.pass_keys - 1) // block.pass_keys) as p:
             base = T.Bind(p * block.pass_keys)
             count = T.Bind(T.min(seen - base, long(block.pass_keys)))
-            self._scores(queries, weights, top, total, result, (b, h, first, channel, base, count))
+            tiles = T.Bind((count + block.keys - 1) // block.keys)
+            self._set_limits(limits, b, base, count, tiles)
+            highest = self._each_vector(*(top[ramp(0)] for top in tops))
+            with T.serial(tiles) as tile:
+                self._score_tile(queries, weights, limits, highest, (b, h, first, channel, base, count), T.Bind(tile * block.keys))
+            factors = [T.Bind(exp2(top[ramp(0)] - new[ramp(0)])) for top, new in zip(tops, highest, strict=True)]
+            with T.If(base > 0), T.Then(), T.serial(d) as c:
+                for v, factor in enumerate(factors):
+                    lanes = ramp(c * block.rows + v * LANES)
+                    store(result, result[lanes] * factor, lanes)
+            for v, factor in enumerate(factors):
+                store(totals[v], totals[v][ramp(0)] * factor, ramp(0))
+                store(tops[v], highest[v][ramp(0)], ramp(0))
+            self._raise_powers(weights, tops, totals, tiles)
             self._values(weights, result, b, channel, base, count)
-        self._store_result(result, total, b, h, first)
+        self._store_result(result, totals, rounding, (b, h, first))
+
+    def _each_vector(self, *values: Expression) -> list[Any]:
+        """Return a register for each vector of rows, with a value each or one for all."""
+        found = [register("float32", LANES) for _ in range(self.block.vectors)]
+        for v, kept in enumerate(found):
+            store(kept, values[v % len(values)], ramp(0))
+        return found
 
     def _load_queries(self, queries: Any, b: Index, h: Index, first: Index) -> None:
         """Write the block's queries, scaled, as [channel][row]; rows after the last repeat it and are not stored later."""
@@ -157,77 +214,70 @@ class _Attention:
         if rest:
             body(whole * LANES, rest)
 
-    def _scores(self, queries: Any, weights: Any, top: Any, total: Any, result: Any, place: tuple[Index, ...]) -> None:
-        """Fill ``weights`` [key][row] with exp2(score - maximum) for one pass of keys; rescale what earlier passes left."""
-        block, count = self.block, place[-1]
-        highest = local(block.rows)
-        for v in range(block.vectors):
-            store(highest, top[ramp(v * LANES)], ramp(v * LANES))
-        tiles = T.Bind((count + block.keys - 1) // block.keys)
-        with T.serial(tiles) as tile:
-            self._score_tile(queries, weights, highest, place, T.Bind(tile * block.keys))
-        for v in range(block.vectors):
-            lanes = ramp(v * LANES)
-            store(top, exp2(top[lanes] - highest[lanes]), lanes)  # from here the factor for the earlier passes
-            store(total, total[lanes] * top[lanes], lanes)
-        with T.If(place[4] > 0), T.Then(), T.serial(self.d) as c:
-            for v in range(block.vectors):
-                lanes = ramp(c * block.rows + v * LANES)
-                store(result, result[lanes] * top[ramp(v * LANES)], lanes)
-        sums = local(block.rows)
-        for v in range(block.vectors):
-            store(sums, total[ramp(v * LANES)], ramp(v * LANES))
-        with T.serial(tiles) as tile:
-            for j in range(block.keys):
-                for v in range(block.vectors):
-                    lanes = T.ramp((tile * block.keys + j) * block.rows + v * LANES, 1, LANES)
-                    weight = T.Bind(exp2(weights[lanes] - highest[ramp(v * LANES)]))
-                    store(weights, weight, lanes)
-                    store(sums, sums[ramp(v * LANES)] + weight, ramp(v * LANES))
-        for v in range(block.vectors):
-            store(total, sums[ramp(v * LANES)], ramp(v * LANES))
-            store(top, highest[ramp(v * LANES)], ramp(v * LANES))
+    def _set_limits(self, limits: Any, b: Index, base: Index, count: Index, tiles: Index) -> None:
+        """Write for each key of a pass the most its score may be: -inf hides it from every row. Minima are cheaper than masks."""
+        with T.serial(tiles * self.block.keys) as j:
+            seen = j < count
+            if self.key_mask is not None:
+                seen = tirx.all(seen, self.key_mask[b, base + T.min(j, count - 1)])
+            store(limits, tirx.Select(seen, T.float32(math.inf), T.float32(-math.inf)), j)
 
-    def _score_tile(self, queries: Any, weights: Any, highest: Any, place: tuple[Index, ...], start: Index) -> None:
-        """Compute one register tile of scores, hide what may not be seen, and raise the running maximum."""
+    def _score_tile(self, queries: Any, weights: Any, limits: Any, highest: list[Any], place: tuple[Index, ...], start: Index) -> None:
+        """Compute one register tile of scores [key][row] into ``weights``, hide what may not be seen, and raise the running maximum."""
         b, h, first, channel, base, count = place
         block = self.block
-        dots = local(block.keys * block.rows)
-        for i in range(block.keys * block.vectors):
-            store(dots, splat(0.0), ramp(i * LANES))
+        dots = [self._each_vector(splat(0.0)) for _ in range(block.keys)]
         # Keys after the last repeat it: every address is valid, the score is hidden below.
         keys = [T.Bind(base + T.min(start + j, count - 1)) for j in range(block.keys)]
-        with T.serial(self.d) as c:
+
+        def channel_products(c: Index) -> None:
             rows = [T.Bind(queries[ramp(c * block.rows + v * LANES)]) for v in range(block.vectors)]
-            for j, key in enumerate(keys):
+            for key, dot in zip(keys, dots, strict=True):
                 scalar = T.Bind(splat(self.k[b, key, channel + c]))
-                for v, row in enumerate(rows):
-                    lanes = ramp((j * block.vectors + v) * LANES)
-                    store(dots, scalar * row + dots[lanes], lanes)
-        for i in range(block.keys * block.vectors):
-            store(weights, dots[ramp(i * LANES)], ramp(start * block.rows + i * LANES))
-        with T.serial(block.keys) as j:
-            key = T.Bind(base + T.min(start + j, count - 1))
-            open_key = T.Bind(start + j < count if self.key_mask is None else tirx.all(start + j < count, self.key_mask[b, key]))
-            for v in range(block.vectors):
-                row, lanes = T.Bind(first + v * LANES), ramp((start + j) * block.rows + v * LANES)
-                score = weights[lanes]
+                for row, kept in zip(rows, dot, strict=True):
+                    store(kept, scalar * row + kept[ramp(0)], ramp(0))
+
+        _unrolled(self.d, channel_products)
+        for j, dot in enumerate(dots):
+            for v, kept in enumerate(dot):
+                score = kept[ramp(0)]
                 if self.bias is not None:
-                    score = score + self._bias_column(b, h, row, key) * splat(math.log2(math.e))
-                visible = splat(open_key)
-                if self.causal:
-                    visible = tirx.all(visible, splat(T.cast(key - (self.keys - self.tokens) - row, "int32")) <= ramp(T.int32(0)))
-                score = T.Bind(tirx.Select(visible, score, splat(-math.inf)))
-                store(weights, score, lanes)
-                store(highest, T.max(highest[ramp(v * LANES)], score), ramp(v * LANES))
+                    score = score + self._bias_column(b, h, first + v * LANES, keys[j]) * splat(math.log2(math.e))
+                store(kept, T.min(score, splat(limits[start + j])), ramp(0))
+        if self.causal:
+            self._hide_later_keys(dots, keys, first)
+        for j, dot in enumerate(dots):
+            for v, kept in enumerate(dot):
+                store(weights, kept[ramp(0)], ramp((start + j) * block.rows + v * LANES))
+                store(highest[v], T.max(highest[v][ramp(0)], kept[ramp(0)]), ramp(0))
+
+    def _hide_later_keys(self, dots: list[list[Any]], keys: list[Index], first: Index) -> None:
+        """Hide the keys of a tile from the rows that stand before them; most tiles have none."""
+        past = self.keys - self.tokens
+        with T.If(keys[-1] - past > first), T.Then():
+            for key, dot in zip(keys, dots, strict=True):
+                for v, kept in enumerate(dot):
+                    visible = splat(T.cast(key - past - (first + v * LANES), "int32")) <= ramp(T.int32(0))
+                    store(kept, tirx.Select(visible, kept[ramp(0)], splat(-math.inf)), ramp(0))
 
     def _bias_column(self, b: Index, h: Index, row: Index, key: Index) -> Any:
         """Gather the additive mask of one key for sixteen rows."""
-        column = local(LANES)
+        column = register("float32", LANES)
         where_b, where_h = T.min(b, self.bias_batch - 1), T.min(h, self.bias_heads - 1)
         for r in range(LANES):
             store(column, self.bias[where_b, where_h, T.min(row + r, self.tokens - 1), key], r)
         return column[ramp(0)]
+
+    def _raise_powers(self, weights: Any, tops: list[Any], totals: list[Any], tiles: Index) -> None:
+        """Turn the scores of a pass into exp2(score - maximum) and add them to the rows' totals."""
+        block = self.block
+        with T.serial(tiles) as tile:
+            for j in range(block.keys):
+                for v in range(block.vectors):
+                    lanes = ramp((tile * block.keys + j) * block.rows + v * LANES)
+                    weight = T.Bind(exp2(weights[lanes] - tops[v][ramp(0)]))
+                    store(weights, weight, lanes)
+                    store(totals[v], totals[v][ramp(0)] + weight, ramp(0))
 
     def _values(self, weights: Any, result: Any, b: Index, channel: Index, base: Index, count: Index) -> None:
         """Add weights x values of one pass to ``result`` [channel][row]."""
@@ -241,129 +291,135 @@ class _Attention:
     def _value_tile(self, weights: Any, result: Any, place: tuple[Index, ...], first: Index, channels: int) -> None:
         b, channel, base, count = place
         block = self.block
-        sums = local(channels * block.rows)
-        for i in range(channels * block.vectors):
-            store(sums, result[ramp(first * block.rows + i * LANES)], ramp(i * LANES))
-        with T.serial(count) as j:
-            rows = [T.Bind(weights[ramp(j * block.rows + v * LANES)]) for v in range(block.vectors)]
-            for c in range(channels):
-                scalar = T.Bind(splat(self.v[b, base + j, channel + first + c]))
-                for v, row in enumerate(rows):
-                    lanes = ramp((c * block.vectors + v) * LANES)
-                    store(sums, scalar * row + sums[lanes], lanes)
-        for i in range(channels * block.vectors):
-            store(result, sums[ramp(i * LANES)], ramp(first * block.rows + i * LANES))
+        spots = [[ramp((first + c) * block.rows + v * LANES) for v in range(block.vectors)] for c in range(channels)]
+        sums = [self._each_vector(*(result[spot] for spot in row)) for row in spots]
 
-    def _store_result(self, result: Any, total: Any, b: Index, h: Index, first: Index) -> None:
+        def key_products(j: Index) -> None:
+            rows = [T.Bind(weights[ramp(j * block.rows + v * LANES)]) for v in range(block.vectors)]
+            for c, kept in enumerate(sums):
+                scalar = T.Bind(splat(self.v[b, base + j, channel + first + c]))
+                for row, total in zip(rows, kept, strict=True):
+                    store(total, scalar * row + total[ramp(0)], ramp(0))
+
+        _unrolled(count, key_products)
+        for row, kept in zip(spots, sums, strict=True):
+            for spot, total in zip(row, kept, strict=True):
+                store(result, total[ramp(0)], spot)
+
+    def _store_result(self, result: Any, totals: list[Any], rounding: CodeRounding | None, place: tuple[Index, Index, Index]) -> None:
         """Divide by the sums, transpose back, store the rows that exist; rows without a key get zeros."""
-        block = self.block
+        block, (b, h, first) = self.block, place
+        inverses, turned = local(block.rows), local(LANES * LANES)
+        for v, total in enumerate(totals):
+            sums = total[ramp(0)]
+            store(inverses, tirx.Select(sums > splat(0.0), splat(1.0) / sums, splat(0.0)), ramp(v * LANES))
         with T.serial(block.vectors) as v:
-            sums = total[ramp(v * LANES)]
-            inverse = T.Bind(tirx.Select(sums > splat(0.0), splat(1.0) / sums, splat(0.0)))
+            inverse, row = T.Bind(inverses[ramp(v * LANES)]), T.Bind(first + v * LANES)
 
             def part(c: Index, width: int) -> None:
                 columns = [result[ramp((c + min(i, width - 1)) * block.rows + v * LANES)] * inverse for i in range(LANES)]
-                for r, row in enumerate(transpose(columns)):
-                    where = (b, first + v * LANES + r, ramp(h * self.d + c))
-                    with T.If(first + v * LANES + r < self.tokens), T.Then():
-                        if width == LANES:
-                            store(self.out, row, *where)
-                        else:
-                            store_part(self.out, row, below(width), *where)
+                for r, values in enumerate(transpose(columns)):
+                    store(turned, values, ramp(r * LANES))
+                with T.serial(T.min(self.tokens - row, long(LANES))) as r:
+                    self._store(rounding, turned[ramp(r * LANES)], (b, row + r, h * self.d + c), width)
 
             self._each_chunk(part)
 
     # ---- few query rows (decoding): lanes are channels ----
 
     def few_rows(self, index: Index) -> None:
-        """Compute all query rows of one (batch, head), a row at a time; memory traffic of keys and values is the cost here."""
-        b, h = T.Bind(index // self.heads), T.Bind(index % self.heads)
-        channel = T.Bind(h // (self.heads // self.kv_heads) * self.d)
-        keys = self.block.pass_keys
-        weights, state = local(keys), local(3)  # state: running maximum, running sum, factor of the earlier passes
-        sums = local(len(self.chunks()) * LANES)
-        with T.serial(self.tokens) as row:
-            store(state, T.float32(LOWEST), 0)
-            store(state, T.float32(0.0), 1)
-            for i in range(len(self.chunks())):
-                store(sums, splat(0.0), ramp(i * LANES))
-            seen = T.Bind(T.min(self.keys, row + 1 + self.keys - self.tokens)) if self.causal else self.keys
-            with T.serial((seen + keys - 1) // keys) as p:
-                base = T.Bind(p * keys)
-                count = T.Bind(T.min(seen - base, long(keys)))
-                self._row_scores(weights, state, (b, h, row, channel, base, count))
-                self._row_values(weights, state, sums, (b, channel, base, count))
-            total = T.Bind(state[1])
+        """Compute all query rows of some heads that share their keys; memory traffic of keys and values is the cost here.
+
+        A pass of keys and values comes into the second-level cache once for all of them.
+        """
+        groups, most, padded = self.heads // self.share, (FEW_ROWS - 1) * self.share, len(self.chunks()) * LANES
+        b, head = T.Bind(index // groups), T.Bind(index % groups * self.share)
+        channel = T.Bind(head // (self.heads // self.kv_heads) * self.d)
+        weights, sums, tops, totals = local(self.block.pass_keys), local(most * padded), local(most), local(most)
+        rounding, queries = self._rounding(), T.Bind(self.tokens * self.share)
+        with T.serial(queries) as i:
+            store(tops, T.float32(LOWEST), i)
+            store(totals, T.float32(0.0), i)
+            for c in range(0, padded, LANES):
+                store(sums, splat(0.0), ramp(i * padded + c))
+        with T.serial((self.keys + self.block.pass_keys - 1) // self.block.pass_keys) as p, T.serial(queries) as i:
+            row, h, base = T.Bind(i // self.share), T.Bind(head + i % self.share), T.Bind(p * self.block.pass_keys)
+            seen = row + 1 + self.keys - self.tokens if self.causal else self.keys
+            count = T.Bind(T.min(seen - base, long(self.block.pass_keys)))
+            with T.If(count > 0), T.Then():
+                factor = self._row_scores(weights, (tops, totals, i), (b, h, row, channel, base, count))
+                self._row_values(weights, factor, (sums, i * padded), (b, channel, base, count))
+        with T.serial(queries) as i:
+            total = T.Bind(totals[i])
             inverse = T.Bind(tirx.Select(total > T.float32(0.0), T.float32(1.0) / total, T.float32(0.0)))
-            for i, (c, width) in enumerate(self.chunks()):
-                where = (b, row, ramp(h * self.d + c))
-                value = sums[ramp(i * LANES)] * splat(inverse)
-                if width == LANES:
-                    store(self.out, value, *where)
-                else:
-                    store_part(self.out, value, below(width), *where)
+            for c, width in self.chunks():
+                value = sums[ramp(i * padded + c)] * splat(inverse)
+                self._store(rounding, value, (b, i // self.share, (head + i % self.share) * self.d + c), width)
 
     def _vector(self, buffer: Any, b: Index, row: Index, channel: Index, width: int) -> Any:
         return buffer[b, row, ramp(channel)] if width == LANES else load_part(buffer, below(width), b, row, ramp(channel))
 
-    def _row_scores(self, weights: Any, state: Any, place: tuple[Index, ...]) -> None:
-        """Fill ``weights`` with exp2(score - maximum) of one pass of keys for one row; update the running state."""
+    def _row_scores(self, weights: Any, state: tuple[Any, Any, Index], place: tuple[Index, ...]) -> Expression:
+        """Fill ``weights`` with exp2(score - maximum) of one pass of keys; update maximum and sum, return the earlier passes' factor."""
         b, h, row, channel, base, count = place
-        with T.serial(self.block.pass_keys // LANES) as i:
-            store(weights, splat(-math.inf), ramp(i * LANES))
+        tops, totals, query_index = state
+        top = T.Bind(tops[query_index])
+        vectors = T.Bind((count + LANES - 1) // LANES)
+        store(weights, splat(-math.inf), ramp((vectors - 1) * LANES))
         query = [T.Bind(self._vector(self.q, b, row, h * self.d + c, width) * splat(self.scale)) for c, width in self.chunks()]
         with T.serial(count) as j:
             dot: Any = None
             for (c, width), part in zip(self.chunks(), query, strict=True):
                 product = part * self._vector(self.k, b, base + j, channel + c, width)
                 dot = product if dot is None else dot + product
-            halves = T.Bind(dot)
-            score = reduce("fadd", _pairwise(halves))
+            score = fold(dot, operator.add)
             if self.bias is not None:
                 where = (T.min(b, self.bias_batch - 1), T.min(h, self.bias_heads - 1), row, base + j)
                 score = score + self.bias[where] * T.float32(math.log2(math.e))
             if self.key_mask is not None:
                 score = tirx.Select(self.key_mask[b, base + j], score, T.float32(-math.inf))
             store(weights, score, j)
-        highest = local(LANES)
-        store(highest, splat(state[0]), ramp(0))
-        with T.serial(self.block.pass_keys // LANES) as i:
-            store(highest, T.max(highest[ramp(0)], weights[ramp(i * LANES)]), ramp(0))
-        top = T.Bind(reduce("fmax", highest[ramp(0)]))
-        store(highest, splat(0.0), ramp(0))
-        with T.serial(self.block.pass_keys // LANES) as i:
-            weight = T.Bind(exp2(weights[ramp(i * LANES)] - splat(top)))
+        kept = register("float32", LANES)
+        store(kept, splat(top), ramp(0))
+        with T.serial(vectors) as i:
+            store(kept, T.max(kept[ramp(0)], weights[ramp(i * LANES)]), ramp(0))
+        highest = T.Bind(fold(kept[ramp(0)], T.max))
+        store(kept, splat(0.0), ramp(0))
+        with T.serial(vectors) as i:
+            weight = T.Bind(exp2(weights[ramp(i * LANES)] - splat(highest)))
             store(weights, weight, ramp(i * LANES))
-            store(highest, highest[ramp(0)] + weight, ramp(0))
-        factor = local(LANES)
-        store(factor, exp2(splat(state[0] - top)), ramp(0))
-        store(state, factor[0], 2)
-        store(state, state[1] * state[2] + reduce("fadd", highest[ramp(0)]), 1)
-        store(state, top, 0)
+            store(kept, kept[ramp(0)] + weight, ramp(0))
+        factor = register("float32", LANES)
+        store(factor, exp2(splat(top - highest)), ramp(0))
+        store(totals, totals[query_index] * factor[0] + fold(kept[ramp(0)], operator.add), query_index)
+        store(tops, highest, query_index)
+        return factor[ramp(0)]
 
-    def _row_values(self, weights: Any, state: Any, sums: Any, place: tuple[Index, ...]) -> None:
+    def _row_values(self, weights: Any, factor: Expression, result: tuple[Any, Index], place: tuple[Index, ...]) -> None:
         """Add weights x values of one pass to the row's sums, two keys at a time to shorten the chain of dependent sums."""
         b, channel, base, count = place
-        chunks = self.chunks()
-        odd = local(len(chunks) * LANES)
-        for i in range(len(chunks)):
-            store(sums, sums[ramp(i * LANES)] * splat(state[2]), ramp(i * LANES))
-            store(odd, splat(0.0), ramp(i * LANES))
+        buffer, start = result
+        even, odd = ([register("float32", LANES) for _ in self.chunks()] for _ in range(2))
+        for (c, _), first, second in zip(self.chunks(), even, odd, strict=True):
+            store(first, buffer[ramp(start + c)] * factor, ramp(0))
+            store(second, splat(0.0), ramp(0))
         with T.serial((count + 1) // 2) as pair:
             second = T.Bind(T.min(pair * 2 + 1, count - 1))
             last = T.Bind(tirx.Select(pair * 2 + 1 < count, weights[second], T.float32(0.0)))
-            for i, (c, width) in enumerate(chunks):
-                lanes = ramp(i * LANES)
-                store(sums, self._vector(self.v, b, base + pair * 2, channel + c, width) * splat(weights[pair * 2]) + sums[lanes], lanes)
-                store(odd, self._vector(self.v, b, base + second, channel + c, width) * splat(last) + odd[lanes], lanes)
-        for i in range(len(chunks)):
-            store(sums, sums[ramp(i * LANES)] + odd[ramp(i * LANES)], ramp(i * LANES))
+            for key, weight, totals in ((pair * 2, weights[pair * 2], even), (second, last, odd)):
+                for (c, width), kept in zip(self.chunks(), totals, strict=True):
+                    value = self._vector(self.v, b, base + key, channel + c, width)
+                    store(kept, value * splat(weight) + kept[ramp(0)], ramp(0))
+        for (c, _), first, other in zip(self.chunks(), even, odd, strict=True):
+            store(buffer, first[ramp(0)] + other[ramp(0)], ramp(start + c))
 
 
-def _pairwise(value: Any) -> Any:
-    """Return the vector folded to four lanes; an ordered reduction of sixteen would be a chain of sixteen additions."""
-    for lanes in (16, 8):
-        half = lanes // 2
-        bound = T.Bind(value)
-        value = tirx.Shuffle([bound], list(range(half))) + tirx.Shuffle([bound], list(range(half, lanes)))
-    return value
+def _unrolled(count: Index, body: Callable[[Index], None]) -> None:
+    """Emit a loop of ``count`` steps, four at a time: a jump after each would hold the multipliers up."""
+    whole = T.Bind(T.truncdiv(count, 4)) if not isinstance(count, int) else count // 4
+    with T.serial(whole) as i:
+        for step in range(4):
+            body(i * 4 + step)
+    if not isinstance(count, int) or count % 4:
+        with T.serial(count - whole * 4) as i:
+            body(whole * 4 + i)

@@ -10,6 +10,7 @@ saturate: the sum of four products (up to 4 * 255 * 128) and the running sum are
 | avx512 | 2 vpmaddwd, 2 vpaddd |
 | avx2 | 4 vpmaddwd, 4 vpaddd |
 | i8mm | 4 usdot |
+| sve | 2 usdot of 256 bits |
 | dotprod | 4 sdot |
 | neon | 8 smull, 8 saddlp, 4 addp, 4 add |
 
@@ -89,6 +90,17 @@ def _i8mm(total: Expr, x: Expr, weight: Expr) -> Expr:
     return _call("llvm.aarch64.neon.usdot", "int32x4", total, T.reinterpret("int8x16", x), weight)
 
 
+def _sve(total: Expr, x: Expr, weight: Expr) -> Expr:
+    """A vector of 256 bits is one scalable register there (``InstructionSet.vector_bits``), so putting it in and out is no instruction."""
+
+    def scalable(vector: Expr, dtype: str, lanes: int) -> Expr:
+        nothing = tirx.Broadcast(tirx.const(0, dtype), lanes * T.vscale())
+        return _call("llvm.vector.insert", f"{dtype}xvscalex{lanes}", nothing, vector, T.int64(0))
+
+    given = (scalable(total, "int32", 4), scalable(T.reinterpret("int8x32", x), "int8", 16), scalable(weight, "int8", 16))
+    return _call("llvm.vector.extract", "int32x8", _call("llvm.aarch64.sve.usdot", "int32xvscalex4", *given), T.int64(0))
+
+
 def _dotprod(total: Expr, x: Expr, weight: Expr) -> Expr:
     return _call("llvm.aarch64.neon.sdot", "int32x4", total, T.reinterpret("int8x16", x), weight)
 
@@ -112,6 +124,7 @@ def _plain(total: Expr, x: Expr, weight: Expr) -> Expr:
 _PARTS = {
     instruction_sets.AVX2: _avx2,
     instruction_sets.AVX_VNNI: _avx_vnni,
+    instruction_sets.SVE: _sve,
     instruction_sets.I8MM: _i8mm,
     instruction_sets.DOTPROD: _dotprod,
     instruction_sets.NEON: _neon,

@@ -44,11 +44,14 @@ class CodeRounding:
         """Return int32 lanes with the codes of float32 lanes y; emits statements."""
         lanes = lanes_of(y)
         y = T.Bind(T.max(spread(self.low, lanes), T.min(spread(self.high, lanes), y)))
-        quotient = self._fused_quotient(y, lanes) if self.fused else y / spread(self.scale, lanes)
-        bits = T.reinterpret(vector_type("int32", lanes), rounded(quotient + spread(T.float32(_ROUNDING), lanes)))
+        bits = T.reinterpret(vector_type("int32", lanes), rounded(self.quotient(y) + spread(T.float32(_ROUNDING), lanes)))
         return bits + spread(self.offset, lanes)
 
-    def _fused_quotient(self, y: Any, lanes: int) -> Any:
+    def quotient(self, y: Any) -> Any:
+        """Return y / scale, correctly rounded; emits statements."""
+        lanes = lanes_of(y)
+        if not self.fused:
+            return y / spread(self.scale, lanes)
         reciprocal, negative = spread(self.reciprocal, lanes), spread(T.float32(0.0) - self.scale, lanes)
         quotient = T.Bind(rounded(y * reciprocal))
         for _ in range(2):

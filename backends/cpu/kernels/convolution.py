@@ -13,9 +13,9 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from qcompile.backends.cpu.kernels import tiles
 from qcompile.backends.cpu.kernels.convolution_arguments import Arguments, multiply_add
 from qcompile.backends.cpu.kernels.convolution_spec import LANES, Convolution
+from qcompile.backends.cpu.kernels.convolution_tiles import tiled_convolution
 from qcompile.backends.cpu.kernels.registers import (
     Index,
     below,
@@ -26,15 +26,15 @@ from qcompile.backends.cpu.kernels.registers import (
     splat,
     store,
 )  # fmt: skip
-from qcompile.backends.cpu.kernels.vector import spread, vector_type
+from qcompile.backends.cpu.kernels.runs import copy_run, fill_run
 from tvm import tirx
 from tvm.tirx.script.builder import ir as T
 
 Array = np.ndarray[Any, Any]
 
 
-def convolution(spec: Convolution) -> tirx.PrimFunc:
-    """Return the kernel of a convolution of any groups.
+def convolution(spec: Convolution, *, easy: bool = False) -> tirx.PrimFunc:
+    """Return the kernel of a convolution of any groups. ``easy``: the scale of the result is known to be (``byte_codes.is_easy``).
 
     Its arguments are, in this order and only where the layer has them:
 
@@ -42,6 +42,8 @@ def convolution(spec: Convolution) -> tirx.PrimFunc:
     ``pack_convolution``; residual float32 [batch, out_height, out_width, out_channels]; out_scale float32 [1]; out_zero_point
     int32 [1]; the result, of the residual's shape.
     """
+    if spec.tiled:
+        return tiled_convolution(spec, easy=easy)
     with function("convolution") as builder:
         kernel = _Kernel(spec)
         rows = kernel.task_blocks * spec.tile[0]
@@ -66,8 +68,10 @@ def pack_convolution(
     shift = 128 if weight.dtype == np.uint8 else 0  # weights are multiplied as signed bytes
     codes = weight.astype(np.int32) - shift if spec.integer else weight
     rows = codes.transpose(0, 2, 3, 1).reshape(spec.groups, spec.group_outputs, spec.depth)
-    padded = np.zeros((spec.groups, spec.column_blocks * spec.columns, spec.words * spec.word), np.int8 if spec.integer else np.float32)
-    padded[:, : spec.group_outputs, : spec.depth] = rows
+    runs, depth = (spec.plan.runs, spec.plan.run) if spec.tiled else (1, spec.depth)
+    shape = (spec.groups, spec.column_blocks * spec.columns, runs, spec.words * spec.word // runs)
+    padded = np.zeros(shape, np.int8 if spec.integer else np.float32)
+    padded[:, : spec.group_outputs, :, :depth] = rows.reshape(spec.groups, spec.group_outputs, runs, depth)
     panels = padded.reshape(spec.groups * spec.column_blocks, spec.columns, spec.words, spec.word).transpose(0, 2, 1, 3)
     arrays = [np.ascontiguousarray(panels.reshape(spec.weight_shape))]
     zeros = np.broadcast_to(_required(zero_point, "zero points") - shift, (spec.out_channels,)) if spec.weight_affine else None
@@ -129,8 +133,6 @@ class _Kernel(Arguments):
         self.row_sums = T.alloc_buffer((rows,), "int32") if spec.weight_affine else None
         self.acc = T.alloc_buffer((spec.tile[0] * spec.columns,), self.dtype)
         self.begin_task()
-        if spec.tiled:
-            tiles.configure(spec.tile_rows[1])
         with T.serial(spec.groups) as group:
             with T.serial(count) as row:
                 self._pack(first + row, row, group)
@@ -139,14 +141,9 @@ class _Kernel(Arguments):
                 start = [T.Bind(self.start(ramp(panel * spec.columns + j * LANES))) for j in range(spec.tile[1])]
                 with T.serial((count + spec.tile[0] - 1) // spec.tile[0]) as block:
                     left = T.Bind(count - block * spec.tile[0])
-                    if spec.tiled:
-                        self._tile_product(panel, block, left)
-                    else:
-                        self._product(panel, block, start)
+                    self._product(panel, block, start)
                     with T.serial(T.min(long(spec.tile[0]), left)) as i:
-                        self._finish(panel, group, first, block, i, start if spec.tiled else None)
-        if spec.tiled:
-            tiles.release()
+                        self._finish(panel, group, first, block, i)
 
     # ---- im2col ----
 
@@ -164,7 +161,7 @@ class _Kernel(Arguments):
         base = T.Bind(row * (spec.pitch * spec.word))
         run = spec.kernel[1] * spec.group_channels
         reach = spec.dilation[1] * (spec.kernel[1] - 1)
-        padded = any(spec.padding)
+        padded, zero = any(spec.padding), T.Bind(self.zero())
         joined = spec.groups == 1 and spec.dilation[1] == 1  # the taps of a kernel row follow one another in memory
 
         def address(y: Index, x: Index) -> Index:
@@ -184,7 +181,7 @@ class _Kernel(Arguments):
                 _either(
                     inside,
                     lambda: self._copy(to + tap * spec.group_channels, spec.group_channels, address(y, x)),
-                    lambda: self._fill(to + tap * spec.group_channels, spec.group_channels),
+                    lambda: fill_run(self.packed, to + tap * spec.group_channels, zero, spec.group_channels),
                 )
 
         with T.serial(spec.kernel[0]) as tap:
@@ -201,8 +198,7 @@ class _Kernel(Arguments):
         """Fill the last word of an im2col row and sum its codes where weights have zero points."""
         spec = self.spec
         base = T.Bind(row * (spec.pitch * spec.word))
-        # Tiles of weights hold zeros there: whatever the row holds adds nothing.
-        for element in () if spec.tiled else range(spec.depth, spec.words * spec.word):
+        for element in range(spec.depth, spec.words * spec.word):
             store(self.packed, T.uint8(0), base + element)
         if self.row_sums is not None:
             store(self.row_sums, T.int32(0), row)
@@ -210,34 +206,9 @@ class _Kernel(Arguments):
                 byte = self.packed[base + i]
                 store(self.row_sums, self.row_sums[row] + T.cast(T.reinterpret("int8", byte) if spec.signed_x else byte, "int32"), row)
 
-    def _pieces(self, count: int) -> list[tuple[int, int]]:
-        """Cut a run into (offset, lanes) of powers of two; the last piece overlaps the one before instead of reaching past the end."""
-        largest = 64 if self.spec.integer else LANES
-        lanes = min(largest, 1 << (count.bit_length() - 1))
-        pieces = [(offset, lanes) for offset in range(0, count - lanes + 1, lanes)]
-        return pieces if count % lanes == 0 else [*pieces, (count - lanes, lanes)]
-
     def _copy(self, to: Index, count: int, start: Index) -> None:
-        """Copy a run of x from a flat address; long runs in a loop."""
-        pieces, start = self._pieces(count), T.Bind(start)
-        if len(pieces) > 8:
-            lanes, whole = pieces[0][1], count // pieces[0][1]
-            with T.serial(whole) as i:
-                self._copy_piece(to + i * lanes, start + i * lanes, lanes)
-            pieces = pieces[whole:]
-        for offset, lanes in pieces:
-            self._copy_piece(to + offset, start + offset, lanes)
-
-    def _copy_piece(self, to: Index, start: Index, lanes: int) -> None:
-        value = self.flat_x[_run(start, lanes)]
-        if self.spec.x_shift:
-            value = T.bitwise_xor(T.reinterpret(vector_type("uint8", lanes), value), spread(T.uint8(128), lanes))
-        store(self.packed, value, _run(to, lanes))
-
-    def _fill(self, to: Index, count: int) -> None:
-        zero = self.zero()
-        for offset, lanes in self._pieces(count):
-            store(self.packed, spread(zero, lanes), _run(to + offset, lanes))
+        """Copy a run of x from a flat address, as bytes of the kind that is multiplied."""
+        copy_run(self.packed, to, self.flat_x, start, count, 128 if self.spec.x_shift else 0)
 
     # ---- the register block ----
 
@@ -261,32 +232,10 @@ class _Kernel(Arguments):
         for i in range(rows * vectors):
             store(self.acc, acc[ramp(i * LANES)], ramp(i * LANES))
 
-    def _tile_product(self, panel: Index, block: Index, left: Index) -> None:
-        """Multiply one block of rows by one panel in tile registers; a last block may need the first of two tiles only."""
-        spec = self.spec
-        count, rows = spec.tile_rows
-        if count == 1:
-            self._tiles(panel, block, 1)
-        else:
-            _either(left <= rows, lambda: self._tiles(panel, block, 1), lambda: self._tiles(panel, block, 2))
-
-    def _tiles(self, panel: Index, block: Index, count: int) -> None:
-        spec, rows = self.spec, self.spec.tile_rows[1]
-        vectors, stride = spec.tile[1], spec.pitch * spec.word
-        product = tiles.Block(count, vectors, signed=spec.signed_x)
-        base = T.Bind(block * (spec.tile[0] * stride))
-        product.zero()
-        with T.serial(spec.words // tiles.WORDS) as step:
-            x = [T.address_of(self.packed[base + i * (rows * stride) + step * tiles.DEPTH]) for i in range(count)]
-            weight = [T.address_of(self.weight[panel, step * tiles.WORDS, j * tiles.DEPTH]) for j in range(vectors)]
-            product.multiply_add(x, stride, weight, vectors * tiles.DEPTH)
-        sums = [[T.address_of(self.acc[i * rows * spec.columns + j * LANES]) for j in range(vectors)] for i in range(count)]
-        product.store(sums, spec.columns * 4)
-
     # ---- the end of a row ----
 
-    def _finish(self, panel: Index, group: Index, first: Index, block: Index, i: Index, start: list[Any] | None) -> None:
-        """Turn the finished sums of one pixel and one panel, which lack ``start``, into results."""
+    def _finish(self, panel: Index, group: Index, first: Index, block: Index, i: Index) -> None:
+        """Turn the finished sums of one pixel and one panel into results."""
         spec = self.spec
         row = T.Bind(block * spec.tile[0] + i)
         place = T.Bind((first + row) * spec.out_channels + group * spec.group_outputs)
@@ -294,8 +243,6 @@ class _Kernel(Arguments):
             column = T.Bind((panel - group * spec.column_blocks) * spec.columns + j * LANES)
             total = self.acc[ramp(i * spec.columns + j * LANES)]
             lanes = ramp(panel * spec.columns + j * LANES)
-            if start is not None:
-                total = total + start[j]
             if self.row_sums is not None:
                 total = total - splat(self.row_sums[row]) * self.weight_zero[lanes]
             self._store_part(T.Bind(self.scaled(total, lanes)), lanes, place, column)
@@ -315,10 +262,6 @@ class _Kernel(Arguments):
                 lambda: self.store_result(total, lanes, place + column, None),
                 lambda: self.store_result(total, lanes, place + column, below(outputs - column)),
             )
-
-
-def _run(start: Index, lanes: int) -> Index:
-    return start if lanes == 1 else ramp(start, lanes)
 
 
 def _either(condition: Any, then: Callable[[], None], otherwise: Callable[[], None]) -> None:

@@ -7,14 +7,26 @@ import math
 from dataclasses import dataclass, field
 
 from qcompile.backends.cpu.kernels import isa as instruction_sets
-from qcompile.backends.cpu.kernels import tiles
+from qcompile.backends.cpu.kernels.convolution_plan import TilePlan
 from qcompile.backends.cpu.kernels.matmul_epilogue import Epilogue
 
 LANES = 16
 _PACKED_BYTES = 192 << 10  # im2col rows of one task: they stay in the second-level cache beside a panel of weights
 _SHARED_BYTES = 1 << 20  # larger weights would be read again from memory by every task of rows: then tasks split columns
-_TILED_DEPTH = 48
-_TILED_PIXELS = 8
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Sizes of the blocks a convolution is cut into.
+
+    Attributes:
+        rows, vectors: of the register block; of two tiles of rows where tile registers are used and rows are more than one tile has.
+        packed_bytes: of the im2col rows of one task: they stay in the second-level cache beside a panel of weights.
+    """
+
+    rows: int
+    vectors: int
+    packed_bytes: int = _PACKED_BYTES
 
 
 @dataclass(frozen=True)
@@ -31,6 +43,7 @@ class Convolution:
         weight_affine: weight codes have zero points, one for each output channel.
         epilogue: what follows the sum.
         isa: a name of ``qcompile.backends.cpu.kernels.isa.KNOWN``.
+        blocks: sizes of blocks; None: those with the least padding.
     """
 
     channels: int
@@ -47,6 +60,7 @@ class Convolution:
     weight_affine: bool = False
     epilogue: Epilogue = Epilogue()
     isa: str = field(default_factory=instruction_sets.detect)
+    blocks: Blocks | None = None
 
     def __post_init__(self) -> None:
         instruction_sets.check(self.isa)
@@ -66,8 +80,14 @@ class Convolution:
 
     @property
     def tiled(self) -> bool:
-        """Whether products are made in tile registers: where an im2col row fills most of a tile's, and there are channels enough."""
-        return instruction_sets.SETS[self.isa].tiles and self.integer and self.depth >= _TILED_DEPTH and self.pixels >= _TILED_PIXELS
+        """Whether products are made in tile registers: those of one group, by weights without zero points, where it is worth it."""
+        able = instruction_sets.SETS[self.isa].tiles and self.integer and self.groups == 1 and not self.weight_affine
+        return able and self.plan.worthwhile
+
+    @functools.cached_property
+    def plan(self) -> TilePlan:
+        """How it is cut into tiles."""
+        return TilePlan(self)
 
     @property
     def signed_x(self) -> bool:
@@ -125,8 +145,7 @@ class Convolution:
 
     @property
     def words(self) -> int:
-        words = -(-self.depth // self.word)
-        return -(-words // tiles.WORDS) * tiles.WORDS if self.tiled else words
+        return self.plan.words if self.tiled else -(-self.depth // self.word)
 
     @property
     def pitch(self) -> int:
@@ -134,16 +153,19 @@ class Convolution:
         return ((-(-self.words // 16)) | 1) * 16
 
     @functools.cached_property
-    def tile_rows(self) -> tuple[int, int]:
-        """Tiles of rows in a block, and rows of one: least padding over the image's pixels; a product takes as many cycles as rows."""
-        choices = [(count, rows) for count in (2, 1) for rows in range(tiles.ROWS, 7, -1)]
-        return min(choices, key=lambda choice: -(-self.pixels // (choice[0] * choice[1])) * (choice[0] * (choice[1] + 2) + 4))
-
-    @functools.cached_property
     def tile(self) -> tuple[int, int]:
         """Rows and vectors of the register block: what the registers hold, least padding over the image's pixels and channels."""
+        if self.blocks is not None:
+            return self.blocks.rows, self.blocks.vectors
         if self.tiled:
-            return self.tile_rows[0] * self.tile_rows[1], min(2, -(-self.group_outputs // LANES))
+            return self.plan.block * self.plan.rows, self.plan.vectors
+        choices = self.register_blocks()
+        best = min(cost for cost, _, _ in choices)
+        _, rows, vectors = next(choice for choice in choices if choice[0] <= best * 1.01)
+        return rows, vectors
+
+    def register_blocks(self) -> list[tuple[float, int, int]]:
+        """Return predicted cycles, rows and vectors of every register block that the registers hold."""
         isa = instruction_sets.SETS[self.isa]
         vectors_in_all = -(-self.group_outputs // LANES)
         choices = []
@@ -153,9 +175,12 @@ class Convolution:
                 step = max(rows * vectors * isa.parts / 2, (rows + vectors * isa.parts) / 2, 5.0)
                 blocks = math.ceil(self.pixels / rows) * math.ceil(vectors_in_all / vectors)
                 choices.append((blocks * (step + 12 / self.words), rows, vectors))
-        best = min(cost for cost, _, _ in choices)
-        _, rows, vectors = next(choice for choice in choices if choice[0] <= best * 1.01)
-        return rows, vectors
+        return choices
+
+    @property
+    def packed_bytes(self) -> int:
+        """Bytes of im2col rows that one task may hold."""
+        return self.blocks.packed_bytes if self.blocks is not None else _PACKED_BYTES
 
     @property
     def columns(self) -> int:
@@ -174,10 +199,12 @@ class Convolution:
 
     @functools.cached_property
     def tasks(self) -> tuple[int, int]:
-        """Row blocks of one task, and tasks that the columns are cut into."""
+        """Row blocks of one task (tiled: lines, see ``TilePlan.tasks``), and tasks that the columns are cut into."""
+        if self.tiled:
+            return self.plan.tasks
         threads = instruction_sets.thread_count()
         blocks = -(-self.pixels // self.tile[0])
-        most = max(1, _PACKED_BYTES // (self.tile[0] * self.pitch * 4))
+        most = max(1, self.packed_bytes // (self.tile[0] * self.pitch * 4))
         cuts = threads * math.ceil(blocks / (threads * most))
         by_rows = max(1, math.ceil(blocks / cuts))
         balance = blocks / (by_rows * math.ceil(math.ceil(blocks / by_rows) / threads) * threads)

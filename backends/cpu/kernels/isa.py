@@ -38,6 +38,7 @@ AMX = "amx"
 NEON = "neon"
 DOTPROD = "dotprod"
 I8MM = "i8mm"
+SVE = "sve"
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,7 @@ class InstructionSet:
         temporaries: registers that a byte product needs besides its operands.
         fused: it has a fused multiply-add.
         tiles: it has tile registers (``tiles``) besides.
+        vector_bits: the length of scalable vectors that code is made for, and that a processor must have; 0 where length is no choice.
         mtriple: for code made on another architecture.
     """
 
@@ -71,12 +73,18 @@ class InstructionSet:
     temporaries: int = 0
     fused: bool = True
     tiles: bool = False
+    vector_bits: int = 0
     mtriple: str = ""
 
     @property
     def parts(self) -> int:
         """Registers of a vector of sixteen lanes."""
         return 16 // self.register_lanes
+
+    @property
+    def options(self) -> list[str]:
+        """LLVM's command line options for the set's code."""
+        return [f"-aarch64-sve-vector-bits-{bound}:int={self.vector_bits}" for bound in ("min", "max")] if self.vector_bits else []
 
     def block_rows(self, vectors: int, integer: bool) -> int:
         """Return the most rows of a register block: sums [rows][vectors], the vectors' weights and one x are held at a time."""
@@ -96,6 +104,10 @@ _AMX = replace(
 )  # fmt: skip
 _DOTPROD = replace(_NEON, name=DOTPROD, features=("neon", "dotprod"), mattr=("+neon", "+dotprod"), temporaries=0)
 _I8MM = replace(_DOTPROD, name=I8MM, features=("neon", "dotprod", "i8mm"), mattr=("+neon", "+dotprod", "+i8mm"), signed_x=False)
+# Longer than NEON's vectors, so of use only there; on processors whose scalable vectors have 128 bits, NEON's are as good.
+_SVE = replace(
+    _I8MM, name=SVE, features=(*_I8MM.features, "sve"), mattr=(*_I8MM.mattr, "+sve"), register_lanes=8, vector_bits=256
+)  # fmt: skip
 
 # From the best to the one that runs everywhere.
 SETS = {
@@ -106,6 +118,7 @@ SETS = {
         InstructionSet(AVX_VNNI, "x86_64", (*_AVX2_FEATURES, "avxvnni"), "x86-64-v3", ("+avxvnni",), 8, 16),
         InstructionSet(AVX512, "x86_64", _AVX512_FEATURES, "x86-64-v4", (), 16, 32, widens=True, temporaries=2),
         InstructionSet(AVX2, "x86_64", _AVX2_FEATURES, "x86-64-v3", (), 8, 16, widens=True, temporaries=2),
+        _SVE,
         _I8MM,
         _DOTPROD,
         _NEON,
@@ -125,7 +138,8 @@ def detect(mcpu: str | None = None, mattr: str | None = None) -> str:
         chosen = os.environ.get(CHOICE)
         return _refuse_foreign(chosen) if chosen else _best_here()
     has = features_of(target_description(mcpu, mattr))
-    return next(name for name, found in SETS.items() if found.machine in ("", machine()) and has.issuperset(found.features))
+    known = ((name, found) for name, found in SETS.items() if not found.vector_bits)  # no processor's name tells their length
+    return next(name for name, found in known if found.machine in ("", machine()) and has.issuperset(found.features))
 
 
 def target_description(
@@ -150,9 +164,12 @@ def target_description(
             description["mtriple"] = found.mtriple
     else:
         description["mcpu"] = mcpu or codegen.llvm_get_system_cpu()
+        found = SETS[_best_here() if mcpu is None and mattr is None else PORTABLE]
         features = mattr.split(",") if mattr else [] if mcpu else _corrections()
     if features:
         description["mattr"] = features
+    if found.options:
+        description["cl-opt"] = found.options
     description["num-cores"] = threads or thread_count()
     return description
 
@@ -264,7 +281,18 @@ def _features_here() -> frozenset[str]:
     by_model = features_of({"kind": "llvm", "mcpu": codegen.llvm_get_system_cpu()})
     known = _FLAGS.get(machine(), {})
     found = frozenset(name for name, flag in known.items() if flag in flags) if flags else by_model & known.keys()
-    return found if _tiles_permitted(found) else frozenset(name for name in found if not name.startswith("amx-"))
+    if not _tiles_permitted(found):
+        found = frozenset(name for name in found if not name.startswith("amx-"))
+    return found if _scalable_bits() == SETS[SVE].vector_bits else found - {"sve", "sve2"}
+
+
+def _scalable_bits() -> int:
+    """Return the length of this machine's scalable vectors (SVE); 0 where it has none."""
+    if machine() != "aarch64" or platform.system() != "Linux":
+        return 0
+    get_vector_length, length_mask = 51, 0xFFFF  # of prctl, which answers in bytes
+    found = ctypes.CDLL(None).prctl(get_vector_length, 0, 0, 0, 0)
+    return 8 * (found & length_mask) if found > 0 else 0
 
 
 def _tiles_permitted(features: frozenset[str]) -> bool:

@@ -5,19 +5,20 @@ from one stream without cache conflicts. Then, for each block of columns and eac
 ``[words][vectors][16 columns]`` meets every row block while it lies in the first-level cache. A word is 4 bytes: four codes that one
 lane multiplies and adds (``byte_products``), or one float. Sums of integers are exact: x is made unsigned (or signed, as the
 instruction set multiplies) by flipping its top bit, weights are signed, and both shifts are taken back by column sums (see
-``matmul_finish``).
+``matmul_finish``). Where there are tile registers, tasks of integers are those of ``matmul_tiles`` instead.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from qcompile.backends.cpu.kernels import tiles
 from qcompile.backends.cpu.kernels.matmul_finish import Sums, finish_row
 from qcompile.backends.cpu.kernels.matmul_input import PackedInput, pack_row
 from qcompile.backends.cpu.kernels.matmul_panel import Arguments, Panel, make_panel, multiply_add
 from qcompile.backends.cpu.kernels.matmul_rows import ceildiv, dispatch, emit_few_rows
 from qcompile.backends.cpu.kernels.matmul_spec import CHUNK, LANES, Linear
+from qcompile.backends.cpu.kernels.matmul_tiles import emit_tiled_task
+from qcompile.backends.cpu.kernels.tiles import prefetch
 from qcompile.backends.cpu.kernels.vector import Expr, hold, register, rounded, spread
 from tvm import tirx
 from tvm.script.ir_builder import IRBuilder
@@ -28,8 +29,8 @@ _FEW_OPERATIONS = 2 << 20  # below this many multiply-adds, waking another threa
 _SHARED_BYTES = 1 << 20  # weights up to this size stay in each core's second-level cache: then rows are split, not columns
 
 
-def linear(spec: Linear) -> tirx.PrimFunc:
-    """Return the kernel of a linear layer.
+def linear(spec: Linear, *, easy: bool = False) -> tirx.PrimFunc:
+    """Return the kernel of a linear layer. ``easy``: the scale of the result is known to be (``byte_codes.is_easy``).
 
     Its arguments are, in this order and only where the layer has them: x [m, k]; x_scale float32 [1] or [m]; x_zero_point
     int32 [1] or [m]; the arrays of ``pack.pack_linear``; residual float32 [m, n]; out_scale float32 [1]; out_zero_point int32 [1];
@@ -40,6 +41,7 @@ def linear(spec: Linear) -> tirx.PrimFunc:
             T.func_name("linear")
             T.func_attr({"tirx.noalias": True})
             arguments = _declare(spec)
+            arguments.easy_scale = easy
             _emit(spec, arguments)
     return builder.get()
 
@@ -101,7 +103,11 @@ def _emit_tasks(spec: Linear, arguments: Arguments, m: Expr) -> None:
     tasks = ceildiv(m, spec.task_rows)
     few = m * (spec.in_features * spec.out_features // 1024) < _FEW_OPERATIONS // 1024
     columns = T.Select(few, 1, min(threads, n_blocks))
-    if spec.words * spec.padded_columns * 4 <= _SHARED_BYTES:
+    if spec.tiled:  # every task reads its rows of x and its columns of weights: whichever is more is read once
+        by_rows = hold(T.And(m * 8 > spec.out_features * spec.bits, m >= tile.rows * threads))
+        tasks = T.Select(T.And(T.Not(few), by_rows), ceildiv(tasks, threads) * threads, tasks)
+        columns = T.Select(by_rows, 1, columns)
+    elif spec.words * spec.padded_columns * 4 <= _SHARED_BYTES:
         tasks = hold(T.max(tasks, T.Select(m >= 2 * tile.rows * threads, threads, 1)))
         tasks = T.Select(tasks > 1, ceildiv(tasks, threads) * threads, tasks)
         columns = T.Select(tasks > 1, 1, columns)
@@ -113,7 +119,11 @@ def _emit_tasks(spec: Linear, arguments: Arguments, m: Expr) -> None:
         first_block = hold(T.truncmod(task, column_tasks) * task_blocks)
         rows = hold(T.max(T.min(task_rows, m - first_row), 0))
         blocks = hold(T.max(T.min(task_blocks, n_blocks - first_block), 0))
-        _emit_task(spec, arguments, first_row, rows, first_block, blocks)
+        if spec.tiled:
+            with T.If(rows > 0), T.Then():
+                emit_tiled_task(spec, arguments, first_row, rows, first_block, blocks)
+        else:
+            _emit_task(spec, arguments, first_row, rows, first_block, blocks)
 
 
 def _emit_task(spec: Linear, arguments: Arguments, first_row: Expr, rows: Expr, first_block: Expr, blocks: Expr) -> None:
@@ -125,17 +135,14 @@ def _emit_task(spec: Linear, arguments: Arguments, first_row: Expr, rows: Expr, 
     row_blocks = hold(ceildiv(rows, tile.rows))
     whole = spec.words <= stretch
     sums = T.alloc_buffer(((tile.rows if whole else spec.task_rows) * spec.columns,), spec.sum_dtype)
-    finished = Sums(sums, 0 if spec.tiled else spec.x_shift)
+    finished = Sums(sums, spec.x_shift)
     panel = make_panel(spec, arguments)
-    emit_product = _emit_tiles if spec.tiled else _emit_product
-    if spec.tiled:
-        tiles.configure()
 
     def row_block(block: Expr, column_block: Expr, first_word: Expr, words: Expr, keep: bool) -> None:
         left = hold(rows - block * tile.rows)
         first_sum = 0 if whole else block * (tile.rows * spec.columns)
         place = _Place(column_block, block, first_row + block * tile.rows, left, first_word, words, first_sum)
-        dispatch(left, spec.row_variants, lambda count: emit_product(spec, arguments, packed, panel, sums, place, count, keep))
+        dispatch(left, spec.row_variants, lambda count: _emit_product(spec, arguments, packed, panel, sums, place, count, keep))
 
     def finish(block: Expr, column_block: Expr) -> None:
         first_sum = 0 if whole else block * (tile.rows * spec.columns)
@@ -162,14 +169,12 @@ def _emit_task(spec: Linear, arguments: Arguments, first_row: Expr, rows: Expr, 
 
     with T.serial(0, blocks) as b:
         columns(hold(first_block + b))
-    if spec.tiled:
-        tiles.release()
 
 
 def _emit_pack(spec: Linear, arguments: Arguments, packed: Expr, first_row: Expr, rows: Expr) -> None:
     """Copy rows of x into ``packed``; the last block repeats the last row up to a whole block."""
     tile_rows = spec.tile.rows
-    copy = PackedInput(packed, tile_rows * CHUNK, spec.x == "int8" if spec.tiled else spec.signed_x)
+    copy = PackedInput(packed, tile_rows * CHUNK, spec.signed_x)
     with T.serial(0, ceildiv(rows, tile_rows)) as block:
         with T.serial(0, tile_rows) as i:
             start = hold(block * (spec.chunks * tile_rows * CHUNK) + i * CHUNK)
@@ -249,26 +254,6 @@ def _emit_product(
             T.buffer_store(sums, sums[spot] + rounded(T.cast(exact, "float32x16") * scale), [spot])
 
 
-def _emit_tiles(
-    spec: Linear, arguments: Arguments, packed: Expr, panel: Panel, sums: Expr, place: _Place, count: int, keep: bool
-) -> None:  # fmt: skip
-    """Add or store to ``sums`` as ``_emit_product``, in tile registers: ``count`` is of whole tiles."""
-    vectors, row_stride = spec.tile.vectors, spec.tile.rows * CHUNK
-    product = tiles.Block(count // tiles.ROWS, vectors, signed=spec.x == "int8")
-    start = hold(place.block * (spec.chunks * row_stride) + T.truncdiv(place.first_word, CHUNK) * row_stride)
-    row_tiles, pitch = range(count // tiles.ROWS), tiles.ROWS * spec.columns
-    spots = [[T.address_of(sums[place.first_sum + i * pitch + j * LANES]) for j in range(vectors)] for i in row_tiles]
-    if keep:
-        product.load(spots, spec.columns * 4)
-    else:
-        product.zero()
-    with T.serial(0, T.truncdiv(place.words, CHUNK)) as chunk:
-        x = [T.address_of(packed[start + chunk * row_stride + i * (tiles.ROWS * CHUNK)]) for i in row_tiles]
-        weight = [panel.tile(place.column_block, place.first_word, chunk * CHUNK, j) for j in range(vectors)]
-        product.multiply_add(x, CHUNK * 4, weight, spec.columns * 4)
-    product.store(spots, spec.columns * 4)
-
-
 def _prefetch_next_panel(spec: Linear, arguments: Arguments, column_block: Expr, word: Expr) -> None:
     """Ask for the word one panel ahead; panels lie one behind another, so this also reaches into the next block of columns.
 
@@ -277,5 +262,4 @@ def _prefetch_next_panel(spec: Linear, arguments: Arguments, column_block: Expr,
     ahead = min(spec.tile.words, spec.words)
     for j in range(spec.tile.vectors):
         address = T.address_of(arguments.weight[column_block, word + ahead, j * (64 if spec.integer else LANES)])
-        prefetch = T.llvm_lookup_intrinsic_id("llvm.prefetch")
-        T.evaluate(T.call_llvm_intrin("void", prefetch, address, T.int32(0), T.int32(2), T.int32(1)))
+        prefetch(address)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
+from qcompile.backends.cpu.kernels.byte_codes import VECTORS, by_vector
 from qcompile.backends.cpu.kernels.matmul_panel import Arguments
 from qcompile.backends.cpu.kernels.matmul_spec import LANES, Linear
 from qcompile.backends.cpu.kernels.vector import Expr, hold, register, rounded, spread
+from tvm import tirx
 from tvm.script.ir_builder import tirx as T
 
 
@@ -18,10 +20,56 @@ class Sums:
     Attributes:
         buffer: int32 sums over k of (x + added)(w - w_zero), or float32 where x is float or the weight in groups.
         added: what packing added to the codes of x.
+        exact: zero points, and an int32 bias, are in the sums already.
     """
 
     buffer: Expr
     added: int
+    exact: bool = False
+
+
+def finish_rows(spec: Linear, arguments: Arguments, sums: Sums, first_sum: Expr, row: Expr, column_block: Expr, count: Expr) -> None:
+    """Turn ``count`` rows of a block of columns into results; codes of whole blocks 64 at a time, where registers hold so many bytes."""
+
+    def each(first: Expr, count: Expr) -> None:
+        with T.serial(0, count) as i:
+            finish_row(spec, arguments, sums, first_sum + (first + i) * spec.columns, row + first + i, column_block)
+
+    def packed() -> None:
+        step = VECTORS // spec.tile.vectors
+        with T.serial(0, T.truncdiv(count, step)) as i:
+            _store_bytes(spec, arguments, sums, first_sum + i * (step * spec.columns), row + i * step, column_block)
+        each(T.truncdiv(count, step) * step, T.truncmod(count, step))
+
+    whole, ragged = divmod(spec.out_features, spec.columns)
+    if arguments.bytes is None or not whole:
+        each(0, count)
+    elif not ragged:
+        packed()
+    else:
+        with T.If(column_block < whole):
+            with T.Then():
+                packed()
+            with T.Else():
+                each(0, count)
+
+
+def _store_bytes(spec: Linear, arguments: Arguments, sums: Sums, first_sum: Expr, row: Expr, column_block: Expr) -> None:
+    """Store the codes of the next rows, four vectors together."""
+    vectors, values = spec.tile.vectors, []
+    rows = [hold(T.cast(row + i, "int64")) for i in range(VECTORS // vectors)]
+    for i, row64 in enumerate(rows):
+        for j in range(vectors):
+            column = column_block * spec.columns + j * LANES
+            total = sums.buffer[T.ramp(first_sum + i * spec.columns + j * LANES, 1, LANES)]
+            if spec.integer and not spec.group and not sums.exact:
+                total = _exact_sum(spec, arguments, total, sums.added, row64, column)
+            y, bias = _scaled(spec, arguments, total, row64, column)
+            values.append(y if bias is None else rounded(y) + bias)
+    codes = T.Bind(by_vector(arguments.bytes.bytes(values)))
+    for i, row64 in enumerate(rows):
+        part = tirx.Shuffle([codes], list(range(i * spec.columns, (i + 1) * spec.columns)))
+        T.buffer_store(arguments.y, part, [row64, T.ramp(column_block * spec.columns, 1, spec.columns)])
 
 
 def finish_row(spec: Linear, arguments: Arguments, sums: Sums, first_sum: Expr, row: Expr, column_block: Expr) -> None:
@@ -31,7 +79,7 @@ def finish_row(spec: Linear, arguments: Arguments, sums: Sums, first_sum: Expr, 
     for j in range(spec.tile.vectors):
         column = hold(column_block * spec.columns + j * LANES)
         total = sums.buffer[T.ramp(first_sum + j * LANES, 1, LANES)]
-        if spec.integer and not spec.group:
+        if spec.integer and not spec.group and not sums.exact:
             total = _exact_sum(spec, arguments, total, sums.added, row64, column)
         if n % LANES == 0:
             if n % spec.columns == 0:
@@ -84,15 +132,21 @@ def _store_ragged(spec: Linear, arguments: Arguments, total: Expr, row: Expr, co
         T.buffer_store(arguments.y, y[i], [row, column + i])
 
 
-def _result(spec: Linear, arguments: Arguments, total: Expr, residual: Expr | None, row: Expr, column: Expr) -> Expr:
-    """Return 16 results from 16 finished sums; those of integers are exact."""
+def _scaled(spec: Linear, arguments: Arguments, total: Expr, row: Expr, column: Expr) -> tuple[Expr, Expr | None]:
+    """Return 16 sums times their scales, and the bias that is still to be added."""
     lanes = T.ramp(column, 1, LANES)
-    granule = row if spec.x_per_token else 0
-    epilogue, bias = spec.epilogue, arguments.bias[lanes] if arguments.bias is not None else None
+    bias = arguments.bias[lanes] if spec.epilogue.bias == "float32" else None
     y = T.cast(total, "float32x16")
     if spec.bits < 32 and not spec.group:
         y = rounded(y * arguments.scale[lanes])
     if spec.integer:
-        y = rounded(y * spread(arguments.x_scale[granule], LANES))
-    y = dataclasses.replace(epilogue, output="float32").apply(y, None if epilogue.bias == "int32" else bias, residual, None, None)
+        y = rounded(y * spread(arguments.x_scale[row if spec.x_per_token else 0], LANES))
+    return y, bias
+
+
+def _result(spec: Linear, arguments: Arguments, total: Expr, residual: Expr, row: Expr, column: Expr) -> Expr:
+    """Return 16 results from 16 finished sums; those of integers are exact."""
+    epilogue = spec.epilogue
+    y, bias = _scaled(spec, arguments, total, row, column)
+    y = dataclasses.replace(epilogue, output="float32").apply(y, bias, residual, None, None)
     return y if arguments.rounding is None else T.cast(arguments.rounding.codes(rounded(y)), f"{epilogue.output}x{LANES}")

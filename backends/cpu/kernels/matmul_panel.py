@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from qcompile.backends.cpu.kernels.byte_codes import ByteCodes
 from qcompile.backends.cpu.kernels.byte_products import add_byte_products, signed_byte
 from qcompile.backends.cpu.kernels.code_rounding import CodeRounding
 from qcompile.backends.cpu.kernels.matmul_planes import load_planes, word_codes
@@ -14,7 +15,10 @@ from tvm.script.ir_builder import tirx as T
 
 @dataclass
 class Arguments:
-    """The buffers of a kernel; those that the layer does not have are None."""
+    """The buffers of a kernel; those that the layer does not have are None.
+
+    ``easy_scale``: that of the result is known to be (``byte_codes.is_easy``).
+    """
 
     m: Expr
     x: Expr
@@ -29,12 +33,19 @@ class Arguments:
     residual: Expr | None = None
     out_scale: Expr | None = None
     out_zero: Expr | None = None
+    easy_scale: bool = False
     rounding: CodeRounding | None = None
+    bytes: ByteCodes | None = None
 
     def begin_task(self, spec: Linear) -> None:
         """Emit what is the same for all results of a task."""
-        if spec.epilogue.codes:
-            self.rounding = CodeRounding(self.out_scale[0], self.out_zero[0], *spec.epilogue.range, isa=spec.isa)
+        epilogue = spec.epilogue
+        if not epilogue.codes:
+            return
+        scale, zero = self.out_scale[0], self.out_zero[0]
+        self.rounding = CodeRounding(scale, zero, *epilogue.range, isa=spec.isa)
+        if spec.tiled and not epilogue.residual:
+            self.bytes = ByteCodes(scale, zero, epilogue.output, epilogue.range, epilogue.activation, spec.isa, easy=self.easy_scale)
 
 
 def multiply_add(spec: Linear, total: Expr, x: Expr, weight: Expr) -> Expr:
@@ -43,7 +54,13 @@ def multiply_add(spec: Linear, total: Expr, x: Expr, weight: Expr) -> Expr:
 
 
 class Panel:
-    """Weights that need no unpacking."""
+    """Weights that need no unpacking.
+
+    Attributes:
+        sums: of the codes of each group of a stretch and each column, where the zero point of x is taken back from groups.
+    """
+
+    sums: Expr = None
 
     def __init__(self, spec: Linear, arguments: Arguments) -> None:
         self.spec, self.arguments = spec, arguments
@@ -71,7 +88,7 @@ class UnpackedPanel(Panel):
     def __init__(self, spec: Linear, arguments: Arguments) -> None:
         super().__init__(spec, arguments)
         self.codes = T.alloc_buffer((spec.stretch * spec.columns * (4 if spec.integer else 1),), "int8" if spec.integer else "float32")
-        if spec.group and spec.shifted:
+        if spec.group and spec.corrects_panels:
             self.sums = T.alloc_buffer((spec.stretch // spec.group_words * spec.columns,), "int32")
 
     def fill(self, column_block: Expr, first_word: Expr, words: Expr) -> None:
@@ -92,7 +109,7 @@ class UnpackedPanel(Panel):
                 lanes = T.ramp(j * LANES, 1, LANES)
                 zero, total = self._zero(column_block, group, j), None
                 scale = None if spec.integer else self.arguments.scale[column_block, group, lanes]
-                if spec.shifted:
+                if spec.corrects_panels:
                     total = register("int32", LANES)
                     T.buffer_store(total, spread(T.int32(0), LANES), [T.ramp(0, 1, LANES)])
                 with T.serial(0, steps) as s:

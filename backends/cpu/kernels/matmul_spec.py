@@ -11,6 +11,8 @@ from qcompile.backends.cpu.kernels.matmul_epilogue import Epilogue
 LANES = 16  # columns of one vector: 512 bits hold 16 int32 sums or 16 floats
 _FEW_ROWS_SHARE = 3  # x and its tables are read in order, once for each block of columns: they may pass what a task packs by this
 _TASK_ROWS = 256
+_TILED_TASK_ROWS = 1024
+_TILED_GROUP = 64  # least weights of a group
 CHUNK = 16  # words of x that are packed side by side for each row: one 64-byte vector
 
 
@@ -41,7 +43,7 @@ def _tile(isa: str, integer: bool) -> Tile:
 
 
 TILES = {isa: _tile(isa, integer=True) for isa in instruction_sets.KNOWN}
-TILED = Tile(2 * tiles.ROWS, 2, 256, packed_bytes=1 << 20)  # block of tile registers
+TILED = Tile(2 * tiles.ROWS, 2, 128, packed_bytes=1 << 20)  # block of tile registers
 FLOAT_TILES = {isa: _tile(isa, integer=False) for isa in instruction_sets.KNOWN}
 
 
@@ -104,8 +106,18 @@ class Linear:
 
     @property
     def tiled(self) -> bool:
-        """Whether many rows are multiplied in tile registers. Groups are not: their sums would leave the tiles too often."""
-        return instruction_sets.SETS[self.isa].tiles and self.integer and not self.group
+        """Whether many rows are multiplied in tile registers. Small groups are not: their sums would leave the tiles too often."""
+        return instruction_sets.SETS[self.isa].tiles and self.integer and (not self.group or self.group >= _TILED_GROUP)
+
+    @property
+    def tile_depth(self) -> int:
+        """Codes of k in a tile."""
+        return min(self.group, tiles.DEPTH) if self.group else tiles.DEPTH
+
+    @property
+    def reads_x(self) -> bool:
+        """Whether tiles are loaded from x itself: where its rows are whole tiles."""
+        return self.tiled and self.in_features == self.words * 4
 
     @property
     def signed_x(self) -> bool:
@@ -181,7 +193,8 @@ class Linear:
     @property
     def task_rows(self) -> int:
         """The most rows that one task takes: their packed copy, and their sums, have a fixed size."""
-        rows = min(self.tile.packed_bytes // (self.chunks * CHUNK * 4), _TASK_ROWS)
+        most = _TILED_TASK_ROWS if self.tiled else _TASK_ROWS
+        rows = min(self.tile.packed_bytes // (self.chunks * CHUNK * 4), most)
         return max(1, rows // self.tile.rows) * self.tile.rows
 
     @property
@@ -234,6 +247,11 @@ class Linear:
     def shifted(self) -> bool:
         """Whether the codes of x, as bytes without sign, have a zero point."""
         return self.integer and (self.x_affine or self.x_shift != 0)
+
+    @property
+    def corrects_panels(self) -> bool:
+        """Whether unpacking sums the codes of each group, to take back the zero point of x; tiles take x as it is."""
+        return self.x_affine if self.tiled else self.shifted
 
     @property
     def code_zero(self) -> int:

@@ -47,7 +47,7 @@ def layer_norm(
     """
     with function("rms_norm" if rms else "layer_norm") as builder:
         norm = _Norm(width, epsilon, affine, rms, residual, codes, total)
-        each_row(norm.rows, width, norm.row, begin=lambda: norm.begin(codes, isa or detect()))
+        each_row(norm.rows, width, norm.row, begin=lambda: norm.begin(codes, isa or detect()), threshold=1 << 15)
     return builder.get()
 
 
@@ -57,6 +57,7 @@ class _Norm:
     def __init__(self, width: int, epsilon: float, affine: bool, rms: bool, residual: bool, codes: str, total: bool) -> None:
         self.width, self.epsilon, self.rms = width, epsilon, rms
         self.rounding: CodeRounding | None = None
+        self.values: Any = None
         self.rows = size("rows")
         shape = (self.rows, width)
         self.x = argument("x", shape)
@@ -70,14 +71,14 @@ class _Norm:
         self.total = argument("total", shape) if total else None
 
     def begin(self, codes: str, isa: str) -> None:
-        """Compute what all rows of a task share."""
+        """Compute and allocate what all rows of a task share."""
+        self.values = local(-(-self.width // LANES) * LANES)
         if codes:
             self.rounding = CodeRounding(self.scale[0], self.zero_point[0], *RANGES[codes], isa=isa)
 
     def row(self, row: Index) -> None:
         """Normalize one row."""
-        padded = -(-self.width // LANES) * LANES
-        values, sums = local(padded), Partials()
+        values, sums = self.values, Partials()
 
         def read(start: Index, mask: Any, slot: int) -> None:
             value = load(self.x, mask, row, start)

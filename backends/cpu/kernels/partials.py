@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from qcompile.backends.cpu.kernels.registers import LANES, Expression, local, ramp, reduce, splat, store
+from qcompile.backends.cpu.kernels.registers import LANES, Expression, fold, ramp, splat, store
+from qcompile.backends.cpu.kernels.vector import register
 from tvm.tirx.script.builder import ir as T
 
 SLOTS = 4  # independent partial results: the latency of an addition
@@ -18,20 +19,20 @@ class Partials:
 
     def __init__(self) -> None:
         self.kind = ""
-        self.registers = local(SLOTS * LANES)
+        self.registers = [register("float32", LANES) for _ in range(SLOTS)]
 
     def begin(self, kind: str, value: float) -> None:
-        """Start a reduction from ``value`` in every lane; kind is a float one of ``registers.reduce``."""
+        """Start a reduction from ``value`` in every lane: a sum (``fadd``), a maximum (``fmax``) or a minimum (``fmin``)."""
         self.kind = kind
-        for slot in range(SLOTS):
-            store(self.registers, splat(value), ramp(slot * LANES))
+        for kept in self.registers:
+            store(kept, splat(value), ramp(0))
 
     def take(self, value: Expression, slot: int) -> None:
         """Reduce sixteen lanes into the register of the slot that ``each_vector`` names."""
-        lanes = ramp(slot * LANES)
-        store(self.registers, _COMBINE[self.kind](self.registers[lanes], value), lanes)
+        kept = self.registers[slot]
+        store(kept, _COMBINE[self.kind](kept[ramp(0)], value), ramp(0))
 
     def result(self) -> Expression:
         """Return the reduction of all lanes of all slots as a scalar."""
-        combine, parts = _COMBINE[self.kind], [self.registers[ramp(slot * LANES)] for slot in range(SLOTS)]
-        return reduce(self.kind, combine(combine(parts[0], parts[1]), combine(parts[2], parts[3])))
+        combine, parts = _COMBINE[self.kind], [kept[ramp(0)] for kept in self.registers]
+        return fold(combine(combine(parts[0], parts[1]), combine(parts[2], parts[3])), combine)

@@ -23,6 +23,7 @@ from qcompile.backends.cpu.kernels.registers import (
     load,
     load_part,
     ramp,
+    serial_or_parallel,
     size,
     splat,
     store,
@@ -74,6 +75,41 @@ def quantize_static(scheme: Scheme, isa: str | None = None) -> tirx.PrimFunc:
             store_row(codes, T.cast(code, f"{codes.dtype}x{LANES}"), mask, start)
 
         each_element(count, body, begin=rounding.begin)
+    return builder.get()
+
+
+def quantize_image(channels: int, pixels: int, scheme: Scheme, isa: str | None = None) -> tirx.PrimFunc:
+    """Build ``f(x, scale, zero_point, codes)``: images float32 [batch, channels, pixels] to codes [batch, pixels, channels].
+
+    scale float32 [1], zero_point int32 [1]. Sixteen pixels at a time; the last ones overlap those before.
+
+    Raises:
+        ValueError: there are not two to four channels, or fewer than sixteen pixels.
+    """
+    if not 2 <= channels <= 4 or pixels < LANES:
+        raise ValueError(f"no kernel quantizes images of {channels} channels and {pixels} pixels")
+    dtype, per_task = code_dtype(scheme), 512
+    with function("quantize_image") as builder:
+        batch = size("batch")
+        x, scale = argument("x", (batch, channels, pixels)), argument("scale", (1,))
+        zero, codes = argument("zero_point", (1,), "int32"), argument("codes", (batch, pixels, channels), dtype)
+        flat = T.decl_buffer((batch * (pixels * channels),), dtype, data=codes.data)
+        rounding, tasks = _Rounding(scale, zero, scheme, isa), -(-pixels // (per_task * LANES))
+
+        def task(index: Index) -> None:
+            rounding.begin()
+            image, first = T.Bind(index // tasks), T.Bind(index % tasks * (per_task * LANES))
+            with T.serial(T.min(-(-pixels // LANES) - index % tasks * per_task, per_task)) as i:
+                start = T.Bind(T.min(first + i * LANES, pixels - LANES))
+                whole = splat(T.int32(0))
+                for channel in range(channels):
+                    code = T.bitwise_and(rounding.codes(x[image, channel, ramp(start)]), splat(T.int32(255)))
+                    whole = T.Bind(T.bitwise_or(whole, T.shift_left(code, splat(T.int32(8 * channel)))))
+                parts = [pixel * 4 + channel for pixel in range(LANES) for channel in range(channels)]
+                joined = tirx.Shuffle([T.reinterpret(f"{dtype}x{4 * LANES}", whole)], parts)
+                store(flat, joined, ramp((image * pixels + start) * channels, channels * LANES))
+
+        serial_or_parallel(batch * tasks, batch * (pixels * channels), task, 1 << 16)
     return builder.get()
 
 
@@ -236,11 +272,14 @@ def _unpacked(weight: Any, row: Index, start: Index, mask: Any, bits: int, signe
 # ---- sums of quantized tensors --------------------------------------------------------------------------------------------
 
 
-def quantized_add(a: str, b: str, out: Scheme, activation: str = "none", isa: str | None = None) -> tirx.PrimFunc:
-    """Build ``f(a, a_scale, a_zero_point, b, b_scale, b_zero_point, out_scale, out_zero_point, codes)`` (dialect ``qc.add``).
+def quantized_add(
+    a: str, b: str, out: Scheme | None, activation: str = "none", isa: str | None = None, *, values: bool = False
+) -> tirx.PrimFunc:
+    """Build ``f(a, a_scale, a_zero_point, b, b_scale, b_zero_point, out_scale, out_zero_point, values, codes)`` (dialect ``qc.add``).
 
-    a, b and codes are flat [count] of one layout; the first two have the dtypes named ("int8" or "uint8"), codes that of ``out``.
-    Scales float32 [1], zero points int32 [1]. Dequantize both, add, activate, quantize.
+    a, b and the results are flat [count] of one layout; the first two have the dtypes named ("int8" or "uint8"), codes that of ``out``.
+    Scales float32 [1], zero points int32 [1]. Dequantize both, add, activate: the float32 ``values``, only where they are asked for;
+    quantize: the codes, with their scale and zero point, only where there is a scheme ``out``.
     """
     with function("quantized_add") as builder:
         count = size("count")
@@ -248,17 +287,21 @@ def quantized_add(a: str, b: str, out: Scheme, activation: str = "none", isa: st
         for name, dtype in (("a", a), ("b", b)):
             codes, scale = argument(name, (count,), dtype), argument(f"{name}_scale", (1,))
             terms.append((codes, scale, argument(f"{name}_zero_point", (1,), "int32")))
-        out_scale, out_zero = argument("out_scale", (1,)), argument("out_zero_point", (1,), "int32")
-        result = argument("codes", (count,), code_dtype(out))
-        rounding = _Rounding(out_scale, out_zero, out, isa)
+        grid = (argument("out_scale", (1,)), argument("out_zero_point", (1,), "int32")) if out is not None else None
+        sums = argument("values", (count,)) if values else None
+        result = argument("codes", (count,), code_dtype(out)) if out is not None else None
+        rounding = _Rounding(*grid, out, isa) if grid is not None and out is not None else None
 
         def body(start: Index, mask: Any) -> None:
-            values = [
+            first, second = (
                 rounded(T.cast(T.cast(load(codes, mask, start), f"int32x{LANES}") - splat(zero[0]), f"float32x{LANES}") * splat(scale[0]))
                 for codes, scale, zero in terms
-            ]
-            code = rounding.codes(rounded(ACTIVATIONS[activation](values[0] + values[1])))
-            store_row(result, T.cast(code, f"{code_dtype(out)}x{LANES}"), mask, start)
+            )
+            total = T.Bind(rounded(ACTIVATIONS[activation](first + second)))
+            if sums is not None:
+                store_row(sums, total, mask, start)
+            if rounding is not None:
+                store_row(result, T.cast(rounding.codes(total), f"{result.dtype}x{LANES}"), mask, start)
 
-        each_element(count, body, begin=rounding.begin)
+        each_element(count, body, begin=rounding.begin if rounding is not None else lambda: None)
     return builder.get()

@@ -88,11 +88,14 @@ def store_part(buffer: Any, value: Expression, mask: Expression, *index: Index) 
     T.evaluate(T.masked_store(buffer, value, *index, mask))
 
 
-def reduce(kind: str, value: Expression) -> Expression:
-    """Reduce the lanes to a scalar; kind is ``add``, ``smax`` .. for integers, ``fmax``, ``fmin`` or ``fadd`` for floats."""
-    dtype = value.ty.dtype.split("x")[0]
-    start = [T.float32(0.0)] if kind == "fadd" else []
-    return T.call_llvm_pure_intrin(dtype, f"llvm.vector.reduce.{kind}", *start, value)
+def fold(value: Expression, combine: Callable[[Expression, Expression], Expression]) -> Expression:
+    """Reduce the lanes to a scalar by halves; LLVM's own float reductions add one lane after another and compare for NaN."""
+    lanes = int(value.ty.dtype.lanes)
+    while lanes > 1:
+        half, bound = lanes // 2, T.Bind(value)
+        value = combine(tirx.Shuffle([bound], list(range(half))), tirx.Shuffle([bound], list(range(half, lanes))))
+        lanes = half
+    return value
 
 
 def transpose(rows: list[Expression]) -> list[Expression]:
@@ -191,18 +194,20 @@ def serial_or_parallel(extent: Index, work: Index, body: Callable[[Index], None]
             body(index)
 
 
-def exp2(value: Expression, lanes: int = LANES) -> Expression:
-    """Return 2**value for value <= 0 within 2 ulp; exactly zero below -126.
+_EXP2 = (1.3264727252704203e-3, 9.671512785779646e-3, 5.550733744471052e-2, 0.24022242083111778, 0.6931469775976785, 1.0)
 
-    Round to an integer by adding 1.5 * 2**23, evaluate the rest on [-1/2, 1/2] by a Taylor polynomial of degree 6, add the integer
-    to the exponent.
+
+def exp2(value: Expression, lanes: int = LANES) -> Expression:
+    """Return 2**value for value <= 0 within 1.5 ulp; below -126 within 2**-126, and exactly zero from -127 on down.
+
+    Round to an integer by adding 1.5 * 2**23, evaluate the rest on [-1/2, 1/2] by a polynomial of degree 5 (least relative error, 9.2e-8,
+    of those exact at 0), add the integer to the exponent. At -127 the exponent field becomes 0.
     """
-    x = T.Bind(T.max(value, splat(-126.0, lanes)))
+    x = T.Bind(T.max(splat(-127.0, lanes), value))  # in this order a NaN stays one
     shifted = T.Bind(rounded(x + splat(12582912.0, lanes)))
     rest = T.Bind(x - (shifted - splat(12582912.0, lanes)))
-    polynomial = splat(1.5403530393381608e-4, lanes)
-    for coefficient in (1.3333558146428443e-3, 9.618129107628477e-3, 5.550410866482158e-2, 0.2402265069591007, 0.6931471805599453, 1.0):
+    polynomial = splat(_EXP2[0], lanes)
+    for coefficient in _EXP2[1:]:
         polynomial = polynomial * rest + splat(coefficient, lanes)
     exponent = T.shift_left(T.reinterpret(f"int32x{lanes}", shifted), T.broadcast(T.int32(23), lanes))
-    power = T.reinterpret(f"float32x{lanes}", T.reinterpret(f"int32x{lanes}", polynomial) + exponent)
-    return tirx.Select(value < splat(-126.0, lanes), splat(0.0, lanes), power)
+    return T.reinterpret(f"float32x{lanes}", T.reinterpret(f"int32x{lanes}", polynomial) + exponent)

@@ -34,9 +34,14 @@ def softmax(width: int) -> tirx.PrimFunc:
     with function("softmax") as builder:
         rows = size("rows")
         x, out = argument("x", (rows, width)), argument("out", (rows, width))
+        powers: Any = None
+
+        def begin() -> None:
+            nonlocal powers
+            powers = local(-(-width // LANES) * LANES)
 
         def row(index: Index) -> None:
-            powers, partials = local(-(-width // LANES) * LANES), Partials()
+            partials = Partials()
             partials.begin("fmax", -math.inf)
 
             def find(start: Index, mask: Any, slot: int) -> None:
@@ -56,5 +61,5 @@ def softmax(width: int) -> tirx.PrimFunc:
             inverse = T.Bind(T.float32(1.0) / partials.result())
             each_vector(width, lambda start, mask, slot: store_row(out, powers[ramp(start)] * splat(inverse), mask, index, start), SLOTS)
 
-        each_row(rows, width, row, threshold=1 << 15)
+        each_row(rows, width, row, begin=begin, threshold=1 << 15)
     return builder.get()

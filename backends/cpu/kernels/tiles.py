@@ -2,7 +2,8 @@
 
 A tile of weights is 16 words of the panels that ``vpdpbusd`` reads: rows of 16 columns, four codes of k for each. One product adds 16384
 products of bytes to 16 x 16 int32 sums in 16 cycles, eight times the rate of ``vpdpbusd``; a load of a tile takes 8 cycles, so the
-block of two tiles of rows by two of columns keeps the multiplier busy. x may have a sign or not (``tdpbssd``, ``tdpbusd``).
+block of two tiles of rows by two of columns keeps the multiplier busy. x may have a sign or not (``tdpbssd``, ``tdpbusd``). Rows of x
+lie anywhere, a stride apart: an image or a matrix of codes is read where it is, without a copy.
 
 The eight registers have numbers, not names: ``Block`` gives sums 0 to 3, x 4 and 5, weights 6 and 7. Their shapes are state of the
 thread: a task starts with ``configure`` and ends with ``release``.
@@ -23,15 +24,14 @@ DEPTH = 64  # codes of k in a tile
 WORDS = DEPTH // 4
 
 
-def configure(rows: int = ROWS) -> None:
-    """Emit the shapes of all tiles, rows of 64 bytes: 16 of them in those of weights (6 and 7), ``rows`` in the others."""
+def configure(rows: Expr | int = ROWS, depth: int = DEPTH) -> None:
+    """Emit the shapes of all tiles: ``rows`` (1 to 16, int32) of sums and of x, ``depth`` (a multiple of 4) codes of k in x and weights."""
     # Palette 1; bytes 16 to 31 are the tiles' row lengths as int16, bytes 48 to 55 their numbers of rows.
-    pair, counts = DEPTH << 16 | DEPTH, [rows] * 6 + [WORDS] * 2
-    fours = [int.from_bytes(bytes(counts[i : i + 4]), "little") for i in (0, 4)]
-    words = [1, 0, 0, 0, *[pair] * 4, *[0] * 4, *fours, 0, 0]
+    whole, x, weights = DEPTH << 16 | DEPTH, depth << 16 | depth, (depth // 4) << 24 | (depth // 4) << 16
+    words = [1, 0, 0, 0, whole, whole, x, whole, 0, 0, 0, 0, rows * 0x01010101, rows * 0x0101 + weights, 0, 0]
     shapes = register("int32", len(words))
     for i, word in enumerate(words):
-        T.buffer_store(shapes, T.int32(word), [i])
+        T.buffer_store(shapes, T.int32(word) if isinstance(word, int) else word, [i])
     _call("ldtilecfg", T.address_of(shapes[0]))
 
 
@@ -58,6 +58,10 @@ class Block:
             for j in range(self.column_tiles):
                 _call("tilezero", self._sum(i, j))
 
+    def start(self, sums: list[Expr]) -> None:
+        """Emit sums that are the same in all rows: addresses [column tile] of 16 int32. A stride of 0 reads one row again and again."""
+        self.load([sums] * self.row_tiles, 0)
+
     def load(self, sums: list[list[Expr]], stride: int) -> None:
         """Emit loads of the sums: addresses [row tile][column tile] of their first, ``stride`` bytes from one row to the next."""
         for i in range(self.row_tiles):
@@ -71,16 +75,25 @@ class Block:
                 _call("tilestored64", self._sum(i, j), sums[i][j], T.int64(stride))
 
     def multiply_add(self, x: list[Expr], x_stride: Expr | int, weight: list[Expr], weight_stride: int) -> None:
-        """Emit the products of 64 elements of k: addresses of the tiles' first bytes, strides in bytes from row to row."""
+        """Emit the products of a tile's depth of k: addresses of the tiles' first bytes, strides in bytes from row to row."""
         for j in range(self.column_tiles):
             _call("tileloadd64", T.int8(6 + j), weight[j], T.int64(weight_stride))
         for i in range(self.row_tiles):
             _call("tileloadd64", T.int8(4 + i), x[i], T.int64(x_stride) if isinstance(x_stride, int) else x_stride)
-            for j in range(self.column_tiles):
-                _call(self.product, self._sum(i, j), T.int8(4 + i), T.int8(6 + j))
+            self.multiply(i)
+
+    def multiply(self, i: int) -> None:
+        """Emit the products of tile i of x by the tiles of weights, as they lie in the registers."""
+        for j in range(self.column_tiles):
+            _call(self.product, self._sum(i, j), T.int8(4 + i), T.int8(6 + j))
 
     def _sum(self, i: int, j: int) -> Expr:
         return T.int8(i * 2 + j)
+
+
+def prefetch(address: Expr) -> None:
+    """Emit a hint that the cache line of an address will be read; one that is no memory does nothing."""
+    T.evaluate(T.call_llvm_intrin("void", T.llvm_lookup_intrinsic_id("llvm.prefetch"), address, T.int32(0), T.int32(2), T.int32(1)))
 
 
 def _call(name: str, *arguments: Expr) -> None:

@@ -18,7 +18,12 @@ from qcompile.backends.cpu.kernels import isa as instruction_sets
 HARNESS = Path(__file__).with_name("harness.c")
 COMPILER, EMULATOR = "aarch64-linux-gnu-gcc", "qemu-aarch64"
 # Processors with the set and little more: an instruction that the set does not have stops the test.
-PROCESSORS = {instruction_sets.NEON: "cortex-a53", instruction_sets.DOTPROD: "neoverse-n1", instruction_sets.I8MM: "max"}
+PROCESSORS = {
+    instruction_sets.NEON: "cortex-a53",
+    instruction_sets.DOTPROD: "neoverse-n1",
+    instruction_sets.I8MM: "max,sve=off",
+    instruction_sets.SVE: "max,sve-max-vq=2",  # vectors of at most 2 x 128 bits
+}
 TYPE_CODES = {"int": 0, "uint": 1, "float": 2, "bool": 6}  # DLPack's
 
 Kernel = Callable[..., None]

@@ -53,6 +53,18 @@ def test_attention_computes_the_dialect(compile_kernel: Build, heads: int, kv_he
         assert float((out - expected).abs().max()) <= bound(q, k, v, d, scale), (batch, tokens, keys)
 
 
+def test_few_rows_of_heads_that_share_their_keys(compile_kernel: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One thread takes all query heads of a key head in one task."""
+    monkeypatch.setenv("TVM_NUM_THREADS", "1")
+    kernel = compile_kernel(attention(8, 2, 20, 0.3, key_mask=False, causal=True))
+    for batch, tokens, keys in ((2, 1, 300), (1, 3, 129), (1, 3, 2)):
+        q, k, v = tensors(8, 2, 20, batch, tokens, keys)
+        out = untouched(q)
+        kernel(q, k, v, out)
+        expected = torch.ops.qc.attention(q.double(), k.double(), v.double(), None, 8, 2, 0.3, True)
+        assert float((out - expected).abs().max()) <= bound(q, k, v, 20, 0.3), (batch, tokens, keys)
+
+
 def test_a_row_without_keys_gives_zeros(compile_kernel: Build) -> None:
     kernel = compile_kernel(attention(2, 2, 16, 0.25, key_mask=True, causal=False))
     for tokens in (1, 20):
@@ -85,6 +97,20 @@ def test_additive_bias_broadcasts_over_batch_and_heads(compile_kernel: Build) ->
         out = untouched(q)
         kernel(q, k, v, bias, out)
         assert float((out - expected).abs().max()) <= 2 * bound(q, k, v, d, 0.3)
+
+
+@pytest.mark.parametrize("d", [32, 20])
+def test_codes_are_those_of_the_floats(compile_kernel: Build, d: int) -> None:
+    """For blocks of rows, and for few."""
+    floats = compile_kernel(attention(2, 2, d, 0.3, key_mask=False, causal=True))
+    coded = compile_kernel(attention(2, 2, d, 0.3, key_mask=False, causal=True, codes="uint8"))
+    scale, zero = torch.tensor([0.007]), torch.tensor([119], dtype=torch.int32)
+    for batch, tokens, keys in ((2, 37, 50), (1, 2, 9)):
+        q, k, v = tensors(2, 2, d, batch, tokens, keys)
+        out, codes = untouched(q), untouched(q).to(torch.uint8)
+        floats(q, k, v, out)
+        coded(q, k, v, scale, zero, codes)
+        assert torch.equal(codes, torch.ops.qc.quantize(out, scale[0], zero[0], "uint8 tensor affine"))
 
 
 def test_heads_must_divide() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -21,8 +23,8 @@ def test_kernels_of_the_limits_do_all_of_their_work(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(limits, "READ_BYTES", 2 * 8 * 64 * 5)
     rng, target = np.random.default_rng(0), tvm.target.Target(isa.target_description())
 
-    def run(kernel: tvm.tirx.PrimFunc, x: np.ndarray) -> np.ndarray:
-        out = tvm.runtime.tensor(np.zeros((2, 16), x.dtype))
+    def run(kernel: tvm.tirx.PrimFunc, x: np.ndarray, results: int = 16) -> np.ndarray:
+        out = tvm.runtime.tensor(np.zeros((2, results), x.dtype))
         tvm.compile(tvm.IRModule({"main": kernel.with_attr("global_symbol", "main")}), target)["main"](tvm.runtime.tensor(x), out)
         return out.numpy()
 
@@ -31,10 +33,16 @@ def test_kernels_of_the_limits_do_all_of_their_work(monkeypatch: pytest.MonkeyPa
     assert np.array_equal(run(limits.read_kernel(2), words), lines.sum(1, dtype=np.int64).astype(np.int32))
     x = rng.standard_normal((2, 16)).astype(np.float32)
     assert np.allclose(run(limits.float_kernel(2), x), 16 * 15 / 2 + 16 * 3 * x * x, rtol=1e-5)
-    if isa.detect() == isa.AVX512_VNNI:
+    if not isa.cannot_run(isa.AVX512_VNNI):
         codes = rng.integers(0, 256, (2, 64)).astype(np.uint8)
         products = (codes.astype(int) * codes.view(np.int8)).reshape(2, 16, 4).sum(2)
         assert np.array_equal(run(limits.int8_kernel(2), codes.view(np.int32)), 16 * 15 // 2 + 16 * 3 * products)
+    if not isa.cannot_run(isa.AMX):
+        monkeypatch.setattr(limits, "TILE_ROUNDS", 3)
+        codes = rng.integers(0, 256, (2, 16, 64)).astype(np.uint8)
+        weights = codes.view(np.int8).reshape(2, 16, 16, 4).transpose(0, 1, 3, 2).reshape(2, 64, 16)  # [word, byte] x column
+        found = run(limits.tile_kernel(2), codes.view(np.int32).reshape(2, 256), 256)
+        assert np.array_equal(found.reshape(2, 16, 16), 3 * (codes.astype(int) @ weights))
 
 
 def test_operations_of_kernels() -> None:
@@ -66,3 +74,4 @@ def test_percent_is_of_the_nearer_limit() -> None:
     assert [(row["percent_of_limit"], row["limit"], row["share"]) for row in found] == [(50.0, "arithmetic", 0.5), (80.0, "memory", 0.5)]
     assert operator_row(OperatorTime("copy", 3, 1.0, None, 0, False), [product], machine)["percent_of_limit"] is None
     assert operator_row(product, [product], None)["limit"] is None
+    assert operator_row(product, [product], replace(machine, tile_gops=4000.0))["percent_of_limit"] == 10.0  # of the memory's

@@ -7,10 +7,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+from qcompile.backends.cpu.kernels import convolution_plan
+from qcompile.backends.cpu.kernels.byte_codes import is_easy
 from qcompile.backends.cpu.kernels.convolution import convolution, pack_convolution
-from qcompile.backends.cpu.kernels.convolution_spec import Convolution
+from qcompile.backends.cpu.kernels.convolution_spec import Blocks, Convolution
 from qcompile.backends.cpu.kernels.depthwise import depthwise, pack_depthwise
-from qcompile.backends.cpu.kernels.isa import PORTABLE, detect
+from qcompile.backends.cpu.kernels.depthwise_words import Plan, takes_words
+from qcompile.backends.cpu.kernels.isa import AMX, AVX512, AVX512_VNNI, PORTABLE, cannot_run, detect
 from qcompile.backends.cpu.kernels.matmul_epilogue import Epilogue
 
 import qcompile.graph.dialect  # noqa: F401 - registers torch.ops.qc
@@ -27,6 +30,8 @@ def conv(channels: int, outputs: int, height: int, width: int, kernel: int, **op
 
 CODES = Epilogue(bias="float32", activation="relu", output="uint8")
 DENSE = {
+    "3x3 without tiles": conv(16, 32, 9, 10, 3, padding=1, isa=AVX512_VNNI, epilogue=CODES),
+    "1x1 int8 without tiles": conv(67, 50, 5, 7, 1, isa=AVX512_VNNI, x="int8", x_affine=False, epilogue=Epilogue(residual=True)),
     "3x3": conv(16, 32, 9, 10, 3, padding=1, epilogue=CODES),
     "ragged stem": conv(3, 37, 19, 17, 3, stride=2, padding=1, epilogue=Epilogue(bias="int32", activation="relu6")),
     "1x1 int8": conv(67, 50, 5, 7, 1, x="int8", x_affine=False, epilogue=Epilogue("float32", "add_relu", True, "int8")),
@@ -41,11 +46,42 @@ DENSE = {
 }  # fmt: skip
 DEPTHWISE = {
     "64 + overlap": conv(83, 83, 6, 5, 3, padding=1, groups=83, epilogue=CODES),
+    "64 + overlap, 7x7 int8": conv(136, 136, 9, 8, 7, padding=3, groups=136, x="int8", epilogue=replace(CODES, output="int8")),
+    "blocks of four rows": conv(80, 80, 10, 7, 5, padding=2, groups=80, epilogue=replace(CODES, activation="relu6", bias="int32")),
+    "blocks of two strided rows": conv(67, 67, 12, 9, 5, stride=2, padding=2, groups=67, epilogue=replace(CODES, activation="hardswish")),
+    "strips of columns": conv(64, 64, 3, 150, 3, padding=1, groups=64, epilogue=replace(CODES, activation="none")),
+    "strips of strided columns": conv(20, 20, 5, 601, 3, stride=2, padding=1, groups=20, epilogue=CODES),
+    "no padding, narrow codes": conv(70, 70, 9, 9, 3, groups=70, epilogue=replace(CODES, lowest=3, highest=200)),
+    "all columns outside": conv(33, 33, 3, 2, 3, stride=(2, 3), padding=(2, 5), groups=33, epilogue=CODES),
+    "first column outside": conv(20, 20, 3, 1, 3, stride=(1, 20), padding=(1, 5), groups=20, epilogue=CODES),
+    "strips outside": conv(64, 64, 2, 2, 3, padding=(1, 150), groups=64, epilogue=CODES),
+    "long strides": conv(64, 64, 4, 200, 3, stride=(1, 99), padding=1, groups=64, epilogue=CODES),
+    "more taps than registers": conv(64, 64, 12, 11, 11, padding=5, groups=64, epilogue=CODES),
     "5x5 strided int8": conv(67, 67, 9, 7, 5, stride=2, padding=2, groups=67, x="int8", epilogue=Epilogue("int32", "add_relu6", True)),
     "few channels, 7x7": conv(5, 5, 4, 3, 7, padding=3, groups=5, x_affine=False, epilogue=Epilogue(output="int8")),
     "weight zero points": conv(80, 80, 5, 6, 3, dilation=2, groups=80, weight_affine=True, epilogue=Epilogue(output="uint8")),
+    "taps by four": conv(33, 33, 5, 7, 3, dilation=2, groups=33, x="int8", epilogue=CODES),
+    "AVX512 alone": conv(83, 83, 6, 5, 5, padding=2, groups=83, isa=AVX512, epilogue=CODES),
     "portable": conv(67, 67, 5, 5, 3, padding=1, groups=67, isa=PORTABLE, x="int8", epilogue=CODES),
 }
+TILED = {
+    "pixels as they come": conv(128, 64, 9, 11, 1, isa=AMX, epilogue=CODES),
+    "pixels in tiles of fewer words": conv(96, 48, 5, 9, 1, isa=AMX, x="int8", epilogue=replace(CODES, activation="none", output="int8")),
+    "pixels copied": conv(65, 33, 7, 5, 1, isa=AMX, epilogue=Epilogue("int32", "hardswish", output="uint8")),
+    "few pixels and channels": conv(17, 8, 3, 2, 1, isa=AMX, epilogue=Epilogue("float32", "add_relu", True, "int8")),
+    "many pixels": conv(16, 96, 29, 28, 1, isa=AMX, epilogue=CODES),
+    "lines of a stem": conv(3, 64, 20, 37, 7, stride=2, padding=3, isa=AMX, epilogue=CODES),
+    "lines strided without a copy": conv(64, 32, 9, 41, 1, stride=2, isa=AMX, epilogue=CODES),
+    "lines without padding": conv(64, 80, 7, 40, 3, isa=AMX, x="int8", x_affine=False, epilogue=Epilogue("float32")),
+    "taps apart": conv(17, 32, 11, 23, 3, dilation=2, padding=(3, 1), isa=AMX, x="int8", epilogue=CODES),
+    "columns split among threads": conv(64, 160, 6, 9, 3, padding=1, isa=AMX, epilogue=replace(CODES, activation="hardswish")),
+    "lines too short": conv(24, 96, 5, 7, 3, padding=1, isa=AMX, epilogue=CODES),
+    "lines too short without padding": conv(65, 33, 9, 13, 3, stride=2, dilation=(1, 2), isa=AMX, x="int8", epilogue=CODES),
+    "bands of lines": conv(36, 48, 12, 10, 3, stride=(2, 1), padding=(1, 2), isa=AMX, blocks=Blocks(32, 2, 4 << 10), epilogue=CODES),
+    "single tiles": conv(12, 24, 9, 11, 3, padding=1, isa=AMX, blocks=Blocks(7, 1, 2 << 10), epilogue=CODES),
+    "bands of pixels": conv(20, 40, 15, 13, 1, isa=AMX, blocks=Blocks(30, 1, 2 << 10), epilogue=CODES),
+    "lines of a pixel": conv(64, 32, 9, 1, 3, padding=(1, 1), isa=AMX, epilogue=CODES),
+}  # fmt: skip
 
 
 class Case:
@@ -109,6 +145,8 @@ def check(kernel: Callable[..., None], case: Case, arguments: list[torch.Tensor]
 @pytest.mark.parametrize("name", DENSE)
 def test_dense_and_grouped(compile_kernel: Build, name: str) -> None:
     spec = DENSE[name]
+    if reason := cannot_run(spec.isa):
+        pytest.skip(reason)
     kernel = compile_kernel(convolution(spec), spec.isa)
     for batch, extreme in ((1, ""), (3, ""), (1, "high"), (1, "low")):
         case = Case(spec, batch, extreme)
@@ -118,13 +156,61 @@ def test_dense_and_grouped(compile_kernel: Build, name: str) -> None:
         check(kernel, case, case.arguments(pack_convolution, unsigned_weights=True))
 
 
+@pytest.mark.parametrize("name", TILED)
+def test_tiled(compile_kernel: Build, name: str) -> None:
+    spec = TILED[name]
+    if reason := cannot_run(spec.isa):
+        pytest.skip(reason)
+    kernels = [compile_kernel(convolution(spec, easy=easy), spec.isa) for easy in ((False, True) if spec.epilogue.codes else (False,))]
+    for batch, extreme in ((1, ""), (3, ""), (1, "high"), (1, "low")):
+        case = Case(spec, batch, extreme)
+        for kernel in kernels:
+            check(kernel, case, case.arguments(pack_convolution))
+
+
+def test_tiled_columns_of_many_threads(compile_kernel: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Five panels for four threads are two each, and none for the last."""
+    if reason := cannot_run(AMX):
+        pytest.skip(reason)
+    monkeypatch.setattr(convolution_plan.instruction_sets, "thread_count", lambda: 4)
+    spec = conv(64, 160, 5, 9, 3, padding=1, isa=AMX, epilogue=CODES)
+    assert spec.tasks[1] == 4
+    case = Case(spec, 2)
+    check(compile_kernel(convolution(spec), AMX), case, case.arguments(pack_convolution))
+
+
+def test_tile_plans_cut_all_ways() -> None:
+    """The suite has every way of reading an image, and every loop of a task in more than one turn."""
+    plans = [spec.plan for spec in TILED.values()]
+    assert all(spec.tiled for spec in TILED.values())
+    assert {(plan.flat, plan.copies) for plan in plans} == {(flat, copies) for flat in (False, True) for copies in (False, True)}
+    assert {plan.joined for plan in plans} == {plan.steps > 1 for plan in plans} == {plan.line_tiles > 1 for plan in plans} == {False, True}
+    assert {plan.gathers for plan in plans} == {False, True}
+    assert {plan.block for plan in plans} == {plan.vectors for plan in plans} == {1, 2}
+    assert any(plan.tasks[1] > 1 for plan in plans) or detect() == PORTABLE
+    assert {plan.flat for plan in plans if plan.band_bytes(plan.tasks[0]) <= 4 << 10 and plan.tasks[0] < plan.image_tiles} == {False, True}
+
+
 @pytest.mark.parametrize("name", DEPTHWISE)
 def test_depthwise(compile_kernel: Build, name: str) -> None:
     spec = DEPTHWISE[name]
-    kernel = compile_kernel(depthwise(spec), spec.isa)
+    if reason := cannot_run(spec.isa):
+        pytest.skip(reason)
+    kernels = [compile_kernel(depthwise(spec, easy=easy), spec.isa) for easy in ((False, True) if spec.epilogue.codes else (False,))]
     for batch, extreme in ((1, ""), (3, ""), (1, "high"), (1, "low")):
         case = Case(spec, batch, extreme)
-        check(kernel, case, case.arguments(pack_depthwise))
+        assert is_easy(float(case.out_scale)), "the quick rounding is right for this scale only if it is easy"
+        for kernel in kernels:
+            check(kernel, case, case.arguments(pack_depthwise))
+
+
+def test_depthwise_plans_cut_all_ways() -> None:
+    """The suite has every kind of block and strip of the kernel that reads words of rows."""
+    plans = [Plan(spec) for spec in DEPTHWISE.values() if takes_words(replace(spec, isa=AVX512))]
+    assert {plan.block for plan in plans} >= {1, 2, 4}
+    assert {plan.words for plan in plans} >= {1, 2}
+    assert {plan.strips > 1 for plan in plans if plan.spec.stride == (1, 1)} == {False, True}
+    assert {plan.strips > 1 for plan in plans if plan.spec.stride == (2, 2)} == {False, True}
 
 
 def test_column_tasks_cover_all_columns() -> None:

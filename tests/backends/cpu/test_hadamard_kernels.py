@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
-from qcompile.backends.cpu.kernels.hadamard import hadamard
+from qcompile.backends.cpu.kernels.hadamard import hadamard, symmetric_hadamard
 from qcompile.backends.cpu.kernels.pooling import max_pool, mean_image
 
-import qcompile.graph.dialect  # noqa: F401 - registers torch.ops.qc
+from qcompile.graph.dialect import hadamard_matrix
 
 Build = Callable[..., Callable[..., None]]
 
@@ -31,9 +32,40 @@ def test_hadamard_equals_the_matrix_product(compile_kernel: Build, width: int, b
     assert float((out - torch.ops.qc.hadamard(x.double(), block)).abs().max()) <= steps * norm * 2.0**-23
 
 
+@pytest.mark.parametrize("order", [1, 2, 12, 28, 36, 60])
+def test_symmetric_matrices_are_their_own_inverse(order: int) -> None:
+    matrix = symmetric_hadamard(order).astype(int)
+    assert set(matrix.reshape(-1)) <= {-1, 1}
+    assert (matrix == matrix.T).all()
+    assert (matrix @ matrix == order * np.eye(order)).all()
+
+
+def test_symmetric_matrices_need_a_prime() -> None:
+    for order in (3, 4, 8, 16, 20, 24):
+        with pytest.raises(ValueError, match="no symmetric Hadamard matrix"):
+            symmetric_hadamard(order)
+
+
+@pytest.mark.parametrize(("width", "order", "inner"), [(192, 12, 16), (768, 12, 32), (1792, 28, 64), (3072, 12, 128)])
+def test_hadamard_of_a_multiple_of_a_power_of_two(compile_kernel: Build, width: int, order: int, inner: int) -> None:
+    base, block = symmetric_hadamard(order), order * inner
+    kernel = compile_kernel(hadamard(width, block, base=base))
+    x = torch.randn(5, width)
+    out = untouched(x)
+    kernel(x, out)
+    matrix = torch.kron(torch.from_numpy(base).double() / math.sqrt(order), hadamard_matrix(inner, torch.float64))
+    blocks = x.double().unflatten(-1, (-1, block))
+    steps = order + math.log2(inner) + 2  # each rounds a value no larger than the block's norm
+    assert float((out - (blocks @ matrix).flatten(-2)).abs().max()) <= steps * float(blocks.norm(dim=-1).max()) * 2.0**-23
+
+
 def test_hadamard_refuses_other_blocks() -> None:
     with pytest.raises(ValueError, match="no power of two"):
         hadamard(48, 12)
+    with pytest.raises(ValueError, match="no power of two times 12"):
+        hadamard(960, 240, base=symmetric_hadamard(12))
+    with pytest.raises(ValueError, match="share a register"):
+        hadamard(96, 96, base=symmetric_hadamard(12))
 
 
 def test_mean_image(compile_kernel: Build) -> None:

@@ -1,0 +1,95 @@
+"""Sums of quantized tensors: read as codes and written as codes, whatever else reads the sum; bit for bit what the graph computes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from qcompile.backends.cpu.build import build
+
+from qcompile.graph import Graph, parse_graph, tensor_digest
+
+TYPE, SHAPE = "uint8 tensor affine", "n,16,6,5"
+CONSTANTS = {
+    "xs": torch.tensor(0.031), "xz": torch.tensor(7, dtype=torch.int32), "ys": torch.tensor(0.0173),
+    "yz": torch.tensor(101, dtype=torch.int32), "os": torch.tensor(0.0411), "oz": torch.tensor(3, dtype=torch.int32),
+    "w": torch.randint(-127, 128, (16, 16, 1, 1)).to(torch.int8), "ws": torch.rand(16) / 100 + 0.001,
+}  # fmt: skip
+CONV = (
+    'x_scheme="uint8 tensor affine", weight_scheme="int8 channel=0 sym", kernel_width=1, stride=[1, 1], padding=[0, 0], dilation=[1, 1], '
+    'groups=1, out_scheme="uint8 tensor affine"'
+)
+KINDS = {"float32": "f32", "int32": "i32", "int8": "i8"}
+
+
+def graph_of(lines: str, results: str, signed: bool = False) -> Graph:
+    """Return a graph over codes %x and %y; ``%c`` is a convolution of %x, so images lie channels last, and %a + %b the sum."""
+    source = f"""graph @main integer(%x: u8[{SHAPE}], %y: {"i8" if signed else "u8"}[{SHAPE}]) where n in 1..64 {{
+"""
+    for name, value in CONSTANTS.items():
+        shape = ",".join(map(str, value.shape))
+        source += f"  %{name} = const {KINDS[str(value.dtype)[6:]]}[{shape}] @{tensor_digest(value)[:16]}\n"
+    scheme = "int8 tensor affine" if signed else TYPE
+    source += f"""  %c = qc.conv2d(%x, %xs, %xz, %w, %ws, none, none, none, %xs, %xz) {{{CONV}}} : u8[{SHAPE}]
+  %a = qc.dequantize(%c, %xs, %xz) {{scheme="{TYPE}"}} : f32[{SHAPE}]
+  %b = qc.dequantize(%y, %ys, %yz) {{scheme="{scheme}"}} : f32[{SHAPE}]
+{lines}
+  return {results}
+}}
+"""
+    return parse_graph(source, {tensor_digest(value)[:16]: value for value in CONSTANTS.values()})
+
+
+ADD = f"  %s = aten.add.Tensor(%a, %b) : f32[{SHAPE}]\n"
+RELU = f"  %r = aten.relu(%s) : f32[{SHAPE}]\n"
+QUANTIZE = '  %q = qc.quantize(%{}, %os, %oz) {{scheme="uint8 tensor affine"}} : u8[' + SHAPE + "]\n"
+AGAIN = '  %p = qc.quantize(%{}, %ys, %yz) {{scheme="uint8 tensor affine"}} : u8[' + SHAPE + "]\n"
+MOVE = """  %t = aten.slice.Tensor(%r) {dim=2, start=0, end=9223372036854775807, step=2} : f32[n,16,3,5]
+  %u = aten.slice.Tensor(%t) {dim=-1, start=1, end=5} : f32[n,16,3,4]
+  %v = aten.slice.Tensor(%u) {dim=1, start=-9} : f32[n,9,3,4]
+  %m = aten.pad(%v) {pad=[0, 1, 0, 0, 2, 3]} : f32[n,14,3,5]
+"""
+MUL = f"  %m = aten.mul.Tensor(%s, %a) : f32[{SHAPE}]\n"
+# lines, results, kernels that read two tensors of codes, kernels that dequantize
+CASES = {
+    "codes alone": (ADD + RELU + QUANTIZE.format("r"), "%q", 1, 0),
+    "codes of the sum": (ADD + QUANTIZE.format("s"), "%q", 1, 0),
+    "values alone": (ADD, "%s", 1, 0),
+    "values after a relu": (ADD + RELU, "%r", 1, 0),
+    "relu6": (ADD + f"  %r = aten.hardtanh(%s) {{min_val=0.0, max_val=6.0}} : f32[{SHAPE}]\n" + QUANTIZE.format("r"), "%r, %q", 1, 0),
+    "another clamp": (ADD + f"  %r = aten.hardtanh(%s) : f32[{SHAPE}]\n" + QUANTIZE.format("r"), "%q", 1, 0),
+    "codes and values": (ADD + RELU + QUANTIZE.format("r"), "%q, %r", 1, 0),
+    "codes of both": (ADD + RELU + QUANTIZE.format("s"), "%q, %r", 1, 0),
+    "two grids": (ADD + RELU + QUANTIZE.format("r") + AGAIN.format("r"), "%q, %p", 1, 0),
+    "moved values": (ADD + RELU + QUANTIZE.format("r") + MOVE, "%q, %m", 1, 0),
+    "an operand read again": (ADD + MUL + QUANTIZE.format("m"), "%q, %s", 1, 1),
+    "a weighted sum": (f"  %s = aten.add.Tensor(%a, %b) {{alpha=2}} : f32[{SHAPE}]\n" + QUANTIZE.format("s"), "%q", 0, 2),
+    "with itself": (f"  %s = aten.add.Tensor(%a, %a) : f32[{SHAPE}]\n" + QUANTIZE.format("s"), "%q", 1, 0),
+}
+
+
+@pytest.mark.parametrize("signed", [False, True])
+@pytest.mark.parametrize("name", CASES)
+def test_every_bit_is_kept(name: str, signed: bool) -> None:
+    lines, results, adds, dequantized = CASES[name]
+    graph = graph_of(lines, ", ".join(f'{r} as "{r[1:]}"' for r in results.split(", ")), signed)
+    built = build(graph.module, threads=1)
+    generator = torch.Generator().manual_seed(0)
+    for batch in (1, 3):
+        x = torch.randint(0, 256, (batch, 16, 6, 5), generator=generator).to(torch.uint8)
+        y = torch.randint(0, 256, (batch, 16, 6, 5), generator=generator).to(torch.uint8)
+        y = y.view(torch.int8) if signed else y
+        for got, wanted in zip(built(x, y), graph(x, y), strict=True):
+            assert torch.equal(got, wanted)
+    kernels = [step.kernel for step in built.steps(x, y)]
+    assert sum(kernel.startswith("add_codes") for kernel in kernels) == adds
+    assert sum(kernel.startswith("dequantize") for kernel in kernels) == dequantized
+
+
+def test_a_tapped_sum_is_kept() -> None:
+    graph = graph_of(ADD + RELU + QUANTIZE.format("r"), '%q as "q"')
+    x, y = (torch.randint(0, 256, (2, 16, 6, 5)).to(torch.uint8) for _ in range(2))
+    for tap in ("s", "r"):
+        (codes,), values = build(graph.module, threads=1, taps=(tap,)).tapped(x, y)
+        wanted = graph_of(ADD + RELU + QUANTIZE.format("r"), f'%q as "q", %{tap} as "v"')(x, y)
+        assert torch.equal(codes, wanted[0])
+        assert torch.equal(values[tap], wanted[1])
