@@ -325,6 +325,15 @@ def test_bench(cli: Cli, saved: Path) -> None:
     assert "qcompile is " in cli("bench", saved, "--against", "torch", "--rounds", 1, "--calls", 1).out
 
 
+def test_what_a_peer_prints_stays_out_of_the_document(cli: Cli, saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from qcompile.peers import onnx_runtime
+
+    prepare = onnx_runtime.prepare_float
+    monkeypatch.setattr(onnx_runtime, "prepare_float", lambda *given: print("100 %") or prepare(*given))
+    done = cli("bench", saved, "--against", "onnxruntime", "--rounds", 1, "--calls", 1, "--json")
+    assert (done.code, "100 %" in done.err, set(done.json["speedup"])) == (0, True, {"onnxruntime"})
+
+
 def test_bench_measures_memory_and_draws(cli: Cli, saved: Path, tmp_path: Path) -> None:
     few = ("--rounds", 1, "--calls", 2, "--against", "onnxruntime,torch", "--plot")
     done = cli("bench", saved, "--memory", *few, tmp_path / "bench.svg", "--json")
