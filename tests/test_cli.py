@@ -293,6 +293,14 @@ def test_verify(cli: Cli, saved: Path, tmp_path: Path) -> None:
     assert cli("verify", saved).out.splitlines()[-1] == "ok"
 
 
+@pytest.mark.parametrize("target", ["reference", "cpu", "onnx"])
+@pytest.mark.parametrize("recipe", ["w8a8-dynamic", "w4a8"])
+def test_verify_probes_layers_whose_scales_come_at_run_time(cli: Cli, tiny_artifact: Any, tmp_path: Path, recipe: str, target: str) -> None:
+    tiny_artifact("mlp", recipe).save(tmp_path / "dynamic.qc")
+    done = cli("verify", tmp_path / "dynamic.qc", "--target", target, "--json")
+    assert (done.code, [layer["ok"] for layer in done.json["layers"]]) == (0, [True, True])
+
+
 @pytest.mark.parametrize("wrong", ["probe", "golden"])
 def test_verify_names_what_differs(cli: Cli, saved: Path, tmp_path: Path, wrong: str) -> None:
     artifact = qcompile.load(saved)
