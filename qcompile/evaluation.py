@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +20,8 @@ from qcompile.graph import Graph
 from qcompile.pipeline import sqnr_db
 
 PICTURES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp"})
+
+_ALL = 1 << 30  # windows: more than any text has
 
 Run = Callable[[Sequence[torch.Tensor]], Sequence[torch.Tensor]]
 
@@ -41,8 +44,9 @@ def evaluate(artifact: Artifact, task: str, data: str | None, reference: Capture
     Args:
         artifact: the compiled model.
         task: ``sqnr`` and ``kl`` (any model, against its float model), ``top1`` (image folder with labels), ``sts`` (sentence pairs
-            with scores).
-        data: ``sqnr``/``kl``: calibration text; ``top1``: ``images:FOLDER?..&labels=FILE.csv``; ``sts``: a csv of score and two sentences.
+            with scores), ``perplexity`` (language models).
+        data: ``sqnr``/``kl``: calibration text; ``top1``: ``images:FOLDER?..&labels=FILE.csv``; ``sts``: a csv of score and two sentences;
+            ``perplexity``: ``text:FILE?length=512``.
         reference: the float model, where it is known.
         limit: the most samples.
 
@@ -53,6 +57,8 @@ def evaluate(artifact: Artifact, task: str, data: str | None, reference: Capture
         return _compare(artifact, task, data, reference, limit)
     if data is None:
         raise Refused(f"task {task} needs data", way_out="give --data")
+    if task == "perplexity":
+        return _perplexity(artifact, data, reference, limit)
     return _top1(artifact, data, reference, limit) if task == "top1" else _sts(artifact, Path(data), reference, limit)
 
 
@@ -89,6 +95,50 @@ def _compare(artifact: Artifact, task: str, data: str | None, reference: Capture
     ]
     agree = [(f.argmax(-1) == o.argmax(-1)).double().flatten() for f, o in zip(floats, outputs, strict=True)]
     return Result(task, float(torch.cat(kl).mean()), "nats", samples, None, {"top1_agreement": float(torch.cat(agree).mean())})
+
+
+# ---- language models ------------------------------------------------------------------------------------------------------
+
+
+def _perplexity(artifact: Artifact, data: str, reference: Captured | None, limit: int | None) -> Result:
+    """Return the perplexity per token: exp of the mean negative log likelihood, in nats, of every token but the first of its window.
+
+    The text is cut into windows of ``length`` tokens that do not overlap, so a token sees only what stands before it in its window; what
+    is left at the end and fills no window is not judged. ``kl`` and ``top1_agreement`` are to the float model, at the same places.
+    """
+    options = data.partition("?")[2]
+    defaults = {"length": 512, "split": "chunks", "limit": limit or _ALL}
+    given = [f"{key}={value}" for key, value in defaults.items() if f"{key}=" not in options]
+    data = "&".join([data if options else f"{data}?", *given]).replace("?&", "?")
+    run, graph = _float_run(reference), artifact.graph
+    place = next((i for i, node in enumerate(graph.inputs) if not any(word in node.name for word in ("mask", "position", "type"))), 0)
+    found, exact, divergence, agreed, tokens = 0.0, 0.0, 0.0, 0, 0
+    for batch in _source(artifact, data, reference, limit):
+        following = batch[place][:, 1:].long().unsqueeze(-1)
+        likely = _log_probabilities(artifact.executable(batch)[0], batch[place])
+        found -= float(likely.gather(-1, following).sum())
+        tokens += following.numel()
+        if run:
+            true = _log_probabilities(run(batch)[0], batch[place])
+            exact -= float(true.gather(-1, following).sum())
+            divergence += float((true.exp() * (true - likely)).sum())
+            agreed += int((true.argmax(-1) == likely.argmax(-1)).sum())
+    if not tokens:
+        raise Refused("the text fills no window", node=data, way_out="give a longer text or a smaller length")
+    more = {"kl": divergence / tokens, "top1_agreement": agreed / tokens} if run else {}
+    return Result("perplexity", math.exp(found / tokens), "per token", tokens, math.exp(exact / tokens) if run else None, more)
+
+
+def _log_probabilities(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """Return log softmax [batch, tokens - 1, vocabulary] in float64: what is said of the next token at every place but the last."""
+    if logits.ndim != 3 or logits.shape[:2] != tokens.shape:
+        shape = list(logits.shape)
+        raise Refused(f"perplexity needs logits [batch, tokens, vocabulary] for tokens {list(tokens.shape)}; the model's output is {shape}")
+    if int(tokens.max()) >= logits.shape[-1]:
+        raise Refused(
+            f"the model gives {logits.shape[-1]} values for each token, and the text has token {int(tokens.max())}: no language model"
+        )
+    return logits[:, :-1].double().log_softmax(-1)
 
 
 # ---- pictures -------------------------------------------------------------------------------------------------------------

@@ -1,8 +1,8 @@
 """Probes: for every integer layer, seeded codes in, exact products out. The same digests on every target, or ``verify`` names the layer.
 
 A probe runs the layer's own weights and scales without its float epilogue (no activation, residual or float bias), so its float32
-result is determined
-to the bit by the dialect: ``(float32(acc) * weight_scale) * x_scale``.
+result is determined to the bit by the dialect: ``(float32(acc) * weight_scale) * x_scale``. Scales and zero points that a layer would
+be given by the values before it (dynamic schemes) are drawn too.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ ROWS = 5  # odd, so that no kernel's row block divides it
 
 
 def probe_graph(graph: Graph) -> tuple[Graph | None, list[torch.Tensor], list[str]]:
-    """Return a graph with one output for each integer layer of static scheme, its inputs, and the layers' names.
+    """Return a graph with one output for each integer layer, its inputs, and the layers' names.
 
     The graph is None where there is no such layer.
     """
@@ -32,23 +32,23 @@ def probe_graph(graph: Graph) -> tuple[Graph | None, list[torch.Tensor], list[st
     if not nodes:
         return None, [], []
     made = fx.Graph()
-    codes = [_codes(node) for node in nodes]
-    placeholders = [made.placeholder(f"codes_{i}") for i in range(len(nodes))]
+    drawn = [_draw(graph, node) for node in nodes]
+    placeholders = [{key: made.placeholder(f"{key}_{i}") for key in inputs} for i, inputs in enumerate(drawn)]
     constants: dict[str, torch.Tensor] = {}
     outputs = []
-    for node, placeholder in zip(nodes, placeholders, strict=True):
+    for node, given in zip(nodes, placeholders, strict=True):
         arguments = bound_arguments(node) | {
-            "x": placeholder,
             "activation": "none",
             "residual": None,
             "out_scale": None,
             "out_zero_point": None,
             "out_scheme": "",
         }
+        arguments |= given
         bias = graph.constant(arguments["bias"])
         arguments["bias"] = arguments["bias"] if bias is not None and not bias.is_floating_point() else None
         for key, value in arguments.items():
-            if isinstance(value, fx.Node) and value is not placeholder:
+            if isinstance(value, fx.Node) and key not in given:
                 tensor = graph.constant(value)
                 assert tensor is not None
                 constants[str(value.target)] = tensor
@@ -56,19 +56,24 @@ def probe_graph(graph: Graph) -> tuple[Graph | None, list[torch.Tensor], list[st
         names = [a.name for a in node.target._schema.arguments]
         outputs.append(made.call_function(node.target, tuple(arguments[name] for name in names)))
     made.output(tuple(outputs))
-    types = [TensorType(code.dtype, tuple(code.shape)) for code in codes]
-    return Graph(build_module(constants, {}, made), types, stage=Stage.INTEGER), codes, [node.name for node in nodes]
+    tensors = [tensor for inputs in drawn for tensor in inputs.values()]
+    types = [TensorType(tensor.dtype, tuple(tensor.shape)) for tensor in tensors]
+    return Graph(build_module(constants, {}, made), types, stage=Stage.INTEGER), tensors, [node.name for node in nodes]
 
 
 def _is_probed(graph: Graph, node: fx.Node) -> bool:
+    """Return whether the node is a layer of integer products whose every weight and scale of its own is a constant."""
     if node.op != "call_function" or operator_name(node.target) not in ("qc.linear", "qc.conv2d"):
         return False
     arguments = bound_arguments(node)
-    return bool(arguments["x_scheme"]) and graph.constant(arguments["x_scale"]) is not None
+    return bool(arguments["x_scheme"]) and graph.constant(arguments["weight"]) is not None
 
 
-def _codes(node: fx.Node) -> torch.Tensor:
-    """Return codes drawn by the node's name, over the whole range of the format, extremes included."""
+def _draw(graph: Graph, node: fx.Node) -> dict[str, torch.Tensor]:
+    """Return codes drawn by the node's name, over the whole range of the format, extremes included, and what scales them if not constant.
+
+    Scales lie between 2**-10 and 1, zero points in the format's range; both have one value for each row of codes.
+    """
     arguments = bound_arguments(node)
     format = parse_scheme(arguments["x_scheme"]).format
     seed = int.from_bytes(hashlib.sha256(node.name.encode()).digest()[:8], "little")
@@ -82,8 +87,16 @@ def _codes(node: fx.Node) -> torch.Tensor:
             for k, stride, dilation in zip(kernel, arguments["stride"], arguments["dilation"], strict=True)
         ]
         shape = (1, int(weight.shape[1]) * arguments["groups"], *side)
-    drawn = np.random.Generator(np.random.PCG64(seed)).integers(int(format.lowest), int(format.highest) + 1, shape)
-    return torch.from_numpy(drawn).to(format.storage)
+    generator = np.random.Generator(np.random.PCG64(seed))
+    drawn = generator.integers(int(format.lowest), int(format.highest) + 1, shape)
+    found = {"x": torch.from_numpy(drawn).to(format.storage)}
+    if graph.constant(arguments["x_scale"]) is None:
+        rows = (*shape[:-1], 1)
+        found["x_scale"] = torch.from_numpy(generator.uniform(2.0**-10, 1, rows).astype(np.float32))
+        if arguments["x_zero_point"] is not None:
+            zero_point = generator.integers(int(format.lowest), int(format.highest) + 1, rows)
+            found["x_zero_point"] = torch.from_numpy(zero_point.astype(np.int32))
+    return found
 
 
 def probe_digests(graph: Graph, run: Any = None) -> dict[str, str]:

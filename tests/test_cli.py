@@ -294,6 +294,14 @@ def test_verify(cli: Cli, saved: Path, tmp_path: Path) -> None:
     assert cli("verify", saved).out.splitlines()[-1] == "ok"
 
 
+@pytest.mark.parametrize("target", ["reference", "cpu", "onnx"])
+@pytest.mark.parametrize("recipe", ["w8a8-dynamic", "w4a8"])
+def test_verify_probes_layers_whose_scales_come_at_run_time(cli: Cli, tiny_artifact: Any, tmp_path: Path, recipe: str, target: str) -> None:
+    tiny_artifact("mlp", recipe).save(tmp_path / "dynamic.qc")
+    done = cli("verify", tmp_path / "dynamic.qc", "--target", target, "--json")
+    assert (done.code, [layer["ok"] for layer in done.json["layers"]]) == (0, [True, True])
+
+
 @pytest.mark.parametrize("wrong", ["probe", "golden"])
 def test_verify_names_what_differs(cli: Cli, saved: Path, tmp_path: Path, wrong: str) -> None:
     artifact = qcompile.load(saved)
@@ -324,6 +332,15 @@ def test_bench(cli: Cli, saved: Path) -> None:
     assert done.json["inputs"] == {"x": [3, 8]}
     assert (done.json["limits"], done.json["operators"]) == (None, None)
     assert "qcompile is " in cli("bench", saved, "--against", "torch", "--rounds", 1, "--calls", 1).out
+
+
+def test_what_a_peer_prints_stays_out_of_the_document(cli: Cli, saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from qcompile.peers import onnx_runtime
+
+    prepare = onnx_runtime.prepare_float
+    monkeypatch.setattr(onnx_runtime, "prepare_float", lambda *given: print("100 %") or prepare(*given))
+    done = cli("bench", saved, "--against", "onnxruntime", "--rounds", 1, "--calls", 1, "--json")
+    assert (done.code, "100 %" in done.err, set(done.json["speedup"])) == (0, True, {"onnxruntime"})
 
 
 def test_bench_measures_memory_and_draws(cli: Cli, saved: Path, tmp_path: Path) -> None:

@@ -47,6 +47,65 @@ def test_the_float_model_is_equal_to_itself(tiny_artifact: Callable[..., Artifac
     assert evaluate(tiny_artifact("mlp", "float"), "sqnr", None, reference).value > 120
 
 
+# ---- language models ------------------------------------------------------------------------------------------------------
+
+
+class NextWord(torch.nn.Module):
+    """Gives the logits of the next of ten words by the last two."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.table, self.head = torch.nn.Embedding(10, 8), torch.nn.Linear(8, 10)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        vectors = self.table(ids)
+        return self.head(torch.nn.functional.relu(vectors + 0.5 * vectors.roll(1, 1)))
+
+
+@pytest.fixture
+def words(tmp_path: Path) -> tuple[Path, list[int]]:
+    """Return the folder of a text and its tokenizer, and the text's tokens: 4 windows of 7, and 3 tokens."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    made = Tokenizer(models.WordLevel({str(i): i for i in range(10)}, unk_token="0"))
+    made.pre_tokenizer = pre_tokenizers.Whitespace()
+    made.save(str(tmp_path / "tokenizer.json"))
+    ids = np.random.default_rng(0).integers(0, 10, 31).tolist()
+    (tmp_path / "text.txt").write_text(" ".join(map(str, ids)))
+    return tmp_path, ids
+
+
+def test_perplexity(words: tuple[Path, list[int]]) -> None:
+    folder, ids = words
+    net, windows = NextWord().eval(), torch.tensor(ids[:28]).view(4, 7)
+    made = capture(net, (windows,), [{0: "batch", 1: "seq"}])
+    reference = Captured(made.graph, made.example_inputs, folder)
+    artifact = qcompile.compile(net, (windows,), recipe="w8a8-dynamic", target="reference", dynamic_shapes=[{0: "batch", 1: "seq"}])
+    result = evaluate(artifact, "perplexity", f"text:{folder}/text.txt?length=7", reference)
+    exact, found = (run(windows)[:, :-1].reshape(24, 10).detach().double() for run in (net, artifact))
+    following = windows[:, 1:].reshape(24)
+    assert (result.samples, result.unit) == (24, "per token")
+    assert result.float_value == pytest.approx(float(torch.nn.functional.cross_entropy(exact, following).exp()), rel=1e-5)
+    assert result.value == pytest.approx(float(torch.nn.functional.cross_entropy(found, following).exp()), rel=1e-5)
+    assert result.value != pytest.approx(result.float_value, rel=1e-5)
+    p, q = exact.softmax(-1), found.softmax(-1)
+    assert result.more["kl"] == pytest.approx(float((p * (p / q).log()).sum(-1).mean()), rel=1e-3)
+    assert evaluate(artifact, "perplexity", f"text:{folder}/text.txt?length=7", reference, limit=2).samples == 12
+    with pytest.raises(Refused, match="fills no window"):
+        evaluate(artifact, "perplexity", f"text:{folder}/text.txt?length=1", reference)
+
+
+def test_perplexity_of_what_is_no_language_model_is_refused(words: tuple[Path, list[int]]) -> None:
+    folder, ids = words
+    vectors = NextWord().eval()
+    vectors.head = torch.nn.Linear(8, 4)
+    made = capture(vectors, (torch.tensor([ids[:7]]),), [{0: "batch", 1: "seq"}])
+    artifact = qcompile.compile(vectors, made.example_inputs, recipe="float", target="reference", dynamic_shapes=[{0: "batch", 1: "seq"}])
+    with pytest.raises(Refused, match="the model gives 4 values for each token, and the text has token 9: no language model"):
+        evaluate(artifact, "perplexity", f"text:{folder}/text.txt?length=7", Captured(made.graph, made.example_inputs, folder))
+
+
 # ---- pictures -------------------------------------------------------------------------------------------------------------
 
 

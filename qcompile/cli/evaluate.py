@@ -11,11 +11,12 @@ from qcompile.cli.main import as_json, print_json, threads_option, trust_option
 
 @click.command()
 @click.argument("artifact", type=click.Path(path_type=Path))
-@click.option("--task", type=click.Choice(["sqnr", "kl", "top1", "sts"]), default="sqnr", show_default=True)
+@click.option("--task", type=click.Choice(["sqnr", "kl", "top1", "sts", "perplexity"]), default="sqnr", show_default=True)
 @click.option(
     "--data",
     metavar="DATA",
-    help="sqnr, kl: as for compile; top1: images:FOLDER?..&labels=FILE.csv; sts: FILE.csv with a score and two sentences a row.",
+    help="sqnr, kl: as for compile; top1: images:FOLDER?..&labels=FILE.csv; sts: FILE.csv with a score and two sentences a row; "
+    "perplexity: text:FILE?length=512.",
 )
 @click.option("--model", metavar="MODEL", help="The float model [the one this file was compiled from on this machine].")
 @click.option("--limit", type=click.IntRange(1), help="The most samples.")

@@ -5,7 +5,9 @@ One file for each package; a peer is quantized by its own tools, with the settin
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,7 +70,8 @@ def make_peer(name: str, graph: Any, inputs: Sequence[Any], threads: int, folder
     peer = PEERS[name]
     try:
         module = importlib.import_module(f"qcompile.peers.{peer.place}")
-        prepared = getattr(module, f"prepare_{peer.function}")(graph, inputs, folder)
+        with contextlib.redirect_stdout(sys.stderr):  # some show their progress on standard output
+            prepared = getattr(module, f"prepare_{peer.function}")(graph, inputs, folder)
         return Contender(module.load(prepared, threads), prepared if peer.file else None)
     except ImportError as error:
         raise Refused(f"{name} is not installed ({error.name})", way_out="pip install qcompile[bench]") from error
