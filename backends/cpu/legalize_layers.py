@@ -30,6 +30,7 @@ from qcompile.backends.lowering.translate import Legalizer, Walk
 from torch import fx
 
 from qcompile.formats import Channel, Group, Integer, Scheme, Tensor, Token, parse_scheme, unpack
+from qcompile.graph.text import bound_arguments
 
 qc = torch.ops.qc
 
@@ -224,7 +225,7 @@ def _is_image(walk: Walk, node: fx.Node, x: fx.Node) -> bool:
     if len(shape) != 4 or walk.is_channels_last(x) or not all(isinstance(n, int) for n in shape[1:]):
         return False
     few = 2 <= shape[1] <= 4 and shape[2] * shape[3] >= 16
-    return few and all(user.target is qc.conv2d.default and user.args[0] is node for user in node.users)
+    return few and all(user.target is qc.conv2d.default and bound_arguments(user)["x"] is node for user in node.users)
 
 
 def _quantize_image(walk: Walk, node: fx.Node, a: Arguments, scheme: Scheme) -> None:

@@ -170,7 +170,7 @@ def _epilogue(walk: Walk, y: Any, a: Arguments, bias: Any) -> Any:
 
 def _weight(walk: Walk, dtype: torch.dtype, size: int, order: str, arrange: Any) -> Any:
     """Return the weight of qc.linear or qc.conv2d as a constant: int32 codes less the zero point, or float32 values."""
-    node = walk.node.kwargs.get("weight", walk.node.args[3])
+    node = _argument(walk, "weight")
     scheme = parse_scheme(_argument(walk, "weight_scheme"))
 
     def make(packed: torch.Tensor) -> torch.Tensor:
