@@ -178,7 +178,7 @@ def our_call(name: str, rows: int, rng: np.random.Generator) -> tuple[Call, int,
     return call, layers, size
 
 
-def contenders(folder: Path | None, rows: int, only: tuple[str, ...]) -> dict[str, tuple[Call, int, int]]:
+def contenders(folder: Path | None, rows: int, only: tuple[str, ...], without: tuple[str, ...]) -> dict[str, tuple[Call, int, int]]:
     """Return what is installed and wanted, by name."""
     rng = np.random.default_rng(0)
     makers: dict[str, Callable[[], tuple[Call, int, int]]] = {}
@@ -193,7 +193,11 @@ def contenders(folder: Path | None, rows: int, only: tuple[str, ...]) -> dict[st
         for (name, kind), (place, buffer_type) in itertools.product(TYPES.items(), ggml.buffer_types().items()):
             if ggml.supports(kind, rows, buffer_type):
                 makers[f"llama.cpp {name} {place}"] = functools.partial(llama_call, ggml, kind, rows, weight, buffer_type)
-    return {name: make() for name, make in makers.items() if not only or any(text in name for text in only)}
+    return {
+        name: make()
+        for name, make in makers.items()
+        if (not only or any(text in name for text in only)) and not any(text in name for text in without)
+    }
 
 
 def _installed() -> Path | None:
@@ -206,12 +210,13 @@ def _installed() -> Path | None:
 @click.option("--library", type=click.Path(path_type=Path, exists=True), help="Folder of libggml-base.so and libggml-cpu.so.")
 @click.option("--rows", default=1, help="Rows of x.")
 @click.option("--only", multiple=True, help="Contenders whose name contains this text; may be given several times.")
+@click.option("--without", multiple=True, help="Leave out contenders whose name contains this text.")
 @click.option("--rounds", default=15, help="Turns of each contender.")
-def main(library: Path | None, rows: int, only: tuple[str, ...], rounds: int) -> None:
+def main(library: Path | None, rows: int, only: tuple[str, ...], without: tuple[str, ...], rounds: int) -> None:
     """Print one line for each contender, fastest first, with the share of what memory gives."""
     limits = find_target("cpu").limits(isa.thread_count())
     assert limits is not None
-    calls = contenders(library or _installed(), rows, only)
+    calls = contenders(library or _installed(), rows, only, without)
     times: dict[str, list[float]] = {name: [] for name in calls}
     for turn in range(rounds + 1):
         for name, (call, layers, _) in calls.items():
