@@ -7,7 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from qcompile.backends.cpu.kernels.byte_codes import is_easy
+from qcompile.backends.cpu.kernels.code_rounding import is_easy
 from qcompile.backends.cpu.kernels.convolution_spec import Convolution
 from qcompile.backends.cpu.kernels.matmul_epilogue import Epilogue
 from qcompile.backends.cpu.kernels.matmul_spec import Linear

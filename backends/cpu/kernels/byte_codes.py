@@ -5,22 +5,12 @@ lane L are those of vector k, elements 4 L to 4 L + 3. ``unpacked_order`` gives 
 to come out in theirs.
 
 Activations that clamp commute with rounding to codes, which is monotone, so they become bounds of the codes: two instructions for 64.
-
-The quotient takes two operations where the scale allows (``is_easy``): with the reciprocal in two floats, r + d = 1 / s to 47 bits,
-
-    q = fma(y, r, y d)       z = y r + y d before its rounding is y / s (1 + e), |e| < 3 * 2**-48
-
-Rounded to float32, z and y / s differ only if a midpoint m of two floats lies between them, and rounded to integers only if one of the two
-is a tie h = k / 2, k odd. Codes have |h| < 2**10. Let s = b 2**E with b of 24 bits, y = a 2**F, and M = k 2**t +- 1 the midpoint as an
-integer of 25 bits, so t >= 15. Then a 2**G = b M + D for an integer D with |D| <= b M 3 * 2**-48 < 6, and G >= 23. So b = +-D modulo 2**15:
-no scale whose last 15 bits are further than 6 from zero is ever rounded otherwise. Powers of two are exact.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 from qcompile.backends.cpu.kernels.code_rounding import CodeRounding
 from qcompile.backends.cpu.kernels.registers import LANES, splat
 from qcompile.backends.cpu.kernels.vector import ACTIVATIONS, rounded
@@ -31,14 +21,6 @@ BYTES = 64
 VECTORS = BYTES // LANES
 _CLAMPS = {"none": (False, False), "relu": (True, False), "relu6": (True, True)}  # whether zero and six are bounds
 _NEAREST = 4  # rounding to the nearest integer, ties to even, and no other
-_LOW_BITS, _NEAR = 15, 6
-
-
-def is_easy(scale: float) -> bool:
-    """Return whether the quick quotient gives the right code of every float at this scale."""
-    bits = int(np.float32(scale).view(np.uint32)) & ((1 << 23) - 1)
-    low = bits & ((1 << _LOW_BITS) - 1)
-    return bits == 0 or _NEAR < low < (1 << _LOW_BITS) - _NEAR
 
 
 def unpacked_order() -> list[int]:
@@ -61,24 +43,20 @@ class ByteCodes:
         dtype, lowest, highest: of the codes.
         activation: a name of ``vector.ACTIVATIONS``.
         isa: an instruction set whose registers hold 64 bytes.
-        easy: the scale is known to be (``is_easy``).
+        easy: the scale is known to be (``code_rounding.is_easy``).
     """
 
     def __init__(
         self, scale: Any, zero_point: Any, dtype: str, code_range: tuple[int, int], activation: str, isa: str, *, easy: bool
     ) -> None:
-        self._rounding = CodeRounding(scale, zero_point, *code_range, isa=isa)
-        self._dtype, self._easy = dtype, easy
+        self._rounding = CodeRounding(scale, zero_point, *code_range, isa=isa, easy=easy)
+        self._dtype = dtype
         name = activation.removeprefix("add_")
         from_zero, to_six = _CLAMPS.get(name, (False, False))
         self._activation = ACTIVATIONS["none" if name in _CLAMPS else name]
         self._low = T.Bind(self._rounding.codes(T.float32(0.0))) if from_zero else T.int32(code_range[0])
         self._high = T.Bind(self._rounding.codes(T.float32(6.0))) if to_six else T.int32(code_range[1])
         self._zero = T.Bind(T.cast(zero_point, "int16"))
-        if easy:
-            self._reciprocal = self._rounding.reciprocal
-            error = T.call_llvm_pure_intrin("float32", "llvm.fma", T.float32(0.0) - self._rounding.scale, self._reciprocal, T.float32(1.0))
-            self._rest = T.Bind(rounded(error * self._reciprocal))
 
     def bytes(self, values: list[Any]) -> Any:
         """Return 64 codes of four vectors float32x16, in packed order; emits statements."""
@@ -91,10 +69,7 @@ class ByteCodes:
     def _integers(self, y: Any) -> Any:
         """Return int32 lanes with the quotient rounded; below the lowest code it may be anything that is still below."""
         y = T.Bind(T.min(splat(self._rounding.high), y))  # beyond int32 the conversion gives the lowest integer, whichever the sign
-        if self._easy:
-            quotient = T.call_llvm_pure_intrin(y.ty.dtype, "llvm.fma", y, splat(self._reciprocal), rounded(y * splat(self._rest)))
-        else:
-            quotient = self._rounding.quotient(y)
+        quotient = self._rounding.quotient(y)
         nothing, all_lanes = splat(T.int32(0)), T.int16(-1)
         return _call("llvm.x86.avx512.mask.cvtps2dq.512", f"int32x{LANES}", quotient, nothing, all_lanes, T.int32(_NEAREST))
 

@@ -34,7 +34,7 @@ Array = np.ndarray[Any, Any]
 
 
 def convolution(spec: Convolution, *, easy: bool = False) -> tirx.PrimFunc:
-    """Return the kernel of a convolution of any groups. ``easy``: the scale of the result is known to be (``byte_codes.is_easy``).
+    """Return the kernel of a convolution of any groups. ``easy``: the scale of the result is known to be (``code_rounding.is_easy``).
 
     Its arguments are, in this order and only where the layer has them:
 

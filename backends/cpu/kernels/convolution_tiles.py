@@ -26,7 +26,7 @@ _RESULT_WORK = 128  # multiply-adds that take the time of turning a sum into a r
 
 
 def tiled_convolution(spec: Convolution, *, easy: bool) -> tirx.PrimFunc:
-    """Return the kernel; arguments as ``convolution``'s. ``easy``: the scale of the result is known to be (``byte_codes.is_easy``)."""
+    """Return the kernel; arguments as ``convolution``'s. ``easy``: the scale of the result is known to be (``code_rounding.is_easy``)."""
     with function("convolution") as builder:
         kernel = _Kernel(spec, easy)
         tasks = kernel.bands * spec.tasks[1]

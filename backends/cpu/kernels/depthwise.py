@@ -37,7 +37,7 @@ Array = np.ndarray[Any, Any]
 def depthwise(spec: Convolution, *, easy: bool = False) -> tirx.PrimFunc:
     """Return the kernel of a convolution with one input and one output channel in each group; arguments as ``convolution``'s.
 
-    ``easy``: the scale of the result is known to be (``byte_codes.is_easy``).
+    ``easy``: the scale of the result is known to be (``code_rounding.is_easy``).
 
     Raises:
         ValueError: groups have more than one channel.

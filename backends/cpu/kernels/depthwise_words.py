@@ -141,7 +141,7 @@ def pack_words(spec: Convolution, taps: Array) -> tuple[Array, Array]:
 
 
 def depthwise_words(spec: Convolution, *, easy: bool = False) -> tirx.PrimFunc:
-    """Return the kernel; arguments as ``depthwise``'s. ``easy``: the scale of the result is known to be (``byte_codes.is_easy``)."""
+    """Return the kernel; arguments as ``depthwise``'s. ``easy``: the scale of the result is known to be (``code_rounding.is_easy``)."""
     with function("depthwise") as builder:
         kernel = _Kernel(spec, easy)
         tasks = kernel.batch * (kernel.plan.blocks * kernel.plan.strips)

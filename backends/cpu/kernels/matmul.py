@@ -30,7 +30,7 @@ _SHARED_BYTES = 1 << 20  # weights up to this size stay in each core's second-le
 
 
 def linear(spec: Linear, *, easy: bool = False) -> tirx.PrimFunc:
-    """Return the kernel of a linear layer. ``easy``: the scale of the result is known to be (``byte_codes.is_easy``).
+    """Return the kernel of a linear layer. ``easy``: the scale of the result is known to be (``code_rounding.is_easy``).
 
     Its arguments are, in this order and only where the layer has them: x [m, k]; x_scale float32 [1] or [m]; x_zero_point
     int32 [1] or [m]; the arrays of ``pack.pack_linear``; residual float32 [m, n]; out_scale float32 [1]; out_zero_point int32 [1];

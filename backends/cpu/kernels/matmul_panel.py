@@ -17,7 +17,7 @@ from tvm.script.ir_builder import tirx as T
 class Arguments:
     """The buffers of a kernel; those that the layer does not have are None.
 
-    ``easy_scale``: that of the result is known to be (``byte_codes.is_easy``).
+    ``easy_scale``: that of the result is known to be (``code_rounding.is_easy``).
     """
 
     m: Expr

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from qcompile.backends.cpu.kernels import convolution_plan
-from qcompile.backends.cpu.kernels.byte_codes import is_easy
+from qcompile.backends.cpu.kernels.code_rounding import is_easy
 from qcompile.backends.cpu.kernels.convolution import convolution, pack_convolution
 from qcompile.backends.cpu.kernels.convolution_spec import Blocks, Convolution
 from qcompile.backends.cpu.kernels.depthwise import depthwise, pack_depthwise

@@ -9,7 +9,7 @@ import pytest
 import torch
 import tvm
 from qcompile.backends.cpu.kernels import isa
-from qcompile.backends.cpu.kernels.byte_codes import is_easy
+from qcompile.backends.cpu.kernels.code_rounding import is_easy
 from qcompile.backends.cpu.kernels.matmul import linear
 from qcompile.backends.cpu.kernels.matmul_batched import BatchedMatmul, batched_matmul
 from qcompile.backends.cpu.kernels.matmul_epilogue import Epilogue

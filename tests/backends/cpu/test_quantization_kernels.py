@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 from qcompile.backends.cpu.kernels import quantization
-from qcompile.backends.cpu.kernels.byte_codes import ByteCodes, by_vector, is_easy
-from qcompile.backends.cpu.kernels.code_rounding import CodeRounding
+from qcompile.backends.cpu.kernels.byte_codes import ByteCodes, by_vector
+from qcompile.backends.cpu.kernels.code_rounding import CodeRounding, is_easy
 from qcompile.backends.cpu.kernels.isa import PORTABLE, SETS, detect
 from qcompile.backends.cpu.kernels.registers import argument, function, ramp, size, store
 from tvm.tirx.script.builder import ir as T
