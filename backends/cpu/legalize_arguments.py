@@ -19,7 +19,7 @@ from torch import fx
 from qcompile.errors import Refused
 from qcompile.formats import Integer, Scheme, Tensor, parse_scheme
 
-aten = torch.ops.aten
+aten, qc = torch.ops.aten, torch.ops.qc
 Arguments = SimpleNamespace
 
 
@@ -113,6 +113,17 @@ def quantized_epilogue(walk: Walk, a: Arguments) -> Epilogue | str:
     if not is_plain_tensor(out):
         return f"no kernel writes codes as '{out}'"
     return Epilogue(bias, a.activation, a.residual is not None, code_dtype(out), *code_range(out))
+
+
+def first_quantize(node: fx.Node) -> fx.Node | None:
+    """Return the first user that makes 8-bit codes with constant scales, which the producer's kernel can write itself."""
+    for user in node.users:
+        if user.target is qc.quantize.default and len(user.args) == 4:
+            scheme = parse_scheme(str(user.args[3]))
+            constant = all(p is None or p.op == "get_attr" for p in user.args[1:3])
+            if is_plain_tensor(scheme) and scheme.bits == 8 and constant:
+                return user
+    return None
 
 
 _FLOAT_ACTIVATIONS = {aten.relu.default: "relu", aten.silu.default: "silu", aten.tanh.default: "tanh", aten.sigmoid.default: "sigmoid"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -22,6 +23,7 @@ from qcompile.backends.cpu.legalize_arguments import (
     product_inputs,
     quantized_epilogue,
 )  # fmt: skip
+from qcompile.backends.cpu.legalize_sums import Grid, SumOfCodes, sum_after
 from qcompile.backends.cpu.tiling import cut, note
 from qcompile.backends.lowering.shapes import dtype_name
 from qcompile.backends.lowering.translate import Legalizer, Walk
@@ -51,7 +53,11 @@ def _conv2d(walk: Walk, node: fx.Node, a: Arguments) -> Any:
     if not is_plain_tensor(x):
         return f"no kernel reads an input as '{x}'"
     spec = _spec(walk, a.x, codes, a, code_dtype(x), a.x_zero_point is not None, zero_point is not None, epilogue)
-    return spec if isinstance(spec, str) else _call(walk, node, spec, a, (codes.numpy(), scale, zero_point))
+    if isinstance(spec, str):
+        return spec
+    if epilogue.codes and (following_sum := sum_after(walk, node, Grid(a.out_scale, a.out_zero_point, parse_scheme(a.out_scheme)))):
+        return _call_with_sum(walk, node, spec, a, (codes.numpy(), scale, zero_point), *following_sum)
+    return _call(walk, node, spec, a, (codes.numpy(), scale, zero_point))
 
 
 def _float_conv2d(walk: Walk, node: fx.Node, a: Arguments) -> Any:
@@ -88,19 +94,36 @@ def _spec(
 
 def _call(walk: Walk, node: fx.Node, spec: Convolution, a: Arguments, weight: Weight, swallowed: Any = ()) -> None:
     """Emit the kernel of ``spec`` and bind the node and those after it that the kernel computes too."""
+    easy = spec.epilogue.codes and has_easy_scale(walk, a.out_scale)
+    (y,) = _emit(walk, node, spec, a, weight, [], easy=easy)
+    for later in (node, *swallowed):
+        walk.bind(later, y, channels_last=True)
+
+
+def _call_with_sum(
+    walk: Walk, node: fx.Node, spec: Convolution, a: Arguments, weight: Weight, found: SumOfCodes, addend: fx.Node, its_grid: Grid
+) -> None:
+    """Emit the kernel of ``spec`` that adds other codes to its own, and bind the nodes of the sum."""
+    spec = replace(spec, sum=found.added_to(its_grid))
+    sum_inputs = [walk.channels_last(addend), *its_grid.arguments(walk), *(found.grid.arguments(walk) if found.grid is not None else [])]
+    scales = [a.out_scale, *([found.grid.scale] if found.grid is not None else [])]
+    easy = all(has_easy_scale(walk, scale) for scale in scales)
+    found.bind(walk, _emit(walk, node, spec, a, weight, sum_inputs, easy=easy), channels_last=True)
+
+
+def _emit(walk: Walk, node: fx.Node, spec: Convolution, a: Arguments, weight: Weight, sum_inputs: list[Any], *, easy: bool) -> list[Any]:
+    """Emit the kernel of ``spec``, cut as its layer is; return its results."""
     is_depthwise = spec.groups == spec.channels == spec.out_channels
     spec = spec if is_depthwise else cut(walk, node, spec)
-    easy = spec.epilogue.codes and has_easy_scale(walk, a.out_scale)
     pack, name = (pack_depthwise, "depthwise") if is_depthwise else (pack_convolution, "convolution")
     operands = walk.channels_last(a.x), walk.channels_last(a.residual) if a.residual is not None else None
-    inputs = product_inputs(walk, spec, a, operands, weight, pack)
-    label = f"{name}_{spec.x[0]}_{spec.kernel[0]}x{spec.kernel[1]}_{spec.channels}_{spec.out_channels}"
+    inputs = product_inputs(walk, spec, a, operands, weight, pack) + sum_inputs
+    label = f"{name}_{spec.x[0]}_{spec.kernel[0]}x{spec.kernel[1]}_{spec.channels}_{spec.out_channels}" + "_add" * (spec.sum is not None)
     kernel = walk.kernel((spec, easy), lambda: depthwise(spec, easy=easy) if is_depthwise else convolution(spec, easy=easy), label)
     note(walk, node, kernel)
     shape = [walk.shape(node)[0], spec.out_height, spec.out_width, spec.out_channels]
-    y = walk.call_kernel(kernel, inputs, (shape, spec.epilogue.output))
-    for later in (node, *swallowed):
-        walk.bind(later, y, channels_last=True)
+    made = walk.call_kernel(kernel, inputs, *((shape, dtype) for dtype in spec.results))
+    return made if len(spec.results) > 1 else [made]
 
 
 # ---- pooling --------------------------------------------------------------------------------------------------------------

@@ -13,8 +13,8 @@ from qcompile.backends.cpu.kernels.quantization import code_dtype
 from qcompile.backends.cpu.legalize_arguments import (
     Arguments,
     Weight,
-    activation_name,
     constant_array,
+    first_quantize,
     flat,
     following,
     has_easy_scale,
@@ -130,7 +130,7 @@ def _layer_norm(walk: Walk, node: fx.Node, a: Arguments) -> Any:
         return "no kernel for this layer norm: it runs over one axis of float32 with weight and bias, or neither"
     x, rows, _ = rows_of(walk, a.input)
     inputs = [x, *([walk.plain(a.weight), walk.plain(a.bias)] if affine else [])]
-    quantize = _first_quantize(node)
+    quantize = first_quantize(node)
     dtype = code_dtype(parse_scheme(str(quantize.args[3]))) if quantize is not None else ""
     kernel = walk.kernel(
         ("layer_norm", width, epsilon, affine, dtype),
@@ -143,17 +143,6 @@ def _layer_norm(walk: Walk, node: fx.Node, a: Arguments) -> Any:
     y, codes = walk.call_kernel(kernel, inputs, ([rows, width], "float32"), ([rows, width], dtype))
     walk.bind(node, walk.reshape(y, walk.shape(node)))
     walk.bind(quantize, walk.reshape(codes, walk.shape(node)))
-    return None
-
-
-def _first_quantize(node: fx.Node) -> fx.Node | None:
-    """Return the first user that makes 8-bit codes with constant scales, which the producer's kernel can write itself."""
-    for user in node.users:
-        if user.target is qc.quantize.default and len(user.args) == 4:
-            scheme = parse_scheme(str(user.args[3]))
-            constant = all(p is None or p.op == "get_attr" for p in user.args[1:3])
-            if is_plain_tensor(scheme) and scheme.bits == 8 and constant:
-                return user
     return None
 
 
@@ -170,7 +159,7 @@ def _rms_norm(walk: Walk, node: fx.Node, a: Arguments) -> Any:
 def _attention(walk: Walk, node: fx.Node, a: Arguments) -> Any:
     """qc.attention; writes codes where only a following qc.quantize reads the result."""
     depth, masked = int(walk.fake(a.q).shape[-1]) // a.heads, a.key_mask is not None
-    quantize = _first_quantize(node) if walk.is_inner(node) and len(node.users) == 1 else None
+    quantize = first_quantize(node) if walk.is_inner(node) and len(node.users) == 1 else None
     codes = code_dtype(parse_scheme(str(quantize.args[3]))) if quantize is not None else ""
     kernel = walk.kernel(
         ("attention", a.heads, a.kv_heads, depth, a.scale, masked, a.causal, codes),
@@ -258,75 +247,6 @@ def _dequantize(walk: Walk, node: fx.Node, a: Arguments) -> Any:
     return _elementwise(walk, node, a.codes, kernel, [flat(walk, a.scale), zero_or(walk, a.zero_point)], "float32")
 
 
-def _add(walk: Walk, node: fx.Node, a: Arguments) -> Any:
-    """qc.add of two tensors of one shape."""
-    schemes = [parse_scheme(text) for text in (a.a_scheme, a.b_scheme, a.out_scheme)]
-    if not all(map(is_plain_tensor, schemes)):
-        return f"no kernel adds '{schemes[0]}' and '{schemes[1]}' to '{schemes[2]}'"
-    if tuple(walk.fake(a.a).shape) != tuple(walk.fake(a.b).shape):
-        return "no kernel adds tensors of two shapes"
-    terms = [(a.a, a.a_scale, a.a_zero_point, schemes[0]), (a.b, a.b_scale, a.b_zero_point, schemes[1])]
-    _call_add(walk, terms, a.activation, ([], [node]), (a.out_scale, a.out_zero_point, schemes[2]))
-    return None
-
-
-def _float_add(walk: Walk, node: fx.Node, a: Arguments) -> Any:
-    """aten.add of two dequantized tensors of one shape: reads their codes, and also computes a relu and the codes of the sum."""
-    terms = [_codes_behind(term) for term in (a.self, a.other)]
-    if None in terms or a.alpha != 1 or walk.fake(a.self).shape != walk.fake(a.other).shape:
-        return _GENERIC
-    last, activation = node, "none"
-    if walk.is_inner(node) and len(node.users) == 1 and (name := activation_name(next(iter(node.users)))) in ("relu", "relu6"):
-        last, activation = next(iter(node.users)), name
-    quantize = _first_quantize(last)
-    quantized = [quantize] if quantize is not None else []
-    values = [last] if not walk.is_inner(last) or set(last.users) - set(quantized) else []
-    grid = (quantize.args[1], quantize.args[2], parse_scheme(str(quantize.args[3]))) if quantize is not None else None
-    _call_add(walk, terms, activation, (values, quantized), grid)
-    for passed in (node, last):
-        if passed not in values:  # nobody reads it: any value marks it as done
-            walk.bind(passed, walk.plain(a.self))
-    return None
-
-
-_GENERIC = ""  # no reason to report: the generic way is as good
-
-
-def _codes_behind(node: Any) -> tuple[Any, ...] | None:
-    """Return codes, scale, zero point and scheme of a value that is dequantized with one scale, or None."""
-    if not isinstance(node, fx.Node) or node.target is not qc.dequantize.default or len(node.args) != 4 or node.kwargs:
-        return None
-    scheme = parse_scheme(str(node.args[3]))
-    return (node.args[0], node.args[1], node.args[2], scheme) if is_plain_tensor(scheme) else None
-
-
-def _call_add(walk: Walk, terms: Any, activation: str, results: tuple[list[fx.Node], list[fx.Node]], grid: Any) -> None:
-    """Emit the sum of two terms (codes, scale, zero point, scheme) in whichever order of memory they have.
-
-    ``results``: nodes that are the float sum, and nodes that are its codes; ``grid``: their scale, zero point and scheme.
-    """
-    values, quantized = results
-    last = any(walk.is_channels_last(codes) for codes, *_ in terms)
-    operands = [walk.channels_last(codes) if last else walk.plain(codes) for codes, *_ in terms]
-    shape = list(operands[0].ty.shape)
-    scale, zero_point, out = grid if quantized else (None, None, None)
-    count, dtypes = product(shape), [code_dtype(scheme) for *_, scheme in terms]
-    kernel = walk.kernel(
-        ("add", *dtypes, out, activation, bool(values)),
-        lambda: quantization.quantized_add(dtypes[0], dtypes[1], out, activation, values=bool(values)),
-        "add_codes",
-    )
-    inputs = []
-    for operand, (_, its_scale, its_zero, _) in zip(operands, terms, strict=True):
-        inputs += [walk.reshape(operand, [count]), flat(walk, its_scale), zero_or(walk, its_zero)]
-    inputs += [flat(walk, scale), zero_or(walk, zero_point)] if quantized else []
-    kinds = [([count], "float32")] if values else []
-    kinds += [([count], code_dtype(out))] if out is not None else []
-    made = walk.call_kernel(kernel, inputs, *kinds)
-    for node, result in zip([*values, *quantized], made if len(kinds) == 2 else [made], strict=True):
-        walk.bind(node, walk.reshape(result, shape), channels_last=last)
-
-
 def _quantize_dynamic(walk: Walk, node: fx.Node, a: Arguments) -> Any:
     """qc.quantize_dynamic, one scale for each token."""
     scheme = parse_scheme(a.scheme)
@@ -384,8 +304,6 @@ LEGALIZE_LAYERS: dict[str, Legalizer] = {
     "aten._softmax": _softmax,
     "qc.quantize": _quantize,
     "qc.dequantize": _dequantize,
-    "qc.add": _add,
-    "aten.add.Tensor": _float_add,
     "qc.quantize_dynamic": _quantize_dynamic,
     "qc.embedding": _embedding,
     "aten.linear": _float_linear,

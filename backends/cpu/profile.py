@@ -64,7 +64,7 @@ def _attention(_name: re.Match[str], shapes: Shapes) -> int:
 # A kernel's name, as the legalizers make it -> additions and multiplications of a call, from the shapes of its arguments, the result last.
 _COUNTS: dict[str, Callable[[re.Match[str], Shapes], int]] = {
     r"linear_": _linear,
-    r"(convolution|depthwise)_[a-z]+_(\d+)x(\d+)_(\d+)_\d+$": _convolution,
+    r"(convolution|depthwise)_[a-z]+_(\d+)x(\d+)_(\d+)_\d+(_add\d*)?$": _convolution,
     r"attention_": _attention,
 }
 

@@ -34,18 +34,19 @@ Array = np.ndarray[Any, Any]
 
 
 def convolution(spec: Convolution, *, easy: bool = False) -> tirx.PrimFunc:
-    """Return the kernel of a convolution of any groups. ``easy``: the scale of the result is known to be (``code_rounding.is_easy``).
+    """Return the kernel of a convolution of any groups. ``easy``: the scales of codes that it makes are (``code_rounding.is_easy``).
 
     Its arguments are, in this order and only where the layer has them:
 
     x [batch, height, width, channels]; x_scale float32 [1]; x_zero_point int32 [1] (``spec.x_affine``); the arrays of
     ``pack_convolution``; residual float32 [batch, out_height, out_width, out_channels]; out_scale float32 [1]; out_zero_point
-    int32 [1]; the result, of the residual's shape.
+    int32 [1]; where ``spec.sum`` adds other codes: these, of the residual's shape, their scale float32 [1] and zero point int32 [1], and
+    those of the sum's codes; the results (``spec.results``), of the residual's shape.
     """
     if spec.tiled:
         return tiled_convolution(spec, easy=easy)
     with function("convolution") as builder:
-        kernel = _Kernel(spec)
+        kernel = _Kernel(spec, easy)
         rows = kernel.task_blocks * spec.tile[0]
         row_tasks = (kernel.pixels + (rows - 1)) // rows
         kernel.loop(row_tasks * kernel.column_tasks)
@@ -108,8 +109,8 @@ FLOAT_SERIAL_WORK = 1 << 21
 class _Kernel(Arguments):
     """The arguments of one convolution and the statements of its tasks."""
 
-    def __init__(self, spec: Convolution) -> None:
-        super().__init__(spec, spec.weight_shape, spec.padded_columns)
+    def __init__(self, spec: Convolution, easy: bool) -> None:
+        super().__init__(spec, spec.weight_shape, spec.padded_columns, easy=easy)
         self.task_blocks, self.column_tasks = spec.tasks
 
     def loop(self, tasks: Index) -> None:

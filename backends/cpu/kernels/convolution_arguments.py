@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from qcompile.backends.cpu.kernels.byte_codes import ByteCodes
 from qcompile.backends.cpu.kernels.byte_products import add_byte_products
 from qcompile.backends.cpu.kernels.code_rounding import CodeRounding
+from qcompile.backends.cpu.kernels.code_sums import values_of
 from qcompile.backends.cpu.kernels.convolution_spec import LANES, Convolution
 from qcompile.backends.cpu.kernels.registers import Index, argument, load_part, ramp, size, splat, store, store_part
-from qcompile.backends.cpu.kernels.vector import rounded
+from qcompile.backends.cpu.kernels.vector import ACTIVATIONS, rounded
 from tvm.tirx.script.builder import ir as T
 
 
@@ -20,10 +22,11 @@ class Arguments:
         spec: the convolution.
         weight_shape: of the packed weight, int8 or float32.
         columns: length of the arrays with one value for each output channel.
+        easy: the scales of all codes that are made are known to be (``code_rounding.is_easy``).
     """
 
-    def __init__(self, spec: Convolution, weight_shape: tuple[int, ...], columns: int) -> None:
-        self.spec, codes = spec, spec.epilogue.codes
+    def __init__(self, spec: Convolution, weight_shape: tuple[int, ...], columns: int, *, easy: bool = False) -> None:
+        self.spec, self.easy, codes = spec, easy, spec.epilogue.codes
         self.batch = size("batch")
         self.pixels = self.batch * spec.pixels
         self.dtype = "int32" if spec.integer else "float32"
@@ -40,18 +43,38 @@ class Arguments:
         self.residual = argument("residual", out_shape) if spec.epilogue.residual else None
         self.out_scale = argument("out_scale", (1,)) if codes else None
         self.out_zero = argument("out_zero_point", (1,), "int32") if codes else None
-        self.y = argument("y", out_shape, spec.epilogue.output)
+        self.addend, self.addend_scale, self.addend_zero = (None,) * 3
+        if spec.sum is not None:
+            self.addend = argument("addend", out_shape, spec.sum.addend)
+            self.addend_scale, self.addend_zero = argument("addend_scale", (1,)), argument("addend_zero_point", (1,), "int32")
+        self.sum_scale, self.sum_zero = self.out_scale, self.out_zero  # of the codes that are the result
+        if spec.sum is not None and spec.sum.output is not None:
+            self.sum_scale, self.sum_zero = argument("sum_scale", (1,)), argument("sum_zero_point", (1,), "int32")
+        made = [argument(name, out_shape, dtype) for name, dtype in zip(("y", "codes"), spec.results, strict=False)]
         # Flat views: the address of a pixel is then one product, not the divisions that find its image, row and column.
         results = (self.pixels * spec.out_channels,)
         self.flat_x = T.decl_buffer((self.batch * (spec.height * spec.width * spec.channels),), spec.x, data=self.x.data)
-        self.flat_y = T.decl_buffer(results, spec.epilogue.output, data=self.y.data)
+        flat = [T.decl_buffer(results, dtype, data=y.data) for y, dtype in zip(made, spec.results, strict=True)]
+        self.flat_values, self.flat_codes = (flat[0], None) if spec.results[0] == "float32" else (None, flat[0])
+        self.flat_codes = flat[1] if len(flat) > 1 else self.flat_codes
         self.flat_residual = T.decl_buffer(results, "float32", data=self.residual.data) if self.residual is not None else None
+        self.flat_addend = T.decl_buffer(results, spec.sum.addend, data=self.addend.data) if spec.sum is not None else None
         self.rounding: CodeRounding | None = None
+        self.sum_rounding: CodeRounding | None = None
+        self.bytes: ByteCodes | None = None
 
-    def begin_task(self) -> None:
-        """Compute what is the same for all results of a task."""
-        if self.spec.epilogue.codes:
-            self.rounding = CodeRounding(self.out_scale[0], self.out_zero[0], *self.spec.epilogue.range, isa=self.spec.isa)
+    def begin_task(self, *, bytewise: bool = False) -> None:
+        """Compute what is the same for all results of a task. ``bytewise``: also for those made sixty-four at once."""
+        epilogue, sum_, isa = self.spec.epilogue, self.spec.sum, self.spec.isa
+        if epilogue.codes:
+            self.rounding = CodeRounding(self.out_scale[0], self.out_zero[0], *epilogue.range, isa=isa, easy=self.easy)
+            self.sum_rounding = self.rounding
+        if sum_ is not None and sum_.output is not None:
+            self.sum_rounding = CodeRounding(self.sum_scale[0], self.sum_zero[0], *sum_.range, isa=isa, easy=self.easy)
+        if bytewise:
+            last = sum_ or epilogue
+            grid = self.sum_scale[0], self.sum_zero[0], str(last.output), last.range
+            self.bytes = ByteCodes(*grid, last.activation, isa, easy=self.easy)
 
     def zero(self) -> Any:
         """Return the element that stands for the real value zero among the bytes that are multiplied (or floats)."""
@@ -80,18 +103,36 @@ class Arguments:
 
     def store_result(self, y: Any, columns: Any, place: Index, mask: Any) -> None:
         """Apply the epilogue to sixteen scaled sums and store those of the mask (None: all) from flat address ``place`` on."""
-        where, epilogue = ramp(place), self.spec.epilogue
+        where, epilogue, sum_ = ramp(place), self.spec.epilogue, self.spec.sum
         bias = self.bias[columns] if epilogue.bias == "float32" else None
         residual = None
         if self.flat_residual is not None:
             residual = self.flat_residual[where] if mask is None else load_part(self.flat_residual, mask, where)
         value = dataclasses.replace(epilogue, output="float32").apply(y, bias, residual, None, None)
-        if self.rounding is not None:
-            value = T.cast(self.rounding.codes(rounded(value)), f"{epilogue.output}x{LANES}")
+        if sum_ is not None:
+            addend = self.flat_addend[where] if mask is None else load_part(self.flat_addend, mask, where)
+            value = T.Bind(ACTIVATIONS[sum_.activation](self.added(rounded(value), addend)))
+        if self.flat_values is not None:
+            self._store(self.flat_values, value, where, mask)
+        if self.flat_codes is not None:
+            codes = self.sum_rounding.codes(rounded(value))
+            self._store(self.flat_codes, T.cast(codes, f"{self.spec.results[-1]}x{LANES}"), where, mask)
+
+    def before_bytes(self, total: Any, columns: Any, addend: Any) -> Any:
+        """Return what ``bytes`` takes for sixteen exact sums; ``addend`` are the codes that are added, or None."""
+        value, epilogue = self.scaled(total, columns), self.spec.epilogue
+        value = rounded(value) + self.bias[columns] if epilogue.bias == "float32" else value
+        return value if addend is None else self.added(rounded(ACTIVATIONS[epilogue.activation](value)), addend)
+
+    def added(self, value: Any, addend: Any) -> Any:
+        """Return the sum of what the codes of ``value`` and other codes stand for; emits statements."""
+        return rounded(self.rounding.values(value) + values_of(addend, self.addend_scale[0], self.addend_zero[0]))
+
+    def _store(self, buffer: Any, value: Any, where: Any, mask: Any) -> None:
         if mask is None:
-            store(self.flat_y, value, where)
+            store(buffer, value, where)
         else:
-            store_part(self.flat_y, value, mask, where)
+            store_part(buffer, value, mask, where)
 
 
 def multiply_add(total: Any, x: Any, weight: Any, isa: str) -> Any:

@@ -7,6 +7,7 @@ import math
 from dataclasses import dataclass, field
 
 from qcompile.backends.cpu.kernels import isa as instruction_sets
+from qcompile.backends.cpu.kernels.code_sums import CodeSum
 from qcompile.backends.cpu.kernels.convolution_plan import TilePlan
 from qcompile.backends.cpu.kernels.matmul_epilogue import Epilogue
 
@@ -41,7 +42,8 @@ class Convolution:
         x: dtype of the input: ``float32`` (weights too), or ``int8`` or ``uint8`` codes with one scale.
         x_affine: the codes have a zero point (an argument); without, it is 0.
         weight_affine: weight codes have zero points, one for each output channel.
-        epilogue: what follows the sum.
+        epilogue: what follows the sum of products.
+        sum: what becomes of the codes of the epilogue, if they are not the result.
         isa: a name of ``qcompile.backends.cpu.kernels.isa.KNOWN``.
         blocks: sizes of blocks; None: those with the least padding.
     """
@@ -59,6 +61,7 @@ class Convolution:
     x_affine: bool = True
     weight_affine: bool = False
     epilogue: Epilogue = Epilogue()
+    sum: CodeSum | None = None
     isa: str = field(default_factory=instruction_sets.detect)
     blocks: Blocks | None = None
 
@@ -70,8 +73,22 @@ class Convolution:
             raise ValueError(f"{self.channels} and {self.out_channels} channels do not divide into {self.groups} groups")
         if self.x == "float32" and (self.epilogue.bias == "int32" or self.weight_affine):
             raise ValueError("an int32 bias and weight zero points need an integer sum")
+        if self.sum is not None and not self.epilogue.codes:
+            raise ValueError("what is added to other codes is codes")
         if min(self.out_height, self.out_width) < 1:
             raise ValueError(f"a kernel of {self.kernel} leaves nothing of an image of {self.height} x {self.width}")
+
+    @property
+    def results(self) -> tuple[str, ...]:
+        """The dtypes of the results, in order: values before codes."""
+        if self.sum is None:
+            return (self.epilogue.output,)
+        return ("float32",) * self.sum.values + ((self.sum.output,) if self.sum.output is not None else ())
+
+    @property
+    def bytewise(self) -> bool:
+        """Whether results are made sixty-four codes at once where a register holds as many (``byte_codes``): there is nothing but codes."""
+        return self.epilogue.codes and not self.epilogue.residual and self.results[0] != "float32"
 
     @property
     def integer(self) -> bool:

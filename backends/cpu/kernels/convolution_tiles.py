@@ -11,12 +11,11 @@ from __future__ import annotations
 from typing import Any
 
 from qcompile.backends.cpu.kernels import tiles
-from qcompile.backends.cpu.kernels.byte_codes import VECTORS, ByteCodes, by_vector
+from qcompile.backends.cpu.kernels.byte_codes import VECTORS, by_vector
 from qcompile.backends.cpu.kernels.convolution_arguments import Arguments
 from qcompile.backends.cpu.kernels.convolution_spec import LANES, Convolution
 from qcompile.backends.cpu.kernels.registers import Index, below, function, long, ramp, serial_or_parallel, store
 from qcompile.backends.cpu.kernels.runs import copy_run, fill_run
-from qcompile.backends.cpu.kernels.vector import rounded
 from tvm import tirx
 from tvm.tirx.script.builder import ir as T
 
@@ -43,8 +42,8 @@ class _Kernel(Arguments):
     """The arguments of one convolution and the statements of its tasks."""
 
     def __init__(self, spec: Convolution, easy: bool) -> None:
-        super().__init__(spec, spec.weight_shape, spec.padded_columns)
-        self.plan, self.easy = spec.plan, easy
+        super().__init__(spec, spec.weight_shape, spec.padded_columns, easy=easy)
+        self.plan = spec.plan
         per_task = spec.tasks[0]
         if self.plan.flat:
             self.bands = (self.pixels + (per_task * self.plan.rows - 1)) // (per_task * self.plan.rows)
@@ -61,11 +60,7 @@ class _Kernel(Arguments):
         sums of the unit before into codes: one would wait for the other otherwise.
         """
         spec, plan = self.spec, self.plan
-        self.begin_task()
-        self.codes = None
-        if spec.epilogue.codes and not spec.epilogue.residual and self.group * plan.vectors == VECTORS:
-            epilogue, scale, zero = spec.epilogue, self.out_scale[0], self.out_zero[0]
-            self.codes = ByteCodes(scale, zero, epilogue.output, epilogue.range, epilogue.activation, spec.isa, easy=self.easy)
+        self.begin_task(bytewise=spec.bytewise and self.group * plan.vectors == VECTORS)
         part, band = T.Bind(index // self.bands), T.Bind(index % self.bands)
         self.source = (_Gathered if plan.gathers else _Pixels if plan.flat else _Lines)(self, band)
         panels = -(-spec.column_blocks // spec.tasks[1])
@@ -131,7 +126,7 @@ class _Kernel(Arguments):
             at = T.Bind(sums + (group // tile_groups * plan.rows + row) * spec.columns)
             place = T.Bind((self.before[2 + group // tile_groups] + row) * spec.out_channels + panel * spec.columns)
             whole, ragged = divmod(spec.out_channels, spec.columns)
-            if self.codes is None or not whole:
+            if self.bytes is None or not whole:
                 self._store_rows(panel, at, place)
             elif not ragged:
                 self._store_bytes(panel, at, place)
@@ -167,12 +162,13 @@ class _Kernel(Arguments):
         spec, vectors, values = self.spec, self.plan.vectors, []
         for i in range(VECTORS):
             lanes = ramp(panel * spec.columns + i % vectors * LANES)
-            value = self.scaled(self.acc[ramp(at + i * LANES)], lanes)
-            values.append(rounded(value) + self.bias[lanes] if spec.epilogue.bias == "float32" else value)
-        codes = T.Bind(by_vector(self.codes.bytes(values)))
+            where = ramp(place + (i // vectors * spec.out_channels + i % vectors * LANES))
+            addend = self.flat_addend[where] if self.flat_addend is not None else None
+            values.append(self.before_bytes(self.acc[ramp(at + i * LANES)], lanes, addend))
+        codes = T.Bind(by_vector(self.bytes.bytes(values)))
         for i in range(VECTORS // vectors):
             part = tirx.Shuffle([codes], list(range(i * spec.columns, (i + 1) * spec.columns)))
-            store(self.flat_y, part, ramp(place + i * spec.out_channels, spec.columns))
+            store(self.flat_codes, part, ramp(place + i * spec.out_channels, spec.columns))
 
 
 class _Pixels:

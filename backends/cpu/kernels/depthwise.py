@@ -48,7 +48,7 @@ def depthwise(spec: Convolution, *, easy: bool = False) -> tirx.PrimFunc:
     if takes_words(spec):
         return depthwise_words(spec, easy=easy)
     with function("depthwise") as builder:
-        kernel = _Kernel(spec)
+        kernel = _Kernel(spec, easy)
         tasks = kernel.batch * spec.out_height
         if spec.pixels * spec.taps * spec.channels > SERIAL_WORK:
             with T.parallel(tasks) as task:
@@ -120,8 +120,9 @@ def _pack_taps(spec: Convolution, taps: Array) -> tuple[Array, Array]:
 class _Kernel(Arguments):
     """The arguments of one depthwise convolution and the statements of its tasks."""
 
-    def __init__(self, spec: Convolution) -> None:
-        super().__init__(spec, (len(_chunks(spec)) * LANES * _groups(spec) * spec.word,), max(LANES, spec.channels))
+    def __init__(self, spec: Convolution, easy: bool) -> None:
+        weights = len(_chunks(spec)) * LANES * _groups(spec) * spec.word
+        super().__init__(spec, (weights,), max(LANES, spec.channels), easy=easy)
         self.columns = spec.width + 2 * spec.padding[1]
 
     def task(self, index: Index) -> None:

@@ -18,7 +18,7 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
-from qcompile.backends.cpu.kernels.byte_codes import BYTES, VECTORS, ByteCodes, by_vector, unpacked_order
+from qcompile.backends.cpu.kernels.byte_codes import BYTES, VECTORS, by_vector, unpacked_order
 from qcompile.backends.cpu.kernels.convolution_arguments import Arguments, multiply_add
 from qcompile.backends.cpu.kernels.convolution_spec import LANES, Convolution
 from qcompile.backends.cpu.kernels.isa import SETS
@@ -82,7 +82,7 @@ class Plan:
     def chunks(self) -> tuple[tuple[int, int], ...]:
         """First channel and width of each chunk, those of 64 before those of 16."""
         channels = self.spec.channels
-        wide = channels // BYTES if self.spec.epilogue.codes and not self.spec.epilogue.residual else 0
+        wide = channels // BYTES if self.spec.bytewise else 0
         narrow = -(-(channels - wide * BYTES) // LANES)
         last = max(0, channels - LANES)
         return (*((i * BYTES, BYTES) for i in range(wide)), *((min(wide * BYTES + i * LANES, last), LANES) for i in range(narrow)))
@@ -157,8 +157,8 @@ class _Kernel(Arguments):
     """The arguments of one depthwise convolution and the statements of its tasks."""
 
     def __init__(self, spec: Convolution, easy: bool) -> None:
-        self.plan, self.easy = Plan(spec), easy
-        super().__init__(spec, (len(self.plan.order) * self.plan.weight_bytes,), len(self.plan.order))
+        self.plan = Plan(spec)
+        super().__init__(spec, (len(self.plan.order) * self.plan.weight_bytes,), len(self.plan.order), easy=easy)
 
     def task(self, index: Index) -> None:
         """Compute a block of output rows in a strip of columns, chunk of channels by chunk."""
@@ -167,12 +167,7 @@ class _Kernel(Arguments):
         self.row = T.Bind(index // plan.strips % plan.blocks * plan.block)
         # The last strip overlaps the one before.
         self.column = T.Bind(T.min(index % plan.strips * plan.strip, spec.out_width - plan.strip)) if plan.strips > 1 else T.int64(0)
-        self.codes: ByteCodes | None = None
-        if spec.epilogue.codes and not spec.epilogue.residual:
-            epilogue, scale, zero = spec.epilogue, self.out_scale[0], self.out_zero[0]
-            self.codes = ByteCodes(scale, zero, epilogue.output, epilogue.range, epilogue.activation, spec.isa, easy=self.easy)
-        else:
-            self.begin_task()
+        self.begin_task(bytewise=spec.bytewise)
         rows = [self._source_row(i) for i in range((plan.block - 1) * spec.stride[0] + spec.kernel[0])]
         # Behind the words of the widest chunk: where its sums start.
         words = T.alloc_buffer(((plan.columns * plan.words + 1) * plan.widest,), "int32")
@@ -246,10 +241,6 @@ class _Kernel(Arguments):
                         totals[i] = T.Bind(multiply_add(totals[i], words[ramp(place[0] + offset)], tap, spec.isa))
         return totals
 
-    def _scaled(self, total: Any, place: Any) -> Any:
-        value = self.scaled(total, place)
-        return rounded(value) + self.bias[place] if self.spec.epilogue.bias == "float32" else value
-
     def _row(self, words: Any, row: Index, channel: Index, packed: Index, width: int) -> None:
         """Compute one output row of a chunk, some pixels at a time; the last ones overlap those before."""
         spec, plan, vectors = self.spec, self.plan, width // LANES
@@ -263,11 +254,13 @@ class _Kernel(Arguments):
             line = (self.image * spec.out_height + self.row + row) * spec.out_width + self.column + column
             spots = [T.Bind(line * spec.channels + channel + i * spec.channels) for i in range(pixels)]
             places = [ramp(packed + nothing + k * LANES) for _ in range(pixels) for k in range(vectors)]
-            if self.codes is None:
+            if self.bytes is None:
                 for total, place, spot in zip(totals, places, spots, strict=True):
                     self.store_result(T.Bind(self.scaled(total, place)), place, spot, mask)
             else:
-                self._store_codes([self._scaled(total, place) for total, place in zip(totals, places, strict=True)], spots, mask)
+                addends = self._addends(spots, vectors, mask)
+                values = [self.before_bytes(*each) for each in zip(totals, places, addends, strict=True)]
+                self._store_codes(values, spots, mask)
 
     def _nothing(self, column: Index, vectors: int) -> Index:
         """Return a zero that LLVM does not know to be the same for all columns.
@@ -279,19 +272,30 @@ class _Kernel(Arguments):
             return T.int64(0)
         return T.Bind(T.cast(rounded(T.cast(column, "float32")), "int64") - column)
 
+    def _addends(self, spots: list[Index], vectors: int, mask: Any) -> list[Any]:
+        """Return the codes that are added to each vector of some pixels, in the order of the vector's channels."""
+        if self.flat_addend is None:
+            return [None] * (len(spots) * vectors)
+        if vectors == 1:
+            wheres = [ramp(spot) for spot in spots]
+            return [T.Bind(self.flat_addend[w] if mask is None else load_part(self.flat_addend, mask, w)) for w in wheres]
+        # The order of unpacking is undone by itself: both exchange four lanes for four vectors.
+        whole = [T.Bind(by_vector(self.flat_addend[ramp(spot, BYTES)])) for spot in spots]
+        return [tirx.Shuffle([each], list(range(k * LANES, (k + 1) * LANES))) for each in whole for k in range(vectors)]
+
     def _store_codes(self, values: list[Any], spots: list[Index], mask: Any) -> None:
         """Store the codes of some pixels, each of four vectors of channels or of one."""
         if len(values) == VECTORS * len(spots):
             for i, spot in enumerate(spots):
-                store(self.flat_y, self.codes.bytes(values[i * VECTORS : (i + 1) * VECTORS]), ramp(spot, BYTES))
+                store(self.flat_codes, self.bytes.bytes(values[i * VECTORS : (i + 1) * VECTORS]), ramp(spot, BYTES))
             return
-        codes = T.Bind(by_vector(self.codes.bytes([*values, *[values[0]] * (VECTORS - len(values))])))
+        codes = T.Bind(by_vector(self.bytes.bytes([*values, *[values[0]] * (VECTORS - len(values))])))
         for i, spot in enumerate(spots):
             part = tirx.Shuffle([codes], list(range(i * LANES, (i + 1) * LANES)))
             if mask is None:
-                store(self.flat_y, part, ramp(spot))
+                store(self.flat_codes, part, ramp(spot))
             else:
-                store_part(self.flat_y, part, mask, ramp(spot))
+                store_part(self.flat_codes, part, mask, ramp(spot))
 
 
 def interleave(pixels: list[Any]) -> Any:

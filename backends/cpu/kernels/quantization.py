@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from qcompile.backends.cpu.kernels.code_rounding import CodeRounding
+from qcompile.backends.cpu.kernels.code_sums import values_of
 from qcompile.backends.cpu.kernels.isa import detect
 from qcompile.backends.cpu.kernels.partials import Partials
 from qcompile.backends.cpu.kernels.registers import (
@@ -293,10 +294,7 @@ def quantized_add(
         rounding = _Rounding(*grid, out, isa) if grid is not None and out is not None else None
 
         def body(start: Index, mask: Any) -> None:
-            first, second = (
-                rounded(T.cast(T.cast(load(codes, mask, start), f"int32x{LANES}") - splat(zero[0]), f"float32x{LANES}") * splat(scale[0]))
-                for codes, scale, zero in terms
-            )
+            first, second = (values_of(load(codes, mask, start), scale[0], zero[0]) for codes, scale, zero in terms)
             total = T.Bind(rounded(ACTIVATIONS[activation](first + second)))
             if sums is not None:
                 store_row(sums, total, mask, start)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from qcompile.backends.cpu.kernels import convolution_plan
 from qcompile.backends.cpu.kernels.code_rounding import is_easy
+from qcompile.backends.cpu.kernels.code_sums import CodeSum
 from qcompile.backends.cpu.kernels.convolution import convolution, pack_convolution
 from qcompile.backends.cpu.kernels.convolution_spec import Blocks, Convolution
 from qcompile.backends.cpu.kernels.depthwise import depthwise, pack_depthwise
@@ -16,7 +17,7 @@ from qcompile.backends.cpu.kernels.depthwise_words import Plan, takes_words
 from qcompile.backends.cpu.kernels.isa import AMX, AVX512, AVX512_VNNI, PORTABLE, cannot_run, detect
 from qcompile.backends.cpu.kernels.matmul_epilogue import Epilogue
 
-import qcompile.graph.dialect  # noqa: F401 - registers torch.ops.qc
+from qcompile.graph.dialect import ACTIVATIONS  # registers torch.ops.qc
 
 Build = Callable[..., Callable[..., None]]
 HOST = detect()
@@ -82,6 +83,26 @@ TILED = {
     "bands of pixels": conv(20, 40, 15, 13, 1, isa=AMX, blocks=Blocks(30, 1, 2 << 10), epilogue=CODES),
     "lines of a pixel": conv(64, 32, 9, 1, 3, padding=(1, 1), isa=AMX, epilogue=CODES),
 }  # fmt: skip
+SYMMETRIC = Epilogue(output="int8", lowest=-127)
+SUMS = {
+    "tiles": conv(128, 64, 9, 11, 1, isa=AMX, epilogue=SYMMETRIC, sum=CodeSum("uint8", "relu", "uint8")),
+    "tiles of a float bias": conv(16, 96, 9, 11, 3, padding=1, isa=AMX, epilogue=CODES, sum=CodeSum("int8", "none", "int8", -100, 99)),
+    "tiles of ragged columns": conv(65, 41, 7, 5, 1, isa=AMX, epilogue=replace(CODES, bias="int32"), sum=CodeSum("int8", "relu6", "uint8")),
+    "single tiles": conv(24, 16, 9, 11, 1, isa=AMX, epilogue=SYMMETRIC, sum=CodeSum("uint8", "hardswish", "uint8")),
+    "tiles, values and codes": conv(64, 32, 5, 9, 1, isa=AMX, epilogue=CODES, sum=CodeSum("uint8", "relu", "uint8", values=True)),
+    "tiles, values": conv(64, 41, 5, 9, 3, isa=AMX, epilogue=SYMMETRIC, sum=CodeSum("uint8", values=True)),
+    "vectors": conv(17, 48, 6, 5, 3, padding=1, isa=AVX512_VNNI, epilogue=CODES, sum=CodeSum("uint8", "relu", "uint8")),
+    "vectors, values and codes": conv(67, 50, 5, 7, 1, isa=AVX512, epilogue=SYMMETRIC, sum=CodeSum("int8", "none", "int8", values=True)),
+    "groups": conv(6, 9, 7, 6, 3, groups=3, weight_affine=True, x="int8", epilogue=CODES, sum=CodeSum("int8", "relu", "uint8")),
+    "portable": conv(18, 33, 6, 5, 3, padding=1, isa=PORTABLE, epilogue=CODES, sum=CodeSum("uint8", "relu6", "int8", values=True)),
+    "depthwise": conv(83, 83, 6, 5, 3, padding=1, groups=83, epilogue=CODES, sum=CodeSum("uint8", "relu", "uint8")),
+    "depthwise of 64": conv(128, 128, 5, 7, 5, padding=2, groups=128, epilogue=SYMMETRIC, sum=CodeSum("int8", "none", "int8")),
+    "depthwise of few": conv(5, 5, 4, 3, 3, padding=1, groups=5, epilogue=SYMMETRIC, sum=CodeSum("uint8", "relu", "uint8")),
+    "depthwise, values": conv(64, 64, 4, 3, 3, padding=1, groups=64, epilogue=CODES, sum=CodeSum("uint8", "relu", values=True)),
+    "depthwise, values and codes": conv(70, 70, 4, 3, 3, groups=70, epilogue=CODES, sum=CodeSum("int8", "relu", "int8", values=True)),
+    "depthwise by four": conv(33, 33, 5, 7, 3, dilation=2, groups=33, x="int8", epilogue=CODES, sum=CodeSum("uint8", "relu", "uint8")),
+    "depthwise, portable": conv(37, 37, 5, 5, 3, groups=37, isa=PORTABLE, epilogue=SYMMETRIC, sum=CodeSum("uint8", "relu", "uint8")),
+}  # fmt: skip
 
 
 class Case:
@@ -106,9 +127,17 @@ class Case:
         out_shape = (batch, spec.out_channels, spec.out_height, spec.out_width)
         self.residual = torch.randn(out_shape) * 5 if epilogue.residual else None
         self.out_scale, self.out_zero = torch.tensor(0.05 * spec.depth**0.5), torch.tensor(7, dtype=torch.int32)
+        if spec.sum is not None:
+            low, high = RANGES[spec.sum.addend]
+            self.addend = torch.randint(low, high + 1, out_shape).to(getattr(torch, spec.sum.addend))
+            self.addend_scale, self.addend_zero = self.out_scale * 0.73, torch.randint(low, high + 1, (), dtype=torch.int32)
+            if extreme:
+                self.addend[:] = high if extreme == "high" else low
+                self.addend_zero.fill_(low if extreme == "high" else high)
+            self.sum_scale, self.sum_zero = self.out_scale * 1.37, torch.tensor(-5, dtype=torch.int32)
 
-    def expected(self) -> torch.Tensor:
-        """Return the dialect's result, NHWC."""
+    def expected(self) -> list[torch.Tensor]:
+        """Return the dialect's results, NHWC."""
         spec, epilogue = self.spec, self.spec.epilogue
         out = (self.out_scale, self.out_zero) if epilogue.codes else (None, None)
         y = torch.ops.qc.conv2d(
@@ -117,7 +146,18 @@ class Case:
             spec.kernel[1], spec.stride, spec.padding, spec.dilation, spec.groups, epilogue.activation,
             f"{epilogue.output} tensor affine" if epilogue.codes else "",
         )  # fmt: skip
-        return nhwc(y)
+        return [nhwc(y)] if spec.sum is None else self._added(y.clamp(*epilogue.range), spec.sum)
+
+    def _added(self, codes: torch.Tensor, wanted: CodeSum) -> list[torch.Tensor]:
+        """Return values and codes of the sum; ranges of fewer codes than the dtype has clamp after the dialect's rounding."""
+        terms = (codes, self.out_scale, self.out_zero, self.addend, self.addend_scale, self.addend_zero)
+        schemes = (f"{self.spec.epilogue.output} tensor affine", f"{wanted.addend} tensor affine")
+        a, b = (torch.ops.qc.dequantize(*terms[3 * i : 3 * i + 3], schemes[i]) for i in (0, 1))
+        found = [nhwc(ACTIVATIONS[wanted.activation](a + b))] if wanted.values else []
+        if wanted.output is not None:
+            out = torch.ops.qc.add(*terms, self.sum_scale, self.sum_zero, *schemes, f"{wanted.output} tensor affine", wanted.activation)
+            found.append(nhwc(out).clamp(*wanted.range))
+        return found
 
     def arguments(self, pack: Callable[..., list[object]], unsigned_weights: bool = False) -> list[torch.Tensor]:
         """Return the kernel's arguments without the result; unsigned weights are the same values, codes and zero points 128 higher."""
@@ -128,7 +168,11 @@ class Case:
         found = [nhwc(self.x), self.x_scale.reshape(1), *([] if self.x_zero is None else [self.x_zero.reshape(1)])]
         found += [torch.from_numpy(constant) for constant in constants]
         found += [] if self.residual is None else [nhwc(self.residual)]
-        return [*found, self.out_scale.reshape(1), self.out_zero.reshape(1)] if self.spec.epilogue.codes else found
+        found += [self.out_scale.reshape(1), self.out_zero.reshape(1)] if self.spec.epilogue.codes else []
+        if self.spec.sum is not None:
+            found += [nhwc(self.addend), self.addend_scale.reshape(1), self.addend_zero.reshape(1)]
+            found += [self.sum_scale.reshape(1), self.sum_zero.reshape(1)] if self.spec.sum.output is not None else []
+        return found
 
 
 def nhwc(tensor: torch.Tensor) -> torch.Tensor:
@@ -137,9 +181,10 @@ def nhwc(tensor: torch.Tensor) -> torch.Tensor:
 
 def check(kernel: Callable[..., None], case: Case, arguments: list[torch.Tensor]) -> None:
     expected = case.expected()
-    out = torch.full_like(expected, 77)
-    kernel(*arguments, out)
-    assert torch.equal(out, expected)
+    found = [torch.full_like(tensor, 77) for tensor in expected]
+    kernel(*arguments, *found)
+    for got, wanted in zip(found, expected, strict=True):
+        assert torch.equal(got, wanted)
 
 
 @pytest.mark.parametrize("name", DENSE)
@@ -204,6 +249,21 @@ def test_depthwise(compile_kernel: Build, name: str) -> None:
             check(kernel, case, case.arguments(pack_depthwise))
 
 
+@pytest.mark.parametrize("name", SUMS)
+def test_sums_of_codes(compile_kernel: Build, name: str) -> None:
+    spec = SUMS[name]
+    if reason := cannot_run(spec.isa):
+        pytest.skip(reason)
+    build, pack = (depthwise, pack_depthwise) if spec.groups == spec.channels else (convolution, pack_convolution)
+    kernels = [compile_kernel(build(spec, easy=easy), spec.isa) for easy in (False, True)]
+    for batch, extreme in ((1, ""), (3, ""), (1, "high"), (1, "low")):
+        case = Case(spec, batch, extreme)
+        assert is_easy(float(case.out_scale)), "the quick rounding is right for this scale only if it is easy"
+        assert is_easy(float(case.sum_scale)), "the same of the sum's"
+        for kernel in kernels:
+            check(kernel, case, case.arguments(pack))
+
+
 def test_depthwise_plans_cut_all_ways() -> None:
     """The suite has every kind of block and strip of the kernel that reads words of rows."""
     plans = [Plan(spec) for spec in DEPTHWISE.values() if takes_words(replace(spec, isa=AVX512))]
@@ -232,6 +292,12 @@ def test_float(compile_kernel: Build, groups: int) -> None:
 
 
 def test_refusals() -> None:
+    with pytest.raises(ValueError, match="is codes"):
+        conv(6, 9, 5, 5, 3, sum=CodeSum("uint8", output="uint8"))
+    with pytest.raises(ValueError, match="no result"):
+        CodeSum("uint8")
+    with pytest.raises(ValueError, match="unknown"):
+        CodeSum("float32", output="uint8")
     with pytest.raises(ValueError, match="do not divide"):
         conv(6, 9, 5, 5, 3, groups=4)
     with pytest.raises(ValueError, match="leaves nothing"):

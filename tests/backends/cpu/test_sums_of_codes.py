@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from qcompile.backends.cpu.build import build
@@ -49,7 +51,7 @@ MOVE = """  %t = aten.slice.Tensor(%r) {dim=2, start=0, end=9223372036854775807,
   %m = aten.pad(%v) {pad=[0, 1, 0, 0, 2, 3]} : f32[n,14,3,5]
 """
 MUL = f"  %m = aten.mul.Tensor(%s, %a) : f32[{SHAPE}]\n"
-# lines, results, kernels that read two tensors of codes, kernels that dequantize
+# lines, results, sums that read codes, kernels that dequantize
 CASES = {
     "codes alone": (ADD + RELU + QUANTIZE.format("r"), "%q", 1, 0),
     "codes of the sum": (ADD + QUANTIZE.format("s"), "%q", 1, 0),
@@ -67,10 +69,16 @@ CASES = {
 }
 
 
+NOT_FUSED = {"an operand read again", "a weighted sum", "with itself"}
+
+
+@pytest.mark.parametrize("read_again", [False, True], ids=["fused", "alone"])
 @pytest.mark.parametrize("signed", [False, True])
 @pytest.mark.parametrize("name", CASES)
-def test_every_bit_is_kept(name: str, signed: bool) -> None:
+def test_every_bit_is_kept(name: str, signed: bool, read_again: bool) -> None:
+    """The convolution's kernel adds where nothing but the sum reads its codes (``read_again``: the graph returns them), else another."""
     lines, results, adds, dequantized = CASES[name]
+    results = f"{results}, %c" if read_again else results
     graph = graph_of(lines, ", ".join(f'{r} as "{r[1:]}"' for r in results.split(", ")), signed)
     built = build(graph.module, threads=1)
     generator = torch.Generator().manual_seed(0)
@@ -81,7 +89,9 @@ def test_every_bit_is_kept(name: str, signed: bool) -> None:
         for got, wanted in zip(built(x, y), graph(x, y), strict=True):
             assert torch.equal(got, wanted)
     kernels = [step.kernel for step in built.steps(x, y)]
-    assert sum(kernel.startswith("add_codes") for kernel in kernels) == adds
+    fused = adds if name not in NOT_FUSED and not read_again else 0
+    assert sum(re.fullmatch(r"convolution_.*_add\d*", kernel) is not None for kernel in kernels) == fused
+    assert sum(kernel.startswith("add_codes") for kernel in kernels) == adds - fused
     assert sum(kernel.startswith("dequantize") for kernel in kernels) == dequantized
 
 
