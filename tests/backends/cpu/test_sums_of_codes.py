@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import pytest
 import torch
 from qcompile.backends.cpu.build import build
 
+import qcompile
 from qcompile.graph import Graph, parse_graph, tensor_digest
 
+QUICK = str(Path(__file__).parents[3] / "benchmarks/models/w8a8_quick.yaml")
 TYPE, SHAPE = "uint8 tensor affine", "n,16,6,5"
 CONSTANTS = {
     "xs": torch.tensor(0.031), "xz": torch.tensor(7, dtype=torch.int32), "ys": torch.tensor(0.0173),
@@ -103,3 +106,42 @@ def test_a_tapped_sum_is_kept() -> None:
         wanted = graph_of(ADD + RELU + QUANTIZE.format("r"), f'%q as "q", %{tap} as "v"')(x, y)
         assert torch.equal(codes, wanted[0])
         assert torch.equal(values[tap], wanted[1])
+
+
+def test_codes_on_another_grid_are_not_added() -> None:
+    """What reads the convolution's codes as other values than it wrote gets them as they are."""
+    lines = f'  %d = qc.dequantize(%c, %ys, %yz) {{scheme="{TYPE}"}} : f32[{SHAPE}]\n  %s = aten.add.Tensor(%d, %b) : f32[{SHAPE}]\n'
+    graph = graph_of(lines + QUANTIZE.format("s"), '%q as "q"')
+    built = build(graph.module, threads=1)
+    x, y = (torch.randint(0, 256, (2, 16, 6, 5)).to(torch.uint8) for _ in range(2))
+    assert torch.equal(built(x, y)[0], graph(x, y)[0])
+    assert any(step.kernel.startswith("add_codes") for step in built.steps(x, y))
+
+
+class Residual(torch.nn.Module):
+    """A block whose other branch is a convolution, one whose other branch is its input, and a depthwise one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = torch.nn.Conv2d(3, 16, 3, padding=1)
+        self.main, self.down = torch.nn.Conv2d(16, 37, 3, stride=2, padding=1), torch.nn.Conv2d(16, 37, 1, stride=2)
+        self.second, self.wise = torch.nn.Conv2d(37, 37, 1), torch.nn.Conv2d(37, 37, 3, padding=1, groups=37)
+        self.last = torch.nn.Conv2d(37, 5, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.relu(self.stem(x))
+        x = torch.relu(self.main(x) + self.down(x))
+        x = torch.relu(x + self.second(x))
+        return self.last(self.wise(x) + x)
+
+
+def test_all_sums_of_a_network_are_ends_of_convolutions() -> None:
+    torch.manual_seed(0)
+    data = [(torch.randn(2, 3, 13, 11),) for _ in range(3)]
+    made = qcompile.compile(Residual().eval(), data[0], recipe=QUICK, target="reference", calibration=data)
+    built = build(made.graph.module, threads=2)
+    kernels = [step.kernel for step in built.steps(*data[0])]
+    assert sum(re.search(r"_add\d*$", kernel) is not None for kernel in kernels) == 3
+    assert not any(kernel.startswith(("add_codes", "dequantize")) for kernel in kernels)
+    for (x,) in data:
+        assert torch.equal(built(x)[0], made.graph(x)[0])
