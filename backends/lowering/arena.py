@@ -3,6 +3,8 @@
 Values that live at different times share memory. Sizes may depend on symbols of the inputs' shapes (``batch * tokens * 1536`` bytes):
 values whose sizes are multiples of the same product of symbols make a region, in which offsets are multiples of that product too, so
 one plan serves every batch and length. Regions follow one another. With constant sizes there is one region and every offset is a number.
+
+Where a kernel allows it (``sequence.IN_PLACE``) and reads a value for the last time, its result lies in that value's place.
 """
 
 from __future__ import annotations
@@ -53,7 +55,7 @@ class _Lifetime:
 def plan_arena(sequence: Sequence) -> Arena:
     """Return places such that no two values that live at the same time overlap.
 
-    The largest value is placed first, each at the lowest offset that is free while it lives.
+    A value that takes the place of another's shares its bytes, and counts as one with it.
     """
     outputs = {output.index for output in sequence.outputs}
     lifetimes: dict[int, list[int]] = {}
@@ -61,6 +63,7 @@ def plan_arena(sequence: Sequence) -> Arena:
         for view in call.arguments:
             if view.kind == VALUE and view.index not in outputs:
                 lifetimes.setdefault(view.index, []).append(number)
+    shared = _shared_places(sequence, lifetimes)
     grouped: dict[tuple[str, ...], list[_Lifetime]] = {}
     units: dict[tuple[str, ...], tuple[Any, ...]] = {}
     for index, uses in lifetimes.items():
@@ -76,7 +79,32 @@ def plan_arena(sequence: Sequence) -> Arena:
         offsets, length = _place(grouped[key])
         regions.append(Region(units[key], length))
         places |= {value: Place(number, offset) for value, offset in offsets.items()}
+    places |= {value: places[first] for value, first in shared.items()}
     return Arena(tuple(regions), places)
+
+
+def _shared_places(sequence: Sequence, lifetimes: dict[int, list[int]]) -> dict[int, int]:
+    """Return the values that take another's place, each with the first that lay there, which gets the uses of all."""
+    shared: dict[int, int] = {}
+    last = {value: uses[-1] for value, uses in lifetimes.items()}
+    for number, call in enumerate(sequence.calls):
+        if call.in_place is None:
+            continue
+        before, result = call.arguments[call.in_place], call.arguments[-1]
+        if before.kind != VALUE or before.index not in last or result.index not in last:
+            continue
+        once = sum(view.kind == VALUE and view.index == before.index for view in call.arguments) == 1
+        if once and last[before.index] == number and _bytes(sequence, before.index) == _bytes(sequence, result.index):
+            shared[result.index] = shared.get(before.index, before.index)
+            lifetimes[shared[result.index]] += lifetimes.pop(result.index)
+    return shared
+
+
+def _bytes(sequence: Sequence, index: int) -> tuple[int, tuple[str, ...]]:
+    """Return how much memory a value takes: a number of bytes times a product of symbols."""
+    value = sequence.values[index]
+    length, unit = factors(value.shape)
+    return length * np.dtype(value.dtype).itemsize, tuple(map(str, unit))
 
 
 def factors(shape: tuple[Size, ...]) -> tuple[int, tuple[Any, ...]]:
@@ -94,8 +122,28 @@ def factors(shape: tuple[Size, ...]) -> tuple[int, tuple[Any, ...]]:
 
 
 def _place(values: list[_Lifetime]) -> tuple[dict[int, int], int]:
+    """Return offsets and the length of all: the largest value first, each at the lowest offset that is free while it lives.
+
+    Where that takes more than all that lives at one time, the value that reaches highest goes first, and all are placed again.
+    """
+    least = max((sum(v.length for v in values if v.first <= now <= v.last) for now in {v.first for v in values}), default=0)
+    order = sorted(values, key=lambda v: (-v.length, v.first, v.value))
+    best: dict[int, int] = {}
+    length = 0
+    for _ in values:
+        placed, reached = _place_in(order)
+        if not best or reached < length:
+            best, length = placed, reached
+        if length == least:
+            break
+        highest = max(order, key=lambda v: placed[v.value] + v.length)
+        order = [highest, *(v for v in order if v is not highest)]
+    return best, length
+
+
+def _place_in(order: list[_Lifetime]) -> tuple[dict[int, int], int]:
     placed: list[tuple[int, _Lifetime]] = []
-    for value in sorted(values, key=lambda v: (-v.length, v.first, v.value)):
+    for value in order:
         offset = 0
         together = [(start, other) for start, other in placed if other.first <= value.last and value.first <= other.last]
         for start, other in sorted(together, key=lambda entry: entry[0]):

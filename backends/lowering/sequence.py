@@ -18,6 +18,10 @@ from tvm.ir.expr import GenericConst
 
 INPUT, CONSTANT, VALUE = "input", "constant", "value"
 
+# Attribute of a TIR function with one result: the argument that the result may take the memory of. The kernel reads no element of it after
+# it wrote the result's element of the same index, and is not compiled as if its arguments lay apart.
+IN_PLACE = "qcompile.in_place"
+
 
 class NoSequence(Exception):
     """The function needs a virtual machine; the message says what for."""
@@ -35,11 +39,15 @@ class View:
 
 @dataclass(frozen=True)
 class Call:
-    """One call of a kernel: its buffers, results last, and the sizes it is given besides."""
+    """One call of a kernel: its buffers, results last, and the sizes it is given besides.
+
+    ``in_place`` is the argument that the last one may take the memory of, where the kernel allows it (``IN_PLACE``).
+    """
 
     kernel: str
     arguments: tuple[View, ...]
     sizes: tuple[Size, ...] = ()
+    in_place: int | None = None
 
 
 @dataclass
@@ -133,7 +141,9 @@ class _Reader:
             results.append(View(VALUE, len(self._found.values), _shape(kind), _dtype(kind)))
             self._found.values.append(results[-1])
         sizes = tuple(_size(size) for size in call.args[2]) if len(call.args) > 2 else ()
-        self._found.calls.append(Call(call.args[0].name_hint, (*arguments, *results), sizes))
+        allowed = (self._module[call.args[0]].attrs or {}).get(IN_PLACE)
+        in_place = int(allowed) if allowed is not None else None
+        self._found.calls.append(Call(call.args[0].name_hint, (*arguments, *results), sizes, in_place))
         return results if isinstance(call.ty, relax.TupleType) else results[0]
 
     def _value(self, value: relax.Expr) -> Any:

@@ -20,6 +20,7 @@ from qcompile.backends.cpu.kernels.matmul_spec import CHUNK, LANES, Linear
 from qcompile.backends.cpu.kernels.matmul_tiles import emit_tiled_task
 from qcompile.backends.cpu.kernels.tiles import prefetch
 from qcompile.backends.cpu.kernels.vector import Expr, hold, register, rounded, spread
+from qcompile.backends.lowering.sequence import IN_PLACE
 from tvm import tirx
 from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as T
@@ -34,16 +35,19 @@ def linear(spec: Linear, *, easy: bool = False) -> tirx.PrimFunc:
 
     Its arguments are, in this order and only where the layer has them: x [m, k]; x_scale float32 [1] or [m]; x_zero_point
     int32 [1] or [m]; the arrays of ``pack.pack_linear``; residual float32 [m, n]; out_scale float32 [1]; out_zero_point int32 [1];
-    the result [m, n].
+    the result [m, n], which may lie in the residual's place.
     """
+    in_place = spec.epilogue.residual and not spec.epilogue.codes
     with IRBuilder() as builder:
         with T.prim_func(s_tir=True):
             T.func_name("linear")
-            T.func_attr({"tirx.noalias": True})
+            T.func_attr({"tirx.noalias": not in_place})
             arguments = _declare(spec)
             arguments.easy_scale = easy
             _emit(spec, arguments)
-    return builder.get()
+    kernel = builder.get()
+    # Each result is finished once, from the one element of the residual that it may replace (``matmul_finish``).
+    return kernel.with_attr(IN_PLACE, len(kernel.params) - 2) if in_place else kernel
 
 
 def _declare(spec: Linear) -> Arguments:

@@ -15,6 +15,7 @@ from qcompile.backends.cpu.kernels.matmul_batched import BatchedMatmul, batched_
 from qcompile.backends.cpu.kernels.matmul_epilogue import Epilogue
 from qcompile.backends.cpu.kernels.matmul_spec import Linear, Tile
 from qcompile.backends.cpu.kernels.pack import pack_linear
+from qcompile.backends.lowering.sequence import IN_PLACE
 
 import qcompile.graph.dialect
 from qcompile.formats import pack
@@ -54,8 +55,8 @@ def _compile(spec: Linear, *, easy: bool = False):
     return tvm.compile(tvm.IRModule({"linear": linear(spec, easy=easy)}), tvm.target.Target(isa.target_description()))["linear"]
 
 
-def _run(kernel, layer: Layer, x: np.ndarray, x_scale, x_zero, residual, out) -> np.ndarray:
-    """Call the kernel with the arguments that its layer has."""
+def _run(kernel, layer: Layer, x: np.ndarray, x_scale, x_zero, residual, out, *, in_place: bool = False) -> np.ndarray:
+    """Call the kernel with the arguments that its layer has; ``in_place``: the result lies where the residual does."""
     spec = layer.spec
     inputs = [x]
     if spec.integer:
@@ -63,8 +64,9 @@ def _run(kernel, layer: Layer, x: np.ndarray, x_scale, x_zero, residual, out) ->
     inputs += pack_linear(spec, layer.codes, layer.scale, layer.zero_point, layer.bias)
     inputs += [residual] if spec.epilogue.residual else []
     inputs += [np.array([out[0]], np.float32), np.array([out[1]], np.int32)] if spec.epilogue.codes else []
-    result = tvm.runtime.tensor(np.full((x.shape[0], spec.out_features), 77, spec.epilogue.output))
-    kernel(*(tvm.runtime.tensor(np.ascontiguousarray(a)) for a in inputs), result)
+    given = [tvm.runtime.tensor(np.ascontiguousarray(a)) for a in inputs]
+    result = given[-1] if in_place else tvm.runtime.tensor(np.full((x.shape[0], spec.out_features), 77, spec.epilogue.output))
+    kernel(*given, result)
     return result.numpy()
 
 
@@ -141,6 +143,25 @@ def test_integer_layers_agree_bit_for_bit(name: str, isa_name: str) -> None:
         for m in (1, 2, 3, 7, 19, 67):
             arrays = _random_input(spec, m, rng, extreme)
             np.testing.assert_array_equal(_run(kernel, layer, *arrays), _meaning(layer, *arrays))
+
+
+_IN_PLACE = {"float": Linear(203, 70, x="float32", bits=32), "codes": Linear(203, 70), "groups": Linear(200, 70, bits=4, group=32)}
+
+
+@pytest.mark.parametrize("name", _IN_PLACE)
+@pytest.mark.parametrize("isa_name", ISAS)
+def test_a_result_may_take_the_residuals_place(name: str, isa_name: str) -> None:
+    spec = replace(_IN_PLACE[name], isa=isa_name, tile=None, epilogue=Epilogue("float32", "none", True))
+    spec = replace(spec, tile=SMALL_TILED if spec.tiled else SMALL)
+    assert IN_PLACE not in linear(replace(spec, epilogue=Epilogue("float32"))).attrs
+    function = linear(spec)
+    assert [parameter.name for parameter in function.params][int(function.attrs[IN_PLACE])] == "residual"
+    kernel, rng = _compile(spec), np.random.default_rng(3)
+    layer = _make_layer(spec, rng)
+    layer = replace(layer, codes=rng.standard_normal(layer.codes.shape).astype(np.float32), scale=None) if spec.bits == 32 else layer
+    for m in (1, 2, 7, 19, 67, 130):
+        arrays = _random_input(spec, m, rng)
+        np.testing.assert_array_equal(_run(kernel, layer, *arrays, in_place=True), _run(kernel, layer, *arrays))
 
 
 @pytest.mark.parametrize("isa_name", ISAS)
