@@ -69,8 +69,10 @@ class SumOfCodes:
 
     def added_to(self, addend: Grid) -> CodeSum:
         """Return what the kernel of one term does with the codes of the other."""
-        codes = (code_dtype(self.grid.scheme), *code_range(self.grid.scheme)) if self.grid is not None else ()
-        return CodeSum(code_dtype(addend.scheme), self.activation, *codes, values=bool(self.values))
+        dtype, values = code_dtype(addend.scheme), bool(self.values)
+        if self.grid is None:
+            return CodeSum(dtype, self.activation, values=values)
+        return CodeSum(dtype, self.activation, code_dtype(self.grid.scheme), *code_range(self.grid.scheme), values)
 
     def bind(self, walk: Walk, results: list[Any], *, channels_last: bool) -> None:
         """Give the nodes their values, of which values come first; ``passed`` are only marked as done."""

@@ -54,9 +54,9 @@ class Arguments:
         # Flat views: the address of a pixel is then one product, not the divisions that find its image, row and column.
         results = (self.pixels * spec.out_channels,)
         self.flat_x = T.decl_buffer((self.batch * (spec.height * spec.width * spec.channels),), spec.x, data=self.x.data)
-        flat = [T.decl_buffer(results, dtype, data=y.data) for y, dtype in zip(made, spec.results, strict=True)]
-        self.flat_values, self.flat_codes = (flat[0], None) if spec.results[0] == "float32" else (None, flat[0])
-        self.flat_codes = flat[1] if len(flat) > 1 else self.flat_codes
+        flat = {dtype: T.decl_buffer(results, dtype, data=y.data) for y, dtype in zip(made, spec.results, strict=True)}
+        self.flat_values: Any = flat.pop("float32", None)
+        self.flat_codes: Any = next(iter(flat.values()), None)
         self.flat_residual = T.decl_buffer(results, "float32", data=self.residual.data) if self.residual is not None else None
         self.flat_addend = T.decl_buffer(results, spec.sum.addend, data=self.addend.data) if spec.sum is not None else None
         self.rounding: CodeRounding | None = None

@@ -26,8 +26,11 @@ CONV = (
 KINDS = {"float32": "f32", "int32": "i32", "int8": "i8"}
 
 
-def graph_of(lines: str, results: str, signed: bool = False) -> Graph:
-    """Return a graph over codes %x and %y; ``%c`` is a convolution of %x, so images lie channels last, and %a + %b the sum."""
+def graph_of(lines: str, results: str, signed: bool = False, grid: str = "x") -> Graph:
+    """Return a graph over codes %x and %y; ``%c`` is a convolution of %x, so images lie channels last, and %a + %b the sum.
+
+    ``grid``: that of %x, which the convolution's codes have too, or of %y: %a reads them by it.
+    """
     source = f"""graph @main integer(%x: u8[{SHAPE}], %y: {"i8" if signed else "u8"}[{SHAPE}]) where n in 1..64 {{
 """
     for name, value in CONSTANTS.items():
@@ -35,7 +38,7 @@ def graph_of(lines: str, results: str, signed: bool = False) -> Graph:
         source += f"  %{name} = const {KINDS[str(value.dtype)[6:]]}[{shape}] @{tensor_digest(value)[:16]}\n"
     scheme = "int8 tensor affine" if signed else TYPE
     source += f"""  %c = qc.conv2d(%x, %xs, %xz, %w, %ws, none, none, none, %xs, %xz) {{{CONV}}} : u8[{SHAPE}]
-  %a = qc.dequantize(%c, %xs, %xz) {{scheme="{TYPE}"}} : f32[{SHAPE}]
+  %a = qc.dequantize(%c, %{grid}s, %{grid}z) {{scheme="{TYPE}"}} : f32[{SHAPE}]
   %b = qc.dequantize(%y, %ys, %yz) {{scheme="{scheme}"}} : f32[{SHAPE}]
 {lines}
   return {results}
@@ -110,8 +113,7 @@ def test_a_tapped_sum_is_kept() -> None:
 
 def test_codes_on_another_grid_are_not_added() -> None:
     """What reads the convolution's codes as other values than it wrote gets them as they are."""
-    lines = f'  %d = qc.dequantize(%c, %ys, %yz) {{scheme="{TYPE}"}} : f32[{SHAPE}]\n  %s = aten.add.Tensor(%d, %b) : f32[{SHAPE}]\n'
-    graph = graph_of(lines + QUANTIZE.format("s"), '%q as "q"')
+    graph = graph_of(ADD + QUANTIZE.format("s"), '%q as "q"', grid="y")
     built = build(graph.module, threads=1)
     x, y = (torch.randint(0, 256, (2, 16, 6, 5)).to(torch.uint8) for _ in range(2))
     assert torch.equal(built(x, y)[0], graph(x, y)[0])
