@@ -199,7 +199,9 @@ def _softmax(walk: Walk, node: fx.Node, a: Arguments) -> Any:
 
 
 def _hadamard(walk: Walk, node: fx.Node, a: Arguments) -> Any:
-    """qc.hadamard."""
+    """qc.hadamard in blocks that a kernel takes; others are products with the matrix."""
+    if reason := hadamard.why_no_hadamard(walk.fake(a.x).shape[-1], a.block):
+        return f"no kernel: {reason}"
     x, rows, width = rows_of(walk, a.x)
     kernel = walk.kernel(("hadamard", width, a.block), lambda: hadamard.hadamard(width, a.block), "hadamard")
     return walk.reshape(walk.call_kernel(kernel, [x], ([rows, width], "float32")), walk.shape(node))
