@@ -131,15 +131,16 @@ def _layer_norm(walk: Walk, node: fx.Node, a: Arguments) -> Any:
     x, rows, _ = rows_of(walk, a.input)
     inputs = [x, *([walk.plain(a.weight), walk.plain(a.bias)] if affine else [])]
     quantize = _first_quantize(node)
-    dtype = code_dtype(parse_scheme(str(quantize.args[3]))) if quantize is not None else ""
+    grid = _grid(quantize) if quantize is not None else None
+    dtype = code_dtype(grid[2]) if grid else ""
     kernel = walk.kernel(
         ("layer_norm", width, epsilon, affine, dtype),
         lambda: normalization.layer_norm(width, epsilon, affine=affine, codes=dtype),
         f"layer_norm_{dtype}" if dtype else "layer_norm",
     )
-    if quantize is None:
+    if quantize is None or grid is None:
         return walk.reshape(walk.call_kernel(kernel, inputs, ([rows, width], "float32")), walk.shape(node))
-    inputs += [flat(walk, quantize.args[1]), zero_or(walk, quantize.args[2])]
+    inputs += [flat(walk, grid[0]), zero_or(walk, grid[1])]
     y, codes = walk.call_kernel(kernel, inputs, ([rows, width], "float32"), ([rows, width], dtype))
     walk.bind(node, walk.reshape(y, walk.shape(node)))
     walk.bind(quantize, walk.reshape(codes, walk.shape(node)))
@@ -149,12 +150,17 @@ def _layer_norm(walk: Walk, node: fx.Node, a: Arguments) -> Any:
 def _first_quantize(node: fx.Node) -> fx.Node | None:
     """Return the first user that makes 8-bit codes with constant scales, which the producer's kernel can write itself."""
     for user in node.users:
-        if user.target is qc.quantize.default and len(user.args) == 4:
-            scheme = parse_scheme(str(user.args[3]))
-            constant = all(p is None or p.op == "get_attr" for p in user.args[1:3])
-            if is_plain_tensor(scheme) and scheme.bits == 8 and constant:
+        if user.target is qc.quantize.default and bound_arguments(user)["x"] is node:
+            *constants, scheme = _grid(user)
+            if is_plain_tensor(scheme) and scheme.bits == 8 and all(p is None or p.op == "get_attr" for p in constants):
                 return user
     return None
+
+
+def _grid(quantize: fx.Node) -> tuple[fx.Node, fx.Node | None, Scheme]:
+    """Return scale, zero point and scheme of a qc.quantize."""
+    a = bound_arguments(quantize)
+    return a["scale"], a["zero_point"], parse_scheme(a["scheme"])
 
 
 def _rms_norm(walk: Walk, node: fx.Node, a: Arguments) -> Any:
@@ -171,14 +177,15 @@ def _attention(walk: Walk, node: fx.Node, a: Arguments) -> Any:
     """qc.attention; writes codes where only a following qc.quantize reads the result."""
     depth, masked = int(walk.fake(a.q).shape[-1]) // a.heads, a.key_mask is not None
     quantize = _first_quantize(node) if walk.is_inner(node) and len(node.users) == 1 else None
-    codes = code_dtype(parse_scheme(str(quantize.args[3]))) if quantize is not None else ""
+    grid = _grid(quantize) if quantize is not None else None
+    codes = code_dtype(grid[2]) if grid else ""
     kernel = walk.kernel(
         ("attention", a.heads, a.kv_heads, depth, a.scale, masked, a.causal, codes),
         lambda: attention.attention(a.heads, a.kv_heads, depth, a.scale, key_mask=masked, causal=a.causal, codes=codes),
         f"attention_{a.heads}x{depth}" + f"_{codes}" * (codes != ""),
     )
     inputs = [walk.plain(t) for t in (a.q, a.k, a.v)] + ([walk.plain(a.key_mask)] if masked else [])
-    inputs += [flat(walk, quantize.args[1]), zero_or(walk, quantize.args[2])] if quantize is not None else []
+    inputs += [flat(walk, grid[0]), zero_or(walk, grid[1])] if grid else []
     result = walk.call_kernel(kernel, inputs, (walk.shape(node), codes or "float32"))
     if quantize is None:
         return result
@@ -283,7 +290,7 @@ def _float_add(walk: Walk, node: fx.Node, a: Arguments) -> Any:
     quantize = _first_quantize(last)
     quantized = [quantize] if quantize is not None else []
     values = [last] if not walk.is_inner(last) or set(last.users) - set(quantized) else []
-    grid = (quantize.args[1], quantize.args[2], parse_scheme(str(quantize.args[3]))) if quantize is not None else None
+    grid = _grid(quantize) if quantize is not None else None
     _call_add(walk, terms, activation, (values, quantized), grid)
     for passed in (node, last):
         if passed not in values:  # nobody reads it: any value marks it as done
@@ -296,10 +303,11 @@ _GENERIC = ""  # no reason to report: the generic way is as good
 
 def _codes_behind(node: Any) -> tuple[Any, ...] | None:
     """Return codes, scale, zero point and scheme of a value that is dequantized with one scale, or None."""
-    if not isinstance(node, fx.Node) or node.target is not qc.dequantize.default or len(node.args) != 4 or node.kwargs:
+    if not isinstance(node, fx.Node) or node.target is not qc.dequantize.default:
         return None
-    scheme = parse_scheme(str(node.args[3]))
-    return (node.args[0], node.args[1], node.args[2], scheme) if is_plain_tensor(scheme) else None
+    a = bound_arguments(node)
+    scheme = parse_scheme(a["scheme"])
+    return (a["codes"], a["scale"], a["zero_point"], scheme) if a["size"] is None and is_plain_tensor(scheme) else None
 
 
 def _call_add(walk: Walk, terms: Any, activation: str, results: tuple[list[fx.Node], list[fx.Node]], grid: Any) -> None:

@@ -90,8 +90,9 @@ def main() -> NoReturn:
         code = fail(str(error))
     except click.ClickException as error:
         code = fail(error.format_message())
-    except (click.Abort, KeyboardInterrupt):
-        click.echo("qcompile: interrupted; 'qcompile compile --resume' goes on where it stopped", err=True)
+    except (click.Abort, KeyboardInterrupt) as stop:
+        kept = str(stop.__cause__ or stop) or "'qcompile compile --resume' goes on where it stopped"
+        click.echo(f"qcompile: interrupted; {kept}", err=True)
         code = 3
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -39,7 +39,7 @@ def tensor_digest(tensor: torch.Tensor) -> str:
         return str(known[1])
     data = tensor.detach().contiguous()
     digest = hashlib.sha256(f"{data.dtype}{tuple(data.shape)}".encode())
-    digest.update(data.reshape(-1).view(torch.uint8).numpy())
+    digest.update(data.reshape(-1).view(torch.uint8).numpy().data)
     _digests[tensor] = (tensor._version, digest.hexdigest())
     return digest.hexdigest()
 
