@@ -9,7 +9,7 @@
   normalization commutes with Q once its gain stands in the weights. Where all readers are LayerNorms the writers also subtract the mean.
 - **Values**: inside each head, the value projection is rotated and the output projection rotated back; attention mixes tokens only.
 - **Down projections**: a nonlinear function stands before them, so the rotation runs online: ``qc.hadamard`` and H folded into the
-  weight, in blocks of the largest power of two that divides the size.
+  weight, in blocks of the largest Hadamard matrix whose size divides theirs (``qcompile.graph.hadamard``).
 
 Source: Ashkboos et al., QuaRot (2024); the mean subtraction is SliceGPT's (Ashkboos et al. 2024, section 3.2).
 """
@@ -22,7 +22,7 @@ import torch
 import torch.fx as fx
 
 from qcompile.graph import Graph
-from qcompile.graph.dialect import hadamard_matrix
+from qcompile.graph.hadamard import hadamard_block, hadamard_matrix
 from qcompile.graph.regions import (
     NormRead,
     ResidualStream,
@@ -31,7 +31,6 @@ from qcompile.graph.regions import (
     map_inputs,
     map_outputs,
     orthogonal_matrix,
-    power_of_two_block,
     residual_streams,
     scale_edges,
 )
@@ -97,9 +96,9 @@ class Rotate(Pass):
         changed = 0
         for x, linears in _nonlinear_inputs(graph).items():
             size = int(x.meta["val"].shape[-1])
-            block = power_of_two_block(size)
+            block = hadamard_block(size)
             if block < SMALLEST_BLOCK:
-                context.log.reasons[linears[0].name].append(f"rotate: no power of two above 2 divides its {size} inputs")
+                context.log.reasons[linears[0].name].append(f"rotate: no Hadamard matrix above size 2 divides its {size} inputs")
                 continue
             rotated = graph.call(torch.ops.qc.hadamard.default, x, block, before=linears[0], like=x)
             for linear in linears:

@@ -2,7 +2,8 @@
 
 Beside the artifact, in ``model.qc.partial/``: one ``NNN.txt`` for each finished pass, every constant once as ``<digest>.safetensors``, and
 ``journal.json``, which is replaced last: what it does not name does not exist. The journal's key covers everything that the result
-depends on.
+depends on. Constants are not flushed to disk, which would take longer than many passes: one that a power cut left half written does not
+have the digest that it is named by.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ class Checkpoints:
         for tensor in graph.tensors:
             path = self._constant(tensor_digest(tensor)[:DIGEST_LENGTH])
             if not path.exists():
-                write_atomic(path, safetensors.torch.save({"value": tensor.detach().clone().contiguous()}))
+                write_atomic(path, safetensors.torch.save({"value": tensor.detach().clone().contiguous()}), flush=False)
         write_atomic(self._graph(self.done), print_graph(graph).encode())
         self.journal["passes"].append(text)
         self.journal["state"] = dict(state)
@@ -112,8 +113,14 @@ class _Constants(dict[str, torch.Tensor]):
     def get(self, digest: str, default: Any = None) -> Any:
         if digest not in self:
             path = self.checkpoints._constant(digest)
-            self[digest] = safetensors.torch.load_file(path)["value"] if path.exists() else default
+            self[digest] = self._read(digest, path) if path.exists() else default
         return super().get(digest)
+
+    def _read(self, digest: str, path: Path) -> torch.Tensor:
+        tensor = safetensors.torch.load_file(path)["value"]
+        if not tensor_digest(tensor).startswith(digest):
+            raise Refused("a checkpoint is damaged: a constant is not what it is named by", node=str(path))
+        return tensor
 
     def __missing__(self, digest: str) -> torch.Tensor:
         return self.get(digest)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import os
@@ -123,6 +124,7 @@ def run_compile(
         raise Refused(f"target {place.name} has no native code to store", way_out="leave out --native")
     pipeline = _stopped(chosen.parsed_pipeline(), options.stop_after)
     captured = capture(model, example_inputs, dynamic_shapes)
+    gc.collect()  # tracing leaves the float model in cycles: its weights would stay beside those that passes make
     check_finite(captured.graph)
     data = _calibration(calibration, captured, chosen, options)
     context = Context(place, chosen, data, captured.example_inputs, cache=cache_folder())
@@ -138,10 +140,13 @@ def run_compile(
 def check_finite(graph: Graph) -> None:
     """Raise Refused naming the first constant that holds NaN or infinity."""
     for name, tensor in graph.constants.items():
-        # Masks use infinities by design; weights have more than one element for each row.
-        if tensor.is_floating_point() and torch.isnan(tensor).any():
+        if not tensor.is_floating_point() or not tensor.numel():
+            continue
+        largest = tensor.max()  # NaN where there is one
+        if torch.isnan(largest):
             raise Refused("the weight holds NaN", node=name, way_out="repair or retrain the model")
-        if tensor.is_floating_point() and tensor.ndim > 0 and torch.isposinf(tensor).any():
+        # Masks use infinities by design; weights have more than one element for each row.
+        if tensor.ndim > 0 and torch.isposinf(largest):
             raise Refused("the weight holds infinity", node=name, way_out="repair or retrain the model")
 
 

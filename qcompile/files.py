@@ -14,8 +14,11 @@ from qcompile.errors import Refused
 
 
 @contextmanager
-def atomic_file(path: Path) -> Iterator[BinaryIO]:
-    """Open a temporary file beside ``path``; on success it is flushed to disk and renamed, on failure removed."""
+def atomic_file(path: Path, *, flush: bool = True) -> Iterator[BinaryIO]:
+    """Open a temporary file beside ``path``; on success it is flushed to disk and renamed, on failure removed.
+
+    Without ``flush`` it outlives a killed process, but after a power cut there may be half of it.
+    """
     try:
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
     except OSError as error:
@@ -25,7 +28,8 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
         with os.fdopen(handle, "wb") as file:
             yield file
             file.flush()
-            os.fsync(file.fileno())
+            if flush:
+                os.fsync(file.fileno())
         temporary.chmod(0o644)
         temporary.replace(path)
     except BaseException as error:
@@ -33,6 +37,8 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
         if isinstance(error, OSError):
             raise Refused(f"cannot be written: {error.strerror}", node=str(path), way_out="free space or choose another folder") from error
         raise
+    if not flush:
+        return
     folder = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(folder)  # the rename itself must survive a power cut
@@ -40,9 +46,9 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
         os.close(folder)
 
 
-def write_atomic(path: Path, content: bytes) -> None:
-    """Write a whole file or nothing."""
-    with atomic_file(path) as file:
+def write_atomic(path: Path, content: bytes, *, flush: bool = True) -> None:
+    """Write a whole file or nothing; see ``atomic_file``."""
+    with atomic_file(path, flush=flush) as file:
         file.write(content)
 
 

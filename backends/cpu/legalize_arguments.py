@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch import fx
 
 from qcompile.errors import Refused
 from qcompile.formats import Integer, Scheme, Tensor, parse_scheme
+from qcompile.graph.text import bound_arguments
 
 aten, qc = torch.ops.aten, torch.ops.qc
 Arguments = SimpleNamespace
@@ -118,12 +120,34 @@ def quantized_epilogue(walk: Walk, a: Arguments) -> Epilogue | str:
 def first_quantize(node: fx.Node) -> fx.Node | None:
     """Return the first user that makes 8-bit codes with constant scales, which the producer's kernel can write itself."""
     for user in node.users:
-        if user.target is qc.quantize.default and len(user.args) == 4:
-            scheme = parse_scheme(str(user.args[3]))
-            constant = all(p is None or p.op == "get_attr" for p in user.args[1:3])
-            if is_plain_tensor(scheme) and scheme.bits == 8 and constant:
+        if user.target is qc.quantize.default and bound_arguments(user)["x"] is node:
+            grid = grid_of(user)
+            constant = all(p is None or p.op == "get_attr" for p in (grid.scale, grid.zero_point))
+            if is_plain_tensor(grid.scheme) and grid.scheme.bits == 8 and constant:
                 return user
     return None
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A scale, a zero point (None: 0) and the scheme of codes."""
+
+    scale: fx.Node
+    zero_point: fx.Node | None
+    scheme: Scheme
+
+    def arguments(self, walk: Walk) -> list[Any]:
+        """Return scale and zero point as a kernel's arguments."""
+        return [flat(walk, self.scale), zero_or(walk, self.zero_point)]
+
+    def is_bound(self, walk: Walk) -> bool:
+        return walk.is_bound(self.scale) and (self.zero_point is None or walk.is_bound(self.zero_point))
+
+
+def grid_of(quantize: fx.Node) -> Grid:
+    """Return the grid of a qc.quantize or qc.dequantize."""
+    a = bound_arguments(quantize)
+    return Grid(a["scale"], a["zero_point"], parse_scheme(a["scheme"]))
 
 
 _FLOAT_ACTIVATIONS = {aten.relu.default: "relu", aten.silu.default: "silu", aten.tanh.default: "tanh", aten.sigmoid.default: "sigmoid"}

@@ -17,6 +17,7 @@ from qcompile.backends.cpu.legalize_arguments import (
     first_quantize,
     flat,
     following,
+    grid_of,
     has_easy_scale,
     is_plain_tensor,
     product,
@@ -131,15 +132,16 @@ def _layer_norm(walk: Walk, node: fx.Node, a: Arguments) -> Any:
     x, rows, _ = rows_of(walk, a.input)
     inputs = [x, *([walk.plain(a.weight), walk.plain(a.bias)] if affine else [])]
     quantize = first_quantize(node)
-    dtype = code_dtype(parse_scheme(str(quantize.args[3]))) if quantize is not None else ""
+    grid = grid_of(quantize) if quantize is not None else None
+    dtype = code_dtype(grid.scheme) if grid else ""
     kernel = walk.kernel(
         ("layer_norm", width, epsilon, affine, dtype),
         lambda: normalization.layer_norm(width, epsilon, affine=affine, codes=dtype),
         f"layer_norm_{dtype}" if dtype else "layer_norm",
     )
-    if quantize is None:
+    if quantize is None or grid is None:
         return walk.reshape(walk.call_kernel(kernel, inputs, ([rows, width], "float32")), walk.shape(node))
-    inputs += [flat(walk, quantize.args[1]), zero_or(walk, quantize.args[2])]
+    inputs += grid.arguments(walk)
     y, codes = walk.call_kernel(kernel, inputs, ([rows, width], "float32"), ([rows, width], dtype))
     walk.bind(node, walk.reshape(y, walk.shape(node)))
     walk.bind(quantize, walk.reshape(codes, walk.shape(node)))
@@ -160,14 +162,15 @@ def _attention(walk: Walk, node: fx.Node, a: Arguments) -> Any:
     """qc.attention; writes codes where only a following qc.quantize reads the result."""
     depth, masked = int(walk.fake(a.q).shape[-1]) // a.heads, a.key_mask is not None
     quantize = first_quantize(node) if walk.is_inner(node) and len(node.users) == 1 else None
-    codes = code_dtype(parse_scheme(str(quantize.args[3]))) if quantize is not None else ""
+    grid = grid_of(quantize) if quantize is not None else None
+    codes = code_dtype(grid.scheme) if grid else ""
     kernel = walk.kernel(
         ("attention", a.heads, a.kv_heads, depth, a.scale, masked, a.causal, codes),
         lambda: attention.attention(a.heads, a.kv_heads, depth, a.scale, key_mask=masked, causal=a.causal, codes=codes),
         f"attention_{a.heads}x{depth}" + f"_{codes}" * (codes != ""),
     )
     inputs = [walk.plain(t) for t in (a.q, a.k, a.v)] + ([walk.plain(a.key_mask)] if masked else [])
-    inputs += [flat(walk, quantize.args[1]), zero_or(walk, quantize.args[2])] if quantize is not None else []
+    inputs += grid.arguments(walk) if grid else []
     result = walk.call_kernel(kernel, inputs, (walk.shape(node), codes or "float32"))
     if quantize is None:
         return result
@@ -188,7 +191,9 @@ def _softmax(walk: Walk, node: fx.Node, a: Arguments) -> Any:
 
 
 def _hadamard(walk: Walk, node: fx.Node, a: Arguments) -> Any:
-    """qc.hadamard."""
+    """qc.hadamard in blocks that a kernel takes; others are products with the matrix."""
+    if reason := hadamard.why_no_hadamard(walk.fake(a.x).shape[-1], a.block):
+        return f"no kernel: {reason}"
     x, rows, width = rows_of(walk, a.x)
     kernel = walk.kernel(("hadamard", width, a.block), lambda: hadamard.hadamard(width, a.block), "hadamard")
     return walk.reshape(walk.call_kernel(kernel, [x], ([rows, width], "float32")), walk.shape(node))

@@ -15,38 +15,23 @@ from qcompile.backends.cpu.kernels.code_sums import CodeSum
 from qcompile.backends.cpu.kernels.quantization import code_dtype, code_range
 from qcompile.backends.cpu.legalize_arguments import (
     Arguments,
+    Grid,
     activation_name,
     first_quantize,
-    flat,
+    grid_of,
     is_plain_tensor,
     product,
-    zero_or,
 )  # fmt: skip
 from qcompile.backends.lowering.converters import named_arguments
 from qcompile.backends.lowering.translate import Legalizer, Walk
 from torch import fx
 
-from qcompile.formats import Scheme, parse_scheme
+from qcompile.formats import parse_scheme
+from qcompile.graph.text import bound_arguments
 
 aten, qc = torch.ops.aten, torch.ops.qc
 
 _GENERIC = ""  # no reason to report: the generic way is as good
-
-
-@dataclass(frozen=True)
-class Grid:
-    """A scale, a zero point (None: 0) and the scheme of codes."""
-
-    scale: fx.Node
-    zero_point: fx.Node | None
-    scheme: Scheme
-
-    def arguments(self, walk: Walk) -> list[Any]:
-        """Return scale and zero point as a kernel's arguments."""
-        return [flat(walk, self.scale), zero_or(walk, self.zero_point)]
-
-    def is_bound(self, walk: Walk) -> bool:
-        return walk.is_bound(self.scale) and (self.zero_point is None or walk.is_bound(self.zero_point))
 
 
 @dataclass(frozen=True)
@@ -112,17 +97,17 @@ def _float_sum(walk: Walk, node: fx.Node, a: Arguments) -> SumOfCodes | str:
     quantize = first_quantize(last)
     quantized = [quantize] if quantize is not None else []
     values = [last] if not walk.is_inner(last) or set(last.users) - set(quantized) else []
-    grid = Grid(quantize.args[1], quantize.args[2], parse_scheme(str(quantize.args[3]))) if quantize is not None else None
+    grid = grid_of(quantize) if quantize is not None else None
     passed = [passed for passed in dict.fromkeys((node, last)) if passed not in values]
     return SumOfCodes((first, second), activation, values, quantized, grid, passed)
 
 
 def _codes_behind(node: Any) -> tuple[fx.Node, Grid] | None:
     """Return the codes of a value that is dequantized with one scale, or None."""
-    if not isinstance(node, fx.Node) or node.target is not qc.dequantize.default or len(node.args) != 4 or node.kwargs:
+    if not isinstance(node, fx.Node) or node.target is not qc.dequantize.default:
         return None
-    scheme = parse_scheme(str(node.args[3]))
-    return (node.args[0], Grid(node.args[1], node.args[2], scheme)) if is_plain_tensor(scheme) else None
+    a, grid = bound_arguments(node), grid_of(node)
+    return (a["codes"], grid) if a["size"] is None and is_plain_tensor(grid.scheme) else None
 
 
 def sum_after(walk: Walk, node: fx.Node, grid: Grid) -> tuple[SumOfCodes, fx.Node, Grid] | None:

@@ -22,6 +22,7 @@ import qcompile.graph.dialect as dialect
 from qcompile.errors import Refused
 from qcompile.formats import Block, Channel, Group, Scheme, dequantize, parse_scheme, unpack
 from qcompile.formats.integer import Integer
+from qcompile.graph.hadamard import hadamard_matrix
 
 Arguments = SimpleNamespace
 
@@ -278,7 +279,7 @@ def _add(walk: Walk, a: Arguments) -> Any:
 
 @converts("qc.hadamard")
 def _hadamard(walk: Walk, a: Arguments) -> Any:
-    matrix = walk.parameter(f"hadamard {a.block}", lambda: dialect.hadamard_matrix(a.block))
+    matrix = walk.parameter(f"hadamard {a.block}", lambda: hadamard_matrix(a.block))
     shape = list(a.x.ty.shape)
     runs = walk.reshape(a.x, [*shape[:-1], tirx.floordiv(shape[-1], a.block), a.block])
     return op.reshape(walk.emit(op.matmul(runs, matrix)), shape)

@@ -18,7 +18,7 @@ from qcompile.backends.onnx.layers import causal_mask, safe_softmax
 
 from qcompile.formats import Channel, Group, Scheme, Tensor, Token, parse_scheme, unpack
 from qcompile.formats.quantize import SMALLEST_SCALE
-from qcompile.graph.dialect import hadamard_matrix
+from qcompile.graph.hadamard import hadamard_matrix
 
 # ---- quantize -------------------------------------------------------------------------------------------------------------
 

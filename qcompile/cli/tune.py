@@ -41,7 +41,10 @@ def tune(artifact: Path, shapes: tuple[str, ...], seconds: int, again: bool, out
         raise Refused(f"target {target.name} has no kernels to tune", node=str(artifact))
     batches = [resize_examples(compiled.graph, compiled.golden_inputs, shape) for shape in shapes or ("",)]
     progress = None if json_ else lambda line: click.echo(line, err=True)
-    tuning = target.tune(compiled.graph, batches, seconds=seconds, again=again, progress=progress)
+    try:
+        tuning = target.tune(compiled.graph, batches, seconds=seconds, again=again, progress=progress)
+    except KeyboardInterrupt:  # tiles are kept once all that lead have won together
+        raise KeyboardInterrupt("no tile of this search is kept; --seconds ends a search in time") from None
     if output:
         _write(artifact, output, compiled, tuning)
     if json_:

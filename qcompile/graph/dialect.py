@@ -24,12 +24,11 @@ Conventions shared by all operators:
 
 from __future__ import annotations
 
-import math
-
 import torch
 import torch.nn.functional as F
 
 from qcompile.formats import Group, Scheme, dequantize, parse_scheme, quantize, quantize_dynamic, unpack
+from qcompile.graph.hadamard import hadamard_matrix, require_hadamard
 
 LIBRARY = torch.library.Library("qc", "DEF")
 
@@ -259,20 +258,17 @@ _define(
 )  # fmt: skip
 
 
-def hadamard_matrix(size: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """Return the normalised Sylvester-Hadamard matrix [size, size], size a power of two."""
-    h = torch.ones(1, 1, dtype=torch.float64)
-    while h.shape[0] < size:
-        h = torch.cat([torch.cat([h, h], 1), torch.cat([h, -h], 1)], 0)
-    return (h / math.sqrt(size)).to(dtype)
-
-
 def _hadamard(x, block):
-    """Multiply each run of ``block`` (a power of two) elements of the last axis by the normalised Hadamard matrix."""
+    """Multiply each run of ``block`` elements of the last axis by the normalised Hadamard matrix, see ``hadamard_matrix``."""
     return (x.unflatten(-1, (-1, block)) @ hadamard_matrix(block, x.dtype)).flatten(-2)
 
 
-_define("hadamard(Tensor x, int block) -> Tensor", _hadamard, lambda x, block: torch.empty_like(x))
+def _hadamard_type(x, block):
+    require_hadamard(block)
+    return torch.empty_like(x)
+
+
+_define("hadamard(Tensor x, int block) -> Tensor", _hadamard, _hadamard_type)
 
 
 def _attention(q, k, v, key_mask, heads, kv_heads, scale, causal):

@@ -38,10 +38,10 @@ def tensor_digest(tensor: torch.Tensor) -> str:
     if known is not None and known[0] == tensor._version:
         return str(known[1])
     data = tensor.detach().contiguous()
-    head = f"{data.dtype}{tuple(data.shape)}".encode()
-    digest = hashlib.sha256(head + data.reshape(-1).view(torch.uint8).numpy().tobytes()).hexdigest()
-    _digests[tensor] = (tensor._version, digest)
-    return digest
+    digest = hashlib.sha256(f"{data.dtype}{tuple(data.shape)}".encode())
+    digest.update(data.reshape(-1).view(torch.uint8).numpy().data)
+    _digests[tensor] = (tensor._version, digest.hexdigest())
+    return digest.hexdigest()
 
 
 class Graph:
@@ -54,6 +54,7 @@ class Graph:
         stage: see ``Stage``.
         history: names of the passes that ran.
         output_names: one for each output.
+        symbols: where nodes have their types already, the table that these belong to; by default types are inferred.
     """
 
     def __init__(
@@ -65,17 +66,19 @@ class Graph:
         stage: Stage = Stage.FLOAT,
         history: Iterable[str] = (),
         output_names: Sequence[str] = (),
+        symbols: SymbolTable | None = None,
     ) -> None:
         self.module = module
         self.input_types = list(input_types)
-        self.symbols = SymbolTable(ranges or {})
+        self.symbols = symbols or SymbolTable(ranges or {})
         self.stage = stage
         self.history = tuple(history)
         self.maker = self.history[-1] if self.history else "capture"
         for node in module.graph.nodes:
             node.meta.setdefault("notes", {})
         self.output_names = list(output_names) or [f"output{i}" for i in range(len(self.outputs))]
-        self.infer_types()
+        if symbols is None:
+            self.infer_types()
 
     # ---- reading ----------------------------------------------------------------------------------------------------------
 
@@ -252,7 +255,7 @@ class Graph:
                 twin = Quantizer(quantizer.scheme, quantizer.scale, quantizer.zero_point, quantizer.codes)
                 _container(root, str(node.target)).add_module(str(node.target).rsplit(".", 1)[-1], twin)
         module = fx.GraphModule(root, new)
-        return Graph(module, self.input_types, self.symbols.ranges, stage=self.stage, history=self.history, output_names=self.output_names)
+        return Graph(module, self.input_types, stage=self.stage, history=self.history, output_names=self.output_names, symbols=self.symbols)
 
     # ---- inside -----------------------------------------------------------------------------------------------------------
 

@@ -10,7 +10,8 @@ import torch
 
 from qcompile.formats import pack, parse_scheme
 from qcompile.graph import parse_graph
-from qcompile.graph.dialect import ACTIVATIONS, hadamard_matrix
+from qcompile.graph.dialect import ACTIVATIONS
+from qcompile.graph.hadamard import hadamard_matrix
 
 qc = torch.ops.qc
 F32 = np.float32

@@ -138,7 +138,7 @@ def test_an_odd_size_gets_no_online_rotation(run_pass) -> None:
     net = nn.Sequential(nn.Linear(4, 7), nn.GELU(), nn.Linear(7, 4))
     ran = run_pass(capture_module(net, (torch.randn(2, 4),)), Rotate())
     assert ran.changes == 0
-    assert ran.context.log.why_not("linear_1") == ["rotate: no power of two above 2 divides its 7 inputs"]
+    assert ran.context.log.why_not("linear_1") == ["rotate: no Hadamard matrix above size 2 divides its 7 inputs"]
 
 
 def test_the_wikilm_decoder_keeps_its_logits(data_folder) -> None:

@@ -6,7 +6,7 @@ import torch
 from qcompile.errors import Refused
 from qcompile.formats import parse_scheme
 from qcompile.formats.quantize import choose_scale, dequantize, quantize
-from qcompile.statistics import Histogram
+from qcompile.statistics import Histogram, ranges
 from qcompile.statistics.ranges import find_range
 
 SYMMETRIC, AFFINE = parse_scheme("int8 tensor sym"), parse_scheme("uint8 tensor affine")
@@ -61,6 +61,39 @@ def test_mse_range_beats_every_shrink_factor(scheme: str) -> None:
     tried = min(squared_error(x, x.min() * f, x.max() * f, parsed) for f in torch.linspace(0.05, 1, 96))
     assert found <= tried * 1.01  # the histogram's bins are 1/2048 of the range wide
     assert found < squared_error(x, x.min(), x.max(), parsed)
+
+
+SEARCHED = [
+    "int8 tensor sym",
+    "uint8 tensor affine",
+    "uint4 tensor affine",
+    "int2 tensor sym",
+    "int1 tensor sym",
+    "uint8 tensor affine scale=f16",
+]
+
+
+@pytest.mark.parametrize("scheme", SEARCHED)
+@pytest.mark.parametrize("shift", [0.0, 300.0, -2.0])
+def test_mse_range_is_that_of_comparing_every_candidate(scheme: str, shift: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    data, parsed = histogram(normal_with_outliers() + shift), parse_scheme(scheme)
+    found = find_range("mse", data, parsed)
+    unknown = (torch.zeros(102, dtype=torch.float64), torch.full((102,), torch.inf, dtype=torch.float64))
+    monkeypatch.setattr(ranges, "_errors", lambda low, *rest: tuple(bound[: len(low)] for bound in unknown))
+    assert find_range("mse", data, parsed) == found
+
+
+@pytest.mark.parametrize("scheme", SEARCHED)
+@pytest.mark.parametrize("shift", [0.0, 300.0, -2.0])
+def test_sums_bound_the_expected_error(scheme: str, shift: float) -> None:
+    generator, parsed = torch.Generator().manual_seed(0), parse_scheme(scheme)
+    values = (torch.randn(4000, generator=generator, dtype=torch.float64) + shift).sort().values
+    counts = torch.randint(1, 1000, (4000,), generator=generator).to(torch.float64)
+    low, high = (end * torch.linspace(0.1, 1, 50, dtype=torch.float64) for end in (values[0], values[-1]))
+    error, rounding = ranges._errors(low, high, ranges._Values(values, counts), parsed)
+    exact = torch.tensor([ranges.expected_error(a, b, values, counts, parsed) for a, b in zip(low, high, strict=True)], dtype=torch.float64)
+    assert ((error - exact).abs() <= rounding).all()
+    assert (rounding <= 1e-6 * exact + 1e-9 * (values.square() * counts).sum()).all()  # so that few candidates stay undecided
 
 
 def test_mse_range_of_a_one_sided_value() -> None:

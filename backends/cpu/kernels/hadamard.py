@@ -2,7 +2,7 @@
 
 A block of n elements takes n log2(n) additions. Steps that pair elements less than sixteen apart are shuffles inside a register;
 wider steps pair whole vectors, sixteen vectors (four steps) for each trip through memory where the registers hold them. Where n is
-m * 2**i, a small matrix of order m joins m transforms of 2**i: m additions more for each element.
+m * 2**i, a small matrix of order m joins m transforms of 2**i (``qcompile.graph.hadamard``): m additions more for each element.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import numpy as np
 from qcompile.backends.cpu.kernels.isa import SETS, detect
 from qcompile.backends.cpu.kernels.registers import (
     LANES,
@@ -30,25 +29,32 @@ from qcompile.backends.cpu.kernels.registers import (
 from tvm import tirx
 from tvm.tirx.script.builder import ir as T
 
-Array = np.ndarray[Any, Any]
+from qcompile.graph.hadamard import hadamard_order, paley_matrix
 
 
-def hadamard(width: int, block: int, isa: str | None = None, base: Array | None = None) -> tirx.PrimFunc:
-    """Build ``f(x, out)``: x, out float32 [rows, width]; each run of ``block`` elements is multiplied by the normalised Hadamard matrix.
+def why_no_hadamard(width: int, block: int) -> str:
+    """Return why there is no kernel for blocks of a width, or nothing."""
+    order = hadamard_order(block)
+    if order is None or width % block:
+        return f"no Hadamard matrix of size {block} divides {width}"
+    if order > 1 and block // order < LANES:
+        return f"blocks of {block} are less than {LANES} times {order}: elements to be joined would share a register"
+    return ""
 
-    That is Sylvester's matrix S of order ``block``, or with ``base``, a matrix of -1 and 1 of order m (``symmetric_hadamard``), the
-    Kronecker product of base and the S of order block / m. ``isa`` is a name of ``qcompile.backends.cpu.kernels.isa.KNOWN``, by default
-    this machine's.
+
+def hadamard(width: int, block: int, isa: str | None = None) -> tirx.PrimFunc:
+    """Build ``f(x, out)``: x, out float32 [rows, width]; each run of ``block`` elements is multiplied by ``hadamard_matrix(block)``.
+
+    ``isa`` is a name of ``qcompile.backends.cpu.kernels.isa.KNOWN``, by default this machine's.
 
     Raises:
-        ValueError: block does not divide width, or is no power of two (times m, and then at least 16 times m).
+        ValueError: see ``why_no_hadamard``.
     """
-    order = 1 if base is None else len(base)
-    inner, rest = divmod(block, order)
-    if block < 1 or rest or inner & (inner - 1) or width % block:
-        raise ValueError(f"blocks of {block} are no power of two" + f" times {order}" * (order > 1) + f" that divides {width}")
-    if order > 1 and inner < LANES:
-        raise ValueError(f"blocks of {block} are less than {LANES} times {order}: elements to be joined would share a register")
+    if reason := why_no_hadamard(width, block):
+        raise ValueError(reason)
+    order = hadamard_order(block) or 1
+    inner = block // order
+    base = paley_matrix(order).tolist()
     with function("hadamard") as builder:
         together = 16 if SETS[isa or detect()].parts == 1 else 4  # vectors that the registers hold, with room for their sums
         rows = size("rows")
@@ -73,27 +79,6 @@ def hadamard(width: int, block: int, isa: str | None = None, base: Array | None 
 
         each_row(rows, width, row, begin=begin, threshold=1 << 15)
     return builder.get()
-
-
-def symmetric_hadamard(order: int) -> Array:
-    """Return a symmetric matrix of -1 and 1, int8 [order, order], whose square is order times the identity (Paley 1933, second kind).
-
-    Order is 1, 2 or 2 (q + 1) with a prime q that leaves 1 when divided by 4: 12, 28, 36, 60, 76, 84, ..
-
-    Raises:
-        ValueError: there is no such prime.
-    """
-    if order in (1, 2):
-        return np.array([[1, 1], [1, -1]], np.int8)[:order, :order]
-    q = order // 2 - 1
-    if order % 2 or q % 4 != 1 or any(q % divisor == 0 for divisor in range(2, math.isqrt(q) + 1)) or q < 5:
-        raise ValueError(f"no symmetric Hadamard matrix of order {order} by a prime: {q} is none, or does not leave 1 when divided by 4")
-    squares = {i * i % q for i in range(1, q)}
-    conference = np.ones((q + 1, q + 1), np.int8)
-    conference[0, 0] = 0
-    conference[1:, 1:] = [[0 if i == j else 1 if (i - j) % q in squares else -1 for j in range(q)] for i in range(q)]
-    identity = np.eye(q + 1, dtype=np.int8)
-    return np.kron(conference, [[1, 1], [1, -1]]) + np.kron(identity, [[1, -1], [-1, -1]]).astype(np.int8)
 
 
 def _transform(
@@ -127,12 +112,9 @@ def _transform(
         step *= count
 
 
-def _join(buffer: Any, out: Any, place: tuple[Index, Index], at: Index, run: int, mask: Any, base: Array | None) -> None:
+def _join(buffer: Any, out: Any, place: tuple[Index, Index], at: Index, run: int, mask: Any, base: list[list[int]]) -> None:
     """Store one vector of each of the transforms that lie ``run`` apart, joined by ``base``."""
     index, start = place
-    if base is None:
-        store_row(out, buffer[ramp(at)], mask, index, start + at)
-        return
     parts = [T.Bind(buffer[ramp(at + j * run)]) for j in range(len(base))]
     for i, signs in enumerate(base):
         total = parts[0] if signs[0] > 0 else splat(0.0) - parts[0]

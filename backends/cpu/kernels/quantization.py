@@ -185,25 +185,6 @@ def dequantize(scheme: Scheme) -> tirx.PrimFunc:
     return builder.get()
 
 
-def dequantize_rows(width: int, scheme: Scheme) -> tirx.PrimFunc:
-    """Build ``f(codes, scale, zero_point, out)`` with a scale float32 [rows] and zero_point int32 [rows] for each row of [rows, width]."""
-    with function("dequantize_rows") as builder:
-        rows = size("rows")
-        codes = argument("codes", (rows, width), code_dtype(scheme))
-        scale, zero = argument("scale", (rows,)), argument("zero_point", (rows,), "int32")
-        out = argument("out", (rows, width))
-
-        def body(row: Index) -> None:
-            def write(start: Index, mask: Any, slot: int) -> None:
-                value = T.cast(load(codes, mask, row, start), f"int32x{LANES}") - splat(zero[row])
-                store_row(out, T.cast(value, f"float32x{LANES}") * splat(scale[row]), mask, row, start)
-
-            each_vector(width, write)
-
-        each_row(rows, width, body)
-    return builder.get()
-
-
 # ---- rows of a table ------------------------------------------------------------------------------------------------------
 
 

@@ -3,7 +3,7 @@
 from qcompile.graph.regions.attention import AttentionRegion, attention_regions
 from qcompile.graph.regions.bias import add_to_bias, column_sums, shift_bias, tap_sums
 from qcompile.graph.regions.blocks import Block, repeated_blocks, sweep_regions
-from qcompile.graph.regions.orthogonal import orthogonal_matrix, power_of_two_block
+from qcompile.graph.regions.orthogonal import orthogonal_matrix
 from qcompile.graph.regions.residual import NormRead, ResidualStream, residual_streams
 from qcompile.graph.regions.rotation import fold_affine, map_inputs, map_outputs
 from qcompile.graph.regions.scale import Consumer, ScaleEdge, column_factors, divide_channels, scale_columns, scale_edges, tensor_of
@@ -11,6 +11,6 @@ from qcompile.graph.regions.scale import Consumer, ScaleEdge, column_factors, di
 __all__ = [
     "AttentionRegion", "Block", "Consumer", "NormRead", "ResidualStream", "ScaleEdge", "add_to_bias", "attention_regions",
     "column_factors", "column_sums", "divide_channels", "fold_affine", "map_inputs", "map_outputs", "orthogonal_matrix",
-    "power_of_two_block", "repeated_blocks", "residual_streams", "scale_columns", "scale_edges", "shift_bias", "sweep_regions",
+    "repeated_blocks", "residual_streams", "scale_columns", "scale_edges", "shift_bias", "sweep_regions",
     "tap_sums", "tensor_of",
 ]  # fmt: skip

@@ -5,20 +5,15 @@ from __future__ import annotations
 import torch
 
 from qcompile.errors import Refused
-from qcompile.graph.dialect import hadamard_matrix
-
-
-def power_of_two_block(size: int) -> int:
-    """Return the largest power of two that divides a size."""
-    return size & -size
+from qcompile.graph.hadamard import hadamard_block, hadamard_matrix
 
 
 def orthogonal_matrix(size: int, kind: str, seed: int) -> torch.Tensor:
     """Return an orthogonal matrix f64 [size, size].
 
-    ``hadamard``: random signs times the Hadamard matrix; where the size is m * 2^k, the Kronecker product of a random orthogonal matrix of
-    size m and the Hadamard matrix of size 2^k. ``random``: the Q of a QR decomposition of normal numbers, signs such that R has a positive
-    diagonal (Haar distribution).
+    ``hadamard``: random signs times the Hadamard matrix; where none has this size, the Kronecker product of a random orthogonal matrix and
+    the largest Hadamard matrix whose size divides it. ``random``: the Q of a QR decomposition of normal numbers, signs such that R has a
+    positive diagonal (Haar distribution).
 
     Raises:
         Refused: the kind is neither.
@@ -28,7 +23,7 @@ def orthogonal_matrix(size: int, kind: str, seed: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     if kind == "random":
         return _haar(size, generator)
-    block = power_of_two_block(size)
+    block = hadamard_block(size)
     matrix = hadamard_matrix(block, torch.float64)
     if size > block:
         matrix = torch.kron(_haar(size // block, generator), matrix)

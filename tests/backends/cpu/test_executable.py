@@ -262,6 +262,25 @@ def test_convolutions_run_channels_last_without_transposes() -> None:
     assert built.fallbacks == ()
 
 
+@pytest.mark.parametrize("keywords", [False, True])
+def test_a_norm_writes_codes_however_quantize_is_called(keywords: bool) -> None:
+    graph = capture_module(nn.LayerNorm(48), (torch.randn(5, 48),))
+    (y,) = graph.outputs
+    scale = graph.add_constant("scale", torch.tensor(0.02))
+    arguments = {"x": y, "scale": scale, "zero_point": None, "scheme": "int8 tensor sym"}
+    given = ((), arguments) if keywords else (tuple(arguments.values()), {})
+    q = graph.call(torch.ops.qc.quantize.default, *given[0], before=graph.output, **given[1])
+    graph.output.args = ((y, q),)
+    graph.module.recompile()
+    from qcompile.backends.cpu.legalize import LEGALIZE
+
+    assert "layer_norm_int8" in str(translate(graph.module, legalize=LEGALIZE).module)
+    x = torch.randn(5, 48)
+    values, codes = build(graph.module, threads=1)(x)
+    torch.testing.assert_close(values, graph(x)[0], rtol=1e-5, atol=1e-5)
+    assert torch.equal(codes, torch.ops.qc.quantize(values, torch.tensor(0.02), None, "int8 tensor sym"))
+
+
 # ---- a real model ---------------------------------------------------------------------------------------------------------
 
 

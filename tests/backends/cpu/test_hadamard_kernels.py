@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-import numpy as np
 import pytest
 import torch
-from qcompile.backends.cpu.kernels.hadamard import hadamard, symmetric_hadamard
+from qcompile.backends.cpu.build import build
+from qcompile.backends.cpu.kernels.hadamard import hadamard
 from qcompile.backends.cpu.kernels.pooling import max_pool, mean_image
 
-from qcompile.graph.dialect import hadamard_matrix
+from qcompile.graph import parse_graph
+from qcompile.graph.hadamard import hadamard_order
 
 Build = Callable[..., Callable[..., None]]
 
@@ -21,51 +22,45 @@ def untouched(tensor: torch.Tensor) -> torch.Tensor:
     return torch.full_like(tensor, 77)
 
 
-@pytest.mark.parametrize(("width", "block"), [(3, 1), (24, 8), (64, 16), (192, 64), (512, 512), (8192, 1024)])
+POWERS = [(3, 1), (24, 8), (64, 16), (192, 64), (512, 512), (8192, 1024)]
+MULTIPLES = [(192, 192), (384, 384), (768, 384), (640, 320), (1792, 1792), (1536, 1536), (832, 832), (960, 960)]
+
+
+@pytest.mark.parametrize(("width", "block"), POWERS + MULTIPLES)
 def test_hadamard_equals_the_matrix_product(compile_kernel: Build, width: int, block: int) -> None:
     kernel = compile_kernel(hadamard(width, block))
     x = torch.randn(5, width)
     out = untouched(x)
     kernel(x, out)
-    steps = math.log2(block) + 2  # each rounds a value no larger than the block's norm
+    order = hadamard_order(block)
+    steps = order + math.log2(block / order) + 2  # each rounds a value no larger than the block's norm
     norm = float(x.unflatten(-1, (-1, block)).norm(dim=-1).max())
     assert float((out - torch.ops.qc.hadamard(x.double(), block)).abs().max()) <= steps * norm * 2.0**-23
 
 
-@pytest.mark.parametrize("order", [1, 2, 12, 28, 36, 60])
-def test_symmetric_matrices_are_their_own_inverse(order: int) -> None:
-    matrix = symmetric_hadamard(order).astype(int)
-    assert set(matrix.reshape(-1)) <= {-1, 1}
-    assert (matrix == matrix.T).all()
-    assert (matrix @ matrix == order * np.eye(order)).all()
-
-
-def test_symmetric_matrices_need_a_prime() -> None:
-    for order in (3, 4, 8, 16, 20, 24):
-        with pytest.raises(ValueError, match="no symmetric Hadamard matrix"):
-            symmetric_hadamard(order)
-
-
-@pytest.mark.parametrize(("width", "order", "inner"), [(192, 12, 16), (768, 12, 32), (1792, 28, 64), (3072, 12, 128)])
-def test_hadamard_of_a_multiple_of_a_power_of_two(compile_kernel: Build, width: int, order: int, inner: int) -> None:
-    base, block = symmetric_hadamard(order), order * inner
-    kernel = compile_kernel(hadamard(width, block, base=base))
-    x = torch.randn(5, width)
-    out = untouched(x)
-    kernel(x, out)
-    matrix = torch.kron(torch.from_numpy(base).double() / math.sqrt(order), hadamard_matrix(inner, torch.float64))
-    blocks = x.double().unflatten(-1, (-1, block))
-    steps = order + math.log2(inner) + 2  # each rounds a value no larger than the block's norm
-    assert float((out - (blocks @ matrix).flatten(-2)).abs().max()) <= steps * float(blocks.norm(dim=-1).max()) * 2.0**-23
-
-
 def test_hadamard_refuses_other_blocks() -> None:
-    with pytest.raises(ValueError, match="no power of two"):
-        hadamard(48, 12)
-    with pytest.raises(ValueError, match="no power of two times 12"):
-        hadamard(960, 240, base=symmetric_hadamard(12))
+    with pytest.raises(ValueError, match="no Hadamard matrix of size 22 divides 44"):
+        hadamard(44, 22)
+    with pytest.raises(ValueError, match="no Hadamard matrix of size 32 divides 48"):
+        hadamard(48, 32)
     with pytest.raises(ValueError, match="share a register"):
-        hadamard(96, 96, base=symmetric_hadamard(12))
+        hadamard(96, 96)
+
+
+TURNED = """graph @main float(%x: f32[n,192]) where n in 1..64 {
+  %y = qc.hadamard(%x) {block=BLOCK} : f32[n,192]
+  return %y as "y"
+}
+"""
+
+
+@pytest.mark.parametrize(("block", "reason"), [(192, ""), (96, "no kernel: blocks of 96 are less than 16 times 12")])
+def test_a_graph_uses_the_kernel_or_says_why_not(block: int, reason: str) -> None:
+    graph = parse_graph(TURNED.replace("BLOCK", str(block)), {})
+    built = build(graph.module, threads=1)
+    assert [fallback.reason.split(":")[:2] for fallback in built.fallbacks] == ([reason.split(":")] if reason else [])
+    x = torch.randn(7, 192)
+    torch.testing.assert_close(built(x)[0], graph(x)[0], rtol=1e-5, atol=1e-5)
 
 
 def test_mean_image(compile_kernel: Build) -> None:

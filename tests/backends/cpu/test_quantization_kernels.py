@@ -162,7 +162,6 @@ def test_images_become_channels_last(compile_kernel: Build, text: str, channels:
 def test_dynamic_per_token(compile_kernel: Build, text: str, width: int) -> None:
     scheme = parse_scheme(text)
     forward = compile_kernel(quantization.quantize_dynamic(width, scheme))
-    back = compile_kernel(quantization.dequantize_rows(width, scheme))
     x = torch.randn(530, width) * torch.exp(torch.randn(530, 1) * 5) + torch.randn(530, 1)
     x[0], x[1], x[2], x[3] = 0, x[1].abs(), -x[2].abs(), 1e-38
     codes, scale, zero = untouched(x).to(scheme.format.storage), torch.full((530,), 77.0), torch.full((530,), 77, dtype=torch.int32)
@@ -171,9 +170,6 @@ def test_dynamic_per_token(compile_kernel: Build, text: str, width: int) -> None
     assert torch.equal(scale, expected[1][:, 0])
     assert torch.equal(zero, expected[2][:, 0])
     assert torch.equal(codes, expected[0])
-    out = untouched(x)
-    back(codes, scale, zero, out)
-    assert torch.equal(out, torch.ops.qc.dequantize(codes, expected[1], expected[2], text))
 
 
 @pytest.mark.parametrize(

@@ -548,3 +548,14 @@ def test_tune_refuses_a_target_without_kernels(cli: Any, tiny_artifact: Compiled
     done = cli("tune", tmp_path / "model.qc")
     assert done.code == 2
     assert done.err == f"qcompile: {tmp_path / 'model.qc'}: target reference has no kernels to tune\n"
+
+
+def test_an_interrupted_search_says_that_nothing_is_kept(cli: Any, saved: Path, own_table: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*arguments: Any, **options: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("qcompile.backends.cpu.target.CpuTarget.tune", interrupted)
+    done = cli("tune", saved)
+    assert done.code == 3
+    assert done.err.strip() == "qcompile: interrupted; no tile of this search is kept; --seconds ends a search in time"
+    assert not own_table.exists()
