@@ -54,7 +54,7 @@ _TEAM = """
 %env = type { ptr, i32 }                                     ; TVMParallelGroupEnv: barrier (unused), tasks
 %seat = type { i64, i64, ptr, i32, i64, [24 x i8] }          ; claimed, finished, team, number, thread: a cache line
 %team = type { i64, ptr, ptr, %env, [24 x i8],               ; region, function, its data, its environment
-               i32, i32, i32, i32, i32, [44 x i8],           ; threads of a region, seats, asleep, stop, failed task + 1
+               i32, i32, i32, i32, i32, i32, [40 x i8],      ; threads of a region, seats, asleep, stop, failed task + 1, avoided + 1
                [64 x i8], [64 x i8], [0 x %seat] }           ; mutex, condition, seats; seat 0 is the calling thread's
 
 %any = type { i32, i32, i64 }                                 ; TVMFFIAny: kind (1: integer), -, value
@@ -74,6 +74,9 @@ declare i32 @pthread_cond_wait(ptr, ptr)
 declare i32 @pthread_cond_signal(ptr)
 declare i32 @pthread_cond_broadcast(ptr)
 declare i32 @sched_yield()
+declare i32 @sched_getcpu()
+declare i32 @sched_getaffinity(i32, i64, ptr)
+declare i32 @pthread_setaffinity_np(i64, i64, ptr)
 declare ptr @aligned_alloc(i64, i64)
 declare void @free(ptr)
 declare void @llvm.memset.p0.i64(ptr, i8, i64, i1)
@@ -106,7 +109,7 @@ each:
   %n = phi i32 [ 0, %entry ], [ %next, %done ]
   %place = add i32 %first, %n
   %task = urem i32 %place, %tasks
-  %seat = getelementptr %team, ptr %team, i32 0, i32 13, i32 %task
+  %seat = getelementptr %team, ptr %team, i32 0, i32 14, i32 %task
   %mine = call i1 @claim(ptr %seat, i64 %region)
   br i1 %mine, label %run, label %done
 run:
@@ -193,8 +196,9 @@ publish:
   %any = icmp ne i32 %asleep, 0
   br i1 %any, label %wake, label %own
 wake:
-  %mutex = getelementptr %team, ptr %team, i32 0, i32 11
-  %condition = getelementptr %team, ptr %team, i32 0, i32 12
+  %mutex = getelementptr %team, ptr %team, i32 0, i32 12
+  %condition = getelementptr %team, ptr %team, i32 0, i32 13
+  call void @part(ptr %team)
   call i32 @pthread_mutex_lock(ptr %mutex)
   br label %signal
 signal:
@@ -211,7 +215,7 @@ own:
   br label %join
 join:
   %task = phi i32 [ 0, %own ], [ %task_next, %join ]
-  %seat = getelementptr %team, ptr %team, i32 0, i32 13, i32 %task
+  %seat = getelementptr %team, ptr %team, i32 0, i32 14, i32 %task
   call void @await(ptr %seat, i64 %region)
   %task_next = add i32 %task, 1
   %more = icmp ult i32 %task_next, %tasks
@@ -234,6 +238,53 @@ out:
 
 ; ---- threads ----
 
+; Keep the other threads off the calling one's processor. Linux may wake a thread where its waker runs; both then share that processor
+; for many calls, though another one is free.
+define internal void @part(ptr %team) {
+entry:
+  %mask = alloca [128 x i8], align 8
+  %avoided_at = getelementptr %team, ptr %team, i32 0, i32 10
+  %avoided = load i32, ptr %avoided_at
+  %processor = call i32 @sched_getcpu()
+  %mark = add i32 %processor, 1
+  %known = icmp eq i32 %avoided, %mark
+  %fits = icmp ult i32 %processor, 1024
+  %odd = xor i1 %fits, true
+  %nothing = or i1 %known, %odd
+  br i1 %nothing, label %out, label %look
+look:
+  %code = call i32 @sched_getaffinity(i32 0, i64 128, ptr %mask)
+  %right = icmp eq i32 %code, 0
+  br i1 %right, label %change, label %out
+change:
+  %place = lshr i32 %processor, 3
+  %byte_at = getelementptr i8, ptr %mask, i32 %place
+  %byte = load i8, ptr %byte_at
+  %low = and i32 %processor, 7
+  %bit = shl i32 1, %low
+  %bit8 = trunc i32 %bit to i8
+  %others = xor i8 %bit8, -1
+  %cleared = and i8 %byte, %others
+  store i8 %cleared, ptr %byte_at
+  store i32 %mark, ptr %avoided_at
+  %seats_at = getelementptr %team, ptr %team, i32 0, i32 6
+  %seats = load i32, ptr %seats_at
+  br label %each
+each:
+  %number = phi i32 [ 1, %change ], [ %next, %set ]
+  %more = icmp ult i32 %number, %seats
+  br i1 %more, label %set, label %out
+set:
+  ; Refused where this is the only processor.
+  %thread_at = getelementptr %team, ptr %team, i32 0, i32 14, i32 %number, i32 4
+  %thread = load i64, ptr %thread_at
+  call i32 @pthread_setaffinity_np(i64 %thread, i64 128, ptr %mask)
+  %next = add i32 %number, 1
+  br label %each
+out:
+  ret void
+}
+
 ; The life of a thread: work, wait for the next region, sleep when none comes.
 define internal ptr @member(ptr %seat) {
 entry:
@@ -243,8 +294,8 @@ entry:
   %number = load i32, ptr %number_at
   %asleep = getelementptr %team, ptr %team, i32 0, i32 7
   %stop_at = getelementptr %team, ptr %team, i32 0, i32 8
-  %mutex = getelementptr %team, ptr %team, i32 0, i32 11
-  %condition = getelementptr %team, ptr %team, i32 0, i32 12
+  %mutex = getelementptr %team, ptr %team, i32 0, i32 12
+  %condition = getelementptr %team, ptr %team, i32 0, i32 13
   br label %check
 check:
   %last = phi i64 [ 0, %entry ], [ %region, %new ], [ %last, %pause ], [ %last, %yield ], [ %last, %awake ]
@@ -315,7 +366,7 @@ replace:
   call void @close(ptr %old)
   br label %make
 make:
-  %end = getelementptr %team, ptr null, i32 0, i32 13, i32 %threads
+  %end = getelementptr %team, ptr null, i32 0, i32 14, i32 %threads
   %bytes = ptrtoint ptr %end to i64
   %team = call ptr @aligned_alloc(i64 64, i64 %bytes)
   %lacking = icmp eq ptr %team, null
@@ -324,9 +375,9 @@ fail:
   ret i32 0
 fill:
   call void @llvm.memset.p0.i64(ptr %team, i8 0, i64 %bytes, i1 false)
-  %mutex = getelementptr %team, ptr %team, i32 0, i32 11
+  %mutex = getelementptr %team, ptr %team, i32 0, i32 12
   call i32 @pthread_mutex_init(ptr %mutex, ptr null)
-  %condition = getelementptr %team, ptr %team, i32 0, i32 12
+  %condition = getelementptr %team, ptr %team, i32 0, i32 13
   call i32 @pthread_cond_init(ptr %condition, ptr null)
   br label %start
 start:
@@ -334,7 +385,7 @@ start:
   %more = icmp ult i32 %number, %threads
   br i1 %more, label %seat, label %ready
 seat:
-  %place = getelementptr %team, ptr %team, i32 0, i32 13, i32 %number
+  %place = getelementptr %team, ptr %team, i32 0, i32 14, i32 %number
   %team_at = getelementptr %seat, ptr %place, i32 0, i32 2
   store ptr %team, ptr %team_at
   %number_at = getelementptr %seat, ptr %place, i32 0, i32 3
@@ -357,8 +408,8 @@ ready:
 
 ; End the threads of a team; pthreads call this when the calling thread ends.
 define internal void @close(ptr %team) {
-  %mutex = getelementptr %team, ptr %team, i32 0, i32 11
-  %condition = getelementptr %team, ptr %team, i32 0, i32 12
+  %mutex = getelementptr %team, ptr %team, i32 0, i32 12
+  %condition = getelementptr %team, ptr %team, i32 0, i32 13
   %stop_at = getelementptr %team, ptr %team, i32 0, i32 8
   call i32 @pthread_mutex_lock(ptr %mutex)
   store i32 1, ptr %stop_at
@@ -372,7 +423,7 @@ each:
   %more = icmp ult i32 %number, %seats
   br i1 %more, label %join, label %out
 join:
-  %thread_at = getelementptr %team, ptr %team, i32 0, i32 13, i32 %number, i32 4
+  %thread_at = getelementptr %team, ptr %team, i32 0, i32 14, i32 %number, i32 4
   %thread = load i64, ptr %thread_at
   call i32 @pthread_join(i64 %thread, ptr null)
   %next = add i32 %number, 1
