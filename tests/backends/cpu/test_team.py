@@ -30,7 +30,9 @@ def _build(wrong: bool = False) -> Any:
     counts = tirx.decl_buffer((n,), "int64", name="counts")
     body: Any = tirx.BufferStore(counts, counts[i] + tirx.const(1, "int64"), [i])
     if wrong:
-        body = tirx.SeqStmt([tirx.AssertStmt(counts[i] >= tirx.const(0, "int64"), StringImm("ValueError"), [StringImm("is negative")]), body])
+        body = tirx.SeqStmt(
+            [tirx.AssertStmt(counts[i] >= tirx.const(0, "int64"), StringImm("ValueError"), [StringImm("is negative")]), body]
+        )
     loop = tirx.For(i, tirx.const(0, "int64"), n, tirx.ForKind.PARALLEL, body)
     count = tirx.PrimFunc([counts], loop).with_attr("global_symbol", "count")
     with COMPILE_LOCK:
