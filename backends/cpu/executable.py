@@ -22,6 +22,7 @@ import tvm_ffi
 from qcompile.backends.cpu.kernels import isa
 from qcompile.backends.cpu.machine import Machine, Step, read_program
 from qcompile.backends.cpu.pipeline import COMPILE_LOCK
+from qcompile.backends.cpu.team import connect, set_threads
 from qcompile.backends.lowering.translate import Fallback
 from safetensors.torch import load_file, save_file
 from tvm import relax
@@ -32,8 +33,6 @@ from qcompile.files import cache_folder
 
 ALIGNMENT = 64  # bytes; kernels load whole 512-bit vectors, and TVM refuses less
 LIBRARY, CONSTANTS, INTERFACE = "library.so", "constants.safetensors", "interface.json"
-
-_pool = threading.local()  # how many threads the calling thread's pool was given
 
 
 @dataclass(frozen=True)
@@ -95,6 +94,7 @@ class Executable:
         self._module = module
         self._code: bytes | None = None
         self._constants = {name: aligned(constants[name]) for name in interface.constants}
+        connect(module)
         self._program = read_program(module)
         if self._program is not None:
             literals = [aligned(torch.from_numpy(literal)) for literal in self._program.literals]
@@ -303,20 +303,6 @@ def aligned(tensor: torch.Tensor) -> torch.Tensor:
     except (TypeError, RuntimeError):  # a dtype that NumPy does not have
         copy.copy_(tensor)
     return copy
-
-
-def set_threads(threads: int) -> None:
-    """Give the calling thread's pool this many threads.
-
-    TVM keeps a pool for each calling thread. A pool is made with ``TVM_NUM_THREADS`` workers (without it, half of the processors on
-    x86) when it is first used, and may be given fewer afterwards, never more: so the variable is set before.
-    """
-    if getattr(_pool, "threads", None) == threads:
-        return
-    if "TVM_NUM_THREADS" not in os.environ:
-        os.environ["TVM_NUM_THREADS"] = str(len(os.sched_getaffinity(0)))
-    tvm.get_global_func("runtime.config_threadpool")(1, threads)
-    _pool.threads = threads
 
 
 def _check_shape(port: Port, shape: tuple[int, ...], sizes: dict[str, int]) -> None:

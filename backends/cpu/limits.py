@@ -12,6 +12,7 @@ from collections.abc import Callable
 
 import numpy as np
 import tvm
+from qcompile.backends.cpu import team
 from qcompile.backends.cpu.kernels import isa, tiles
 from qcompile.backends.cpu.kernels.registers import LANES, argument, function, ramp
 from qcompile.backends.cpu.kernels.vector import Expr, register, spread
@@ -47,12 +48,12 @@ def measure_limits(threads: int) -> Limits:
 
 def _seconds(kernel: tirx.PrimFunc, data: np.ndarray, threads: int, results: int = LANES) -> float:
     """Return the seconds of the fastest of some runs of ``kernel(data, out)``."""
-    from qcompile.backends.cpu.executable import set_threads
-
+    name = str(kernel.attrs["global_symbol"])
     with COMPILE_LOCK:
-        name = str(kernel.attrs["global_symbol"])
-        run = tvm.compile(tvm.IRModule({name: kernel}), tvm.target.Target(isa.target_description()))[name]
-    set_threads(threads)
+        module = tvm.tirx.build(tvm.IRModule({name: kernel, team.CONNECT: team.connector()}), tvm.target.Target(isa.target_description()))
+    team.connect(module)
+    team.set_threads(threads)
+    run = module[name]
     arguments = [tvm.runtime.tensor(data), tvm.runtime.tensor(np.zeros((threads, results), data.dtype))]
     times: list[float] = []
     stop = time.perf_counter() + SECONDS

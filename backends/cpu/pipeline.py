@@ -11,6 +11,7 @@ from qcompile.backends.cpu.host import host_functions
 from qcompile.backends.cpu.kernels import isa
 from qcompile.backends.cpu.machine import describe
 from qcompile.backends.cpu.schedule import ScheduleRemaining
+from qcompile.backends.cpu.team import CONNECT, connector
 from qcompile.backends.lowering.arena import plan_arena
 from qcompile.backends.lowering.sequence import NoSequence, read_sequence
 from qcompile.backends.lowering.share_shapes import OrderShapes, ShareShapes
@@ -76,6 +77,7 @@ def compile_module(module: tvm.IRModule, threads: int | None = None, *, virtual_
             except NoSequence as reason:
                 logger.info("the model runs in a virtual machine: %s", reason)
         lowered = tvm.transform.Sequential(machine_passes())(lowered)
+        lowered[CONNECT] = connector()
         return tvm.relax.build(lowered, target, relax_pipeline=None)
 
 
@@ -84,4 +86,4 @@ def _host_module(module: tvm.IRModule) -> tvm.IRModule:
     sequence = read_sequence(module)
     called = {call.kernel for call in sequence.calls}
     kernels = {v.name_hint: f.with_attr("global_symbol", v.name_hint) for v, f in module.functions.items() if v.name_hint in called}
-    return tvm.IRModule(kernels | host_functions(sequence, plan_arena(sequence), describe(sequence)))
+    return tvm.IRModule(kernels | {CONNECT: connector()} | host_functions(sequence, plan_arena(sequence), describe(sequence)))

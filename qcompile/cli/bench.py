@@ -19,7 +19,8 @@ from qcompile.errors import Refused
 if TYPE_CHECKING:
     from qcompile.target import Limits, OperatorTime
 
-SETTLE = 2  # calls after switching from another runtime that are not timed: its threads may still spin
+SETTLE = 2  # calls at the start of a turn that are not timed: they wake the runtime's own threads
+REST_SECONDS, REST_SHARE, LONGEST_REST = 0.01, 0.1, 1.0  # see ``_rest``
 LONGEST_NAME = 48  # columns for the name of a kernel
 
 Run = Callable[[Sequence[Any]], Any]
@@ -120,18 +121,32 @@ def _float_graph(artifact: Path, model: str | None) -> Any:
 
 
 def measure(contenders: Mapping[str, Run], inputs: Sequence[Any], rounds: int, calls: int) -> dict[str, list[float]]:
-    """Return milliseconds of every timed call, contenders taking turns so that drift of the machine meets all alike."""
+    """Return milliseconds of every timed call, contenders taking turns so that drift of the machine meets all alike.
+
+    A turn begins when the process rests: threads that spin after the call before would be counted against whoever comes next.
+    """
     times: dict[str, list[float]] = {name: [] for name in contenders}
     for run in contenders.values():
         run(inputs)
     for _ in range(rounds):
         for name, run in contenders.items():
+            _rest()
             for call in range(SETTLE + calls):
                 start = time.perf_counter()
                 run(inputs)
                 if call >= SETTLE:
                     times[name].append(1e3 * (time.perf_counter() - start))
     return times
+
+
+def _rest() -> None:
+    """Wait until no thread of this process works or spins: all use less than a tenth of a processor for 10 ms. At most a second."""
+    stop = time.perf_counter() + LONGEST_REST
+    used, share = time.process_time(), 1.0
+    while share > REST_SHARE and time.perf_counter() < stop:
+        time.sleep(REST_SECONDS)
+        before, used = used, time.process_time()
+        share = (used - before) / REST_SECONDS
 
 
 def _summary(spent: list[float]) -> dict[str, float]:

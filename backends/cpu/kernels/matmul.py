@@ -27,6 +27,7 @@ from tvm.script.ir_builder import tirx as T
 
 _ROW_STEP = 4  # rows of a task are a multiple: the register block has a variant for such a remainder
 _FEW_OPERATIONS = 2 << 20  # below this many multiply-adds, waking another thread costs more than it saves
+_ROW_COST = 8  # of a byte of x against one of 8-bit weights: x lies in the cache of the core that made it, weights in one that all share
 _SHARED_BYTES = 1 << 20  # weights up to this size stay in each core's second-level cache: then rows are split, not columns
 
 
@@ -107,8 +108,10 @@ def _emit_tasks(spec: Linear, arguments: Arguments, m: Expr) -> None:
     tasks = ceildiv(m, spec.task_rows)
     few = m * (spec.in_features * spec.out_features // 1024) < _FEW_OPERATIONS // 1024
     columns = T.Select(few, 1, min(threads, n_blocks))
-    if spec.tiled:  # every task reads its rows of x and its columns of weights: whichever is more is read once
-        by_rows = hold(T.And(m * 8 > spec.out_features * spec.bits, m >= tile.rows * threads))
+    if spec.tiled:  # every task reads its rows of x and its columns of weights: whichever costs more is read once
+        # Fewer bits cost unpacking too: as much as their bytes, at least.
+        x_cost = m * 8 * (_ROW_COST if spec.bits == 8 else 1)
+        by_rows = hold(T.And(x_cost > spec.out_features * spec.bits, m >= tile.rows * threads))
         tasks = T.Select(T.And(T.Not(few), by_rows), ceildiv(tasks, threads) * threads, tasks)
         columns = T.Select(by_rows, 1, columns)
     elif spec.words * spec.padded_columns * 4 <= _SHARED_BYTES:
