@@ -77,8 +77,9 @@ def _store_weight(graph: Graph, node: fx.Node, quantizer: Quantizer) -> fx.Node:
     codes = graph.add_constant(f"{name}_codes", stored.packed(), like=node)
     scale = graph.add_constant(f"{name}_scale", stored.scale, like=node)
     zero_point = None if stored.zero_point is None else graph.add_constant(f"{name}_zero_point", stored.zero_point, like=node)
+    table = None if stored.table is None else graph.add_constant(f"{name}_table", stored.table, like=node)
     size = None if stored.scheme.bits == 8 else weight.shape[-1]
-    return graph.call(_qc.dequantize.default, codes, scale, zero_point, str(stored.scheme), size, before=node)
+    return graph.call(_qc.dequantize.default, codes, scale, zero_point, str(stored.scheme), size, table, before=node)
 
 
 # ---- rules: float operators over dequantized values -> integer operators --------------------------------------------------
@@ -86,6 +87,8 @@ def _store_weight(graph: Graph, node: fx.Node, quantizer: Quantizer) -> fx.Node:
 
 def _rules(context: Context) -> tuple[Rule, ...]:
     def supported(operator: str, x: fx.Node | None, weight: fx.Node) -> str | None:
+        if operator != "qc.linear" and bound_arguments(weight)["table"] is not None:
+            return f"{operator} takes no weight with a table of its own"
         scheme = LayerScheme(_scheme(weight), _scheme(x) if x is not None else None)
         return context.target.supports(operator, scheme)
 
@@ -136,7 +139,8 @@ def _linear(graph: Graph, m: Match) -> fx.Node:
     operands, x, w = _operands(m)
     bias = m.arguments("layer")["bias"]
     size = m["weight"].meta["val"].shape[-1]
-    return graph.call(_qc.linear.default, *operands, bias, None, None, None, x["scheme"], w["scheme"], size, before=m.root)
+    more = {} if w["table"] is None else {"weight_table": w["table"]}
+    return graph.call(_qc.linear.default, *operands, bias, None, None, None, x["scheme"], w["scheme"], size, before=m.root, **more)
 
 
 def _conv2d(graph: Graph, m: Match) -> fx.Node:

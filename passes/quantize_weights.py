@@ -45,12 +45,13 @@ class QuantizeWeights(Pass):
     """Solve for the codes of the weights that still have none.
 
     Attributes:
-        solver: nearest, mse, gptq, or another of the registry.
+        solver: nearest, mse, gptq, kmeans, or another of the registry.
         sequential: later layers see what the earlier ones have become; only for solvers that read the layer's input.
         damping: gptq: share of the mean of H's diagonal that is added to it.
         act_order: gptq: inputs of large magnitude first; scales of groups are then static, so nothing is reordered at run time.
         static_groups: gptq: scales of groups from the weight as it was.
         grid: gptq: ``nearest`` or ``mse`` chooses the scales.
+        table_rows: kmeans: rows of a weight that share a table; 0: all.
     """
 
     stage: ClassVar[Stage] = Stage.SIMULATED
@@ -62,6 +63,7 @@ class QuantizeWeights(Pass):
     act_order: bool = True
     static_groups: bool = True
     grid: str = "mse"
+    table_rows: int = 0
 
     def requests(self, graph: Graph, context: Context) -> Sequence[Request]:
         if self.sequential and context.calibration is not None:
@@ -208,7 +210,7 @@ class _Solver:
         except (Refused, RuntimeError) as error:
             raise Refused(f"{self.name} fails: {str(error).splitlines()[0]}", node=weight.layer) from error
         weight.quantizer.scale, weight.quantizer.zero_point = found.scale, found.zero_point
-        weight.quantizer.codes = found.codes.reshape(weight.value.shape)
+        weight.quantizer.codes, weight.quantizer.table = found.codes.reshape(weight.value.shape), found.table
 
     def _solve(self, weight: _Weight, statistics: Result, context: Context) -> Quantized:
         scheme = weight.quantizer.scheme

@@ -37,6 +37,7 @@ from qcompile.capture.examples import table_rows
 from qcompile.errors import Refused
 from qcompile.files import atomic_file, remove_strays
 from qcompile.graph import Graph, parse_graph, print_graph, tensor_digest
+from qcompile.graph.stored import check_stored
 from qcompile.graph.text import DIGEST_LENGTH
 from qcompile.kernel_tiles import KernelTiles, parse_tiles
 from qcompile.native_code import NativeCode
@@ -239,6 +240,7 @@ def load(path: str | Path, *, target: str | None = None, threads: int | None = N
         golden = safetensors.torch.load(members["golden.safetensors"])
         report = json.loads(members["report.json"])
         graph = parse_graph(members["graph.txt"].decode(), constants)
+        check_stored(graph)
     except Refused:
         raise
     except Exception as error:

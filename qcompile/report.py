@@ -17,6 +17,11 @@ from qcompile.probe import probe_digests
 
 _LAYERS = {"aten.linear", "aten.conv2d", "aten.embedding"}
 _INTEGER_LAYERS = {"qc.linear", "qc.conv2d", "qc.embedding"}
+_SIDES = {  # arguments that are stored for a weight; of each, a zero point is the third
+    "qc.linear": ("weight", "weight_scale", "weight_zero_point", "weight_table"),
+    "qc.conv2d": ("weight", "weight_scale", "weight_zero_point"),
+    "qc.embedding": ("weight", "scale", "zero_point"),
+}
 # Operators that only move or index values: nothing there could be quantized.
 _MOVES = frozenset(
     [
@@ -101,7 +106,7 @@ def float_bytes(graph: Graph) -> int:
 
 
 def _is_side_data(name: str) -> bool:
-    return name.endswith(("_scale", "_zero_point", "_codes"))
+    return name.endswith(("_scale", "_zero_point", "_codes", "_table"))
 
 
 def _is_layer(node: fx.Node) -> bool:
@@ -131,10 +136,7 @@ def _layer(graph: Graph, node: fx.Node, errors: Mapping[str, float]) -> dict[str
     if operator in _INTEGER_LAYERS:
         weight = str(arguments.get("weight_scheme") or arguments.get("scheme"))
         activation = arguments.get("x_scheme") or "float32"
-        sides = [
-            arguments.get(key)
-            for key in ("weight", "weight_scale", "weight_zero_point", *(["scale", "zero_point"] if operator == "qc.embedding" else []))
-        ]
+        sides = [arguments.get(key) for key in _SIDES[operator]]
         tensors = [graph.constant(side) for side in sides]
         bits = (
             8

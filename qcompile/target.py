@@ -10,7 +10,7 @@ from typing import Protocol
 import torch
 
 from qcompile.errors import Refused
-from qcompile.formats import LayerScheme, Scheme
+from qcompile.formats import Integer, LayerScheme, Scheme
 from qcompile.graph.graph import Graph
 from qcompile.kernel_tiles import KernelTiles, Tuning
 
@@ -25,6 +25,7 @@ class Kernel:
         weight_granularity: names of granularities (``tensor``, ``channel``, ``group``) of the weight.
         activation: ``static``, ``dynamic`` or ``float``.
         summary: one line for the docs' table.
+        formats: families of the weight's format: ``int``, ``ternary``, ``nf``, ``codebook``.
     """
 
     operator: str
@@ -32,6 +33,7 @@ class Kernel:
     weight_granularity: tuple[str, ...]
     activation: str
     summary: str = ""
+    formats: tuple[str, ...] = ("int", "ternary")
 
 
 @dataclass(frozen=True)
@@ -84,6 +86,15 @@ def activation_kind(scheme: Scheme | None) -> str:
     return "float" if scheme is None else "dynamic" if scheme.dynamic else "static"
 
 
+def _holds(row: Kernel, weight: Scheme) -> bool:
+    return weight.bits in row.weight_bits and weight.format.family in row.formats
+
+
+def _words(row: Kernel) -> str:
+    """Return what a message says of a kernel's formats; those of most kernels go without saying."""
+    return "" if row.formats == Kernel.formats else f"{'/'.join(row.formats)} of "
+
+
 class Executable(Protocol):
     """A built graph: call it with one tensor for each input, get one for each output."""
 
@@ -116,26 +127,29 @@ class Target(ABC):
         rows = [kernel for kernel in self.kernels if kernel.operator == operator]
         if not rows:
             return f"{self.name} has no low-bit kernel for {operator}"
+        if scheme.activation and not isinstance(scheme.activation.format, Integer):
+            return f"{self.name} rounds activations to integers, not to {scheme.activation.format}"
         kind = activation_kind(scheme.activation)
         granularity = str(scheme.weight.granularity).split("=")[0] if scheme.weight else ""
         fits = [
             row
             for row in rows
-            if row.activation == kind
-            and (scheme.weight is None or (scheme.weight.bits in row.weight_bits and granularity in row.weight_granularity))
+            if row.activation == kind and (scheme.weight is None or (_holds(row, scheme.weight) and granularity in row.weight_granularity))
         ]
         if fits:
             return None
         near = min(
             rows,
             key=lambda row: (
+                scheme.weight is not None and scheme.weight.format.family not in row.formats,
                 row.activation != kind,
                 min(abs(b - (scheme.weight.bits if scheme.weight else 8)) for b in row.weight_bits or (8,)),
             ),
         )
         return (
             f"{self.name} has no kernel for {operator} with {scheme}; the nearest that runs: weights of "
-            f"{'/'.join(map(str, near.weight_bits))} bits by {'/'.join(near.weight_granularity)}, {near.activation} activations"
+            f"{_words(near)}{'/'.join(map(str, near.weight_bits))} bits by {'/'.join(near.weight_granularity)}, "
+            f"{near.activation} activations"
         )
 
     def check(self, graph: Graph) -> None:

@@ -206,10 +206,9 @@ def kernels_table() -> str:
     for target in map(find_target, names("target")):
         for kernel in target.kernels:
             bits = "1 to 8" if kernel.weight_bits == tuple(range(1, 9)) else ", ".join(map(str, kernel.weight_bits))
-            rows.append(
-                [target.name, f"`{kernel.operator}`", bits, ", ".join(kernel.weight_granularity), kernel.activation, kernel.summary]
-            )
-    return table(["target", "operator", "weight bits", "weight scales by", "activations", "what it is"], rows)
+            weight = [", ".join(kernel.formats), bits, ", ".join(kernel.weight_granularity)]
+            rows.append([target.name, f"`{kernel.operator}`", *weight, kernel.activation, kernel.summary])
+    return table(["target", "operator", "weight formats", "weight bits", "weight scales by", "activations", "what it is"], rows)
 
 
 def recipes_table() -> str:

@@ -29,7 +29,7 @@ from qcompile.backends.lowering.shapes import dtype_name
 from qcompile.backends.lowering.translate import Legalizer, Walk
 from torch import fx
 
-from qcompile.formats import Channel, Integer, Tensor, dequantize, parse_scheme, unpack
+from qcompile.formats import Channel, Integer, Tensor, dequantize, parse_scheme
 
 # ---- convolution ----------------------------------------------------------------------------------------------------------
 
@@ -43,7 +43,7 @@ def _conv2d(walk: Walk, node: fx.Node, a: Arguments) -> Any:
     if not isinstance(scheme.format, Integer) or scheme.granularity not in (Tensor(), Channel(0)):
         return f"no kernel reads weights as '{scheme}'"
     packed, scale, zero_point = (constant_array(walk, t) for t in (a.weight, a.weight_scale, a.weight_zero_point))
-    codes = unpack(torch.from_numpy(packed), scheme.bits, scheme.format.lowest < 0, a.kernel_width)
+    codes = scheme.format.unpack(torch.from_numpy(packed), a.kernel_width)
     if not a.x_scheme:
         walk.report(f"'{scheme}' with a float input runs with its weight dequantized to float32")
         weight = dequantize(codes, walk.constant(a.weight_scale), walk.constant(a.weight_zero_point), scheme)  # type: ignore[arg-type]

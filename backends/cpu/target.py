@@ -29,6 +29,11 @@ from qcompile.target import Executable, Kernel, Limits, OperatorTime, Target
 MEASURE_SECONDS = 0.1  # for each kernel; some hundred calls of a small one
 TILES = "tiles.json"  # beside the library: the tiles by layer
 _LOW_BITS = tuple(range(1, 9))
+_LOOKED_UP = {
+    "static": "bytes looked up in registers; in groups, when packed",
+    "dynamic": "the same with a scale for each token",
+    "float": "floats looked up in registers; in groups that 128 does not divide, when packed",
+}
 
 
 class CpuTarget(Target):
@@ -43,6 +48,10 @@ class CpuTarget(Target):
         Kernel("qc.linear", _LOW_BITS, ("tensor", "channel", "group"), "static", "x int8 codes, int32 accumulators, fused epilogue"),
         Kernel("qc.linear", _LOW_BITS, ("tensor", "channel", "group"), "dynamic", "the same with a scale for each token"),
         Kernel("qc.linear", _LOW_BITS, ("tensor", "channel", "group"), "float", "weights dequantized in the kernel, float32 product"),
+        *(
+            Kernel("qc.linear", (1, 2, 3, 4), ("tensor", "channel", "group"), kind, _LOOKED_UP[kind], formats)
+            for kind, formats in (("static", ("codebook",)), ("dynamic", ("codebook",)), ("float", ("nf", "codebook")))
+        ),
         Kernel(
             "qc.conv2d",
             _LOW_BITS,

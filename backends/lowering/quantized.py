@@ -20,7 +20,7 @@ from tvm.relax import op
 
 import qcompile.graph.dialect as dialect
 from qcompile.errors import Refused
-from qcompile.formats import Block, Channel, Group, Scheme, dequantize, parse_scheme, unpack
+from qcompile.formats import Block, Channel, Group, Scheme, dequantize, parse_scheme
 from qcompile.formats.integer import Integer
 from qcompile.graph.hadamard import hadamard_matrix
 
@@ -157,7 +157,8 @@ def _is_float(value: Any) -> bool:
     return value is not None and str(value.ty.dtype).startswith("float")
 
 
-def _epilogue(walk: Walk, y: Any, a: Arguments, bias: Any) -> Any:
+def epilogue(walk: Walk, y: Any, a: Arguments, bias: Any) -> Any:
+    """Emit what follows a product and its scales; arguments are values."""
     if _is_float(bias):
         y = walk.emit(op.add(y, bias))
     if not a.activation.startswith("add_"):
@@ -171,30 +172,34 @@ def _epilogue(walk: Walk, y: Any, a: Arguments, bias: Any) -> Any:
 
 def _weight(walk: Walk, dtype: torch.dtype, size: int, order: str, arrange: Any) -> Any:
     """Return the weight of qc.linear or qc.conv2d as a constant: int32 codes less the zero point, or float32 values."""
-    node = _argument(walk, "weight")
-    scheme = parse_scheme(_argument(walk, "weight_scheme"))
+    node, arguments = _argument(walk, "weight"), _arguments(walk)
+    scheme = parse_scheme(arguments["weight_scheme"])
 
     def make(packed: torch.Tensor) -> torch.Tensor:
-        codes = unpack(packed, scheme.bits, scheme.format.lowest < 0, size)
-        zero_point = walk.constant(_argument(walk, "weight_zero_point"))
+        codes = scheme.format.unpack(packed, size)
+        zero_point, table = walk.constant(_argument(walk, "weight_zero_point")), walk.constant(arguments.get("weight_table"))
         if dtype == torch.float32:
-            return arrange(dequantize(codes, walk.required_constant(_argument(walk, "weight_scale")), zero_point, scheme))
-        return arrange(dialect._centered(codes, zero_point, scheme).to(torch.int32))
+            return arrange(dequantize(codes, walk.required_constant(_argument(walk, "weight_scale")), zero_point, scheme, table))
+        return arrange(dialect._centered(codes, zero_point, scheme, table).to(torch.int32))
 
     return walk.packed(node, f"{order} {dtype}", make)
 
 
 def _argument(walk: Walk, name: str) -> Any:
+    return _arguments(walk)[name]
+
+
+def _arguments(walk: Walk) -> dict[str, Any]:
     from qcompile.backends.lowering.converters import named_arguments
 
-    return named_arguments(walk.node)[name]
+    return named_arguments(walk.node)
 
 
 @converts("qc.linear")
 def _linear(walk: Walk, a: Arguments) -> Any:
     if not a.x_scheme:
         weight = _weight(walk, torch.float32, a.in_features, "transposed", lambda w: w.t())
-        return _epilogue(walk, walk.emit(op.matmul(a.x, weight)), a, a.bias)
+        return epilogue(walk, walk.emit(op.matmul(a.x, weight)), a, a.bias)
     scheme = parse_scheme(a.weight_scheme)
     x = _centered(walk, a.x, a.x_zero_point, parse_scheme(a.x_scheme))
     weight = _weight(walk, torch.int32, a.in_features, "transposed", lambda w: w.t())
@@ -205,7 +210,7 @@ def _linear(walk: Walk, a: Arguments) -> Any:
         if a.bias is not None and not _is_float(a.bias):
             accumulator = walk.emit(op.add(accumulator, a.bias))
         y = walk.emit(op.multiply(cast(walk, accumulator, "float32"), a.weight_scale))
-    return _epilogue(walk, walk.emit(op.multiply(y, a.x_scale)), a, a.bias)
+    return epilogue(walk, walk.emit(op.multiply(y, a.x_scale)), a, a.bias)
 
 
 def _grouped_product(walk: Walk, x: Any, weight: Any, scales: Any, size: int, features: int) -> Any:
@@ -236,7 +241,7 @@ def _conv2d(walk: Walk, a: Arguments) -> Any:
     else:
         weight = _weight(walk, torch.float32, a.kernel_width, "plain", lambda w: w)
         y = walk.emit(op.nn.conv2d(a.x, weight, stride, padding, dilation, a.groups))
-    return _epilogue(walk, y, a, None if a.bias is None else _per_channel(walk, a.bias))
+    return epilogue(walk, y, a, None if a.bias is None else _per_channel(walk, a.bias))
 
 
 def _per_channel(walk: Walk, value: Any) -> Any:
@@ -251,7 +256,7 @@ def _matmul(walk: Walk, a: Arguments) -> Any:
     accumulator = cast(walk, walk.emit(op.matmul(left, right)), "float32")
     y = walk.emit(op.multiply(walk.emit(op.multiply(accumulator, a.b_scale)), a.a_scale))
     a.activation, a.residual = "none", None
-    return _epilogue(walk, y, a, None)
+    return epilogue(walk, y, a, None)
 
 
 # ---- embedding, addition, rotation, attention -----------------------------------------------------------------------------
@@ -263,7 +268,7 @@ def _embedding(walk: Walk, a: Arguments) -> Any:
     node: fx.Node = _argument(walk, "weight")
 
     def table(packed: torch.Tensor) -> torch.Tensor:
-        codes = unpack(packed, scheme.bits, scheme.format.lowest < 0, a.size)
+        codes = scheme.format.unpack(packed, a.size)
         return dequantize(codes, walk.required_constant(_argument(walk, "scale")), walk.constant(_argument(walk, "zero_point")), scheme)
 
     return op.take(walk.packed(node, "float32", table), a.indices, axis=0, mode="clip")

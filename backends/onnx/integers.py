@@ -19,7 +19,7 @@ from onnx import TensorProto
 from qcompile.backends.onnx import quantized
 from qcompile.backends.onnx.emit import INTEGER_TABLE, Emitter, converts
 
-from qcompile.formats import Channel, Group, Integer, Scheme, Tensor, Token, parse_scheme, unpack
+from qcompile.formats import Channel, Codebook, Group, Integer, Scheme, Tensor, Token, parse_scheme
 
 OFFSET = 128  # from int8 to uint8
 
@@ -79,7 +79,9 @@ def _plain_weight(emitter: Emitter, arguments: SimpleNamespace, size: int) -> tu
     zero = None if arguments.weight_zero_point is None else emitter.tensor(arguments.weight_zero_point)
     if packed is None or (arguments.weight_zero_point is not None and zero is None):
         raise emitter.refuse("a weight that is not constant has no ONNX form")
-    return unpack(packed, scheme.bits, scheme.format.lowest < 0, size), zero, scheme
+    table = None if getattr(arguments, "weight_table", None) is None else emitter.tensor(arguments.weight_table)
+    codes, scheme = quantized.as_integers(scheme.format.unpack(packed, size), table, scheme)
+    return codes, zero, scheme
 
 
 def _sum_of(emitter: Emitter, terms: list[str]) -> str:
@@ -97,7 +99,7 @@ def _why_float(arguments: SimpleNamespace, weights: tuple[type, ...], activation
     if not arguments.x_scheme:
         return "its activations are float"
     x, w = parse_scheme(arguments.x_scheme), parse_scheme(arguments.weight_scheme)
-    if not isinstance(x.format, Integer) or not isinstance(w.format, Integer):
+    if not isinstance(x.format, Integer) or not isinstance(w.format, Integer | Codebook):
         return "its codes are not integers"
     if not isinstance(x.granularity, activations):
         return f"activation scales by {x.granularity} stand inside the sum"

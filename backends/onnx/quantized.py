@@ -16,7 +16,7 @@ from qcompile.backends.onnx.activations import activate
 from qcompile.backends.onnx.emit import ONNX_TYPES, Emitter, converts
 from qcompile.backends.onnx.layers import causal_mask, safe_softmax
 
-from qcompile.formats import Channel, Group, Scheme, Tensor, Token, parse_scheme, unpack
+from qcompile.formats import Channel, Codebook, Group, Integer, Lookup, NormalFloat, Scheme, Tensor, Token, decode, parse_scheme
 from qcompile.formats.quantize import SMALLEST_SCALE
 from qcompile.graph.hadamard import hadamard_matrix
 
@@ -29,9 +29,17 @@ def quantize_operator(emitter: Emitter, arguments: SimpleNamespace) -> Any:
     return quantize(emitter, emitter.value(arguments.x), rank, arguments.scale, arguments.zero_point, arguments.scheme)
 
 
+def _integers_only(emitter: Emitter, text: str) -> Scheme:
+    """Return the scheme of codes that are computed at run time."""
+    scheme = parse_scheme(text)
+    if not isinstance(scheme.format, Integer):
+        raise emitter.refuse(f"codes of {scheme.format} computed at run time have no ONNX form")
+    return scheme
+
+
 def quantize(emitter: Emitter, x: str, rank: int, scale: Any, zero_point: Any, text: str) -> str:
     """Return the codes of a float value: QuantizeLinear at 8 bits, else divide, round, shift, clip and cast."""
-    scheme = parse_scheme(text)
+    scheme = _integers_only(emitter, text)
     granularity = scheme.granularity
     if scheme.bits == 8 and isinstance(granularity, (Tensor, Channel)):
         axis = granularity.axis % rank if isinstance(granularity, Channel) else None
@@ -77,7 +85,7 @@ def _expanded(emitter: Emitter, value: Any, rank: int, scheme: Scheme, dtype: to
 @converts("qc.quantize_dynamic")
 def quantize_dynamic(emitter: Emitter, arguments: SimpleNamespace) -> Any:
     """Find the range, then quantize: scale from the largest magnitude, or scale and zero point from minimum and maximum."""
-    scheme, rank = parse_scheme(arguments.scheme), emitter.fake(arguments.x).ndim
+    scheme, rank = _integers_only(emitter, arguments.scheme), emitter.fake(arguments.x).ndim
     axes, shape = _granule(emitter, scheme, rank)
     x, format = emitter.value(arguments.x), scheme.format
     smallest = emitter.constant(max(SMALLEST_SCALE, torch.finfo(scheme.scale_dtype).smallest_normal))
@@ -125,7 +133,8 @@ def _granule(emitter: Emitter, scheme: Scheme, rank: int) -> tuple[list[str], st
 @converts("qc.dequantize")
 def dequantize_operator(emitter: Emitter, arguments: SimpleNamespace) -> Any:
     if emitter.tensor(arguments.codes) is not None:
-        return weight(emitter, arguments.codes, arguments.scale, arguments.zero_point, arguments.scheme, arguments.size)
+        stored = (arguments.codes, arguments.scale, arguments.zero_point, arguments.scheme, arguments.size)
+        return weight(emitter, *stored, table=arguments.table)
     if arguments.size is not None:
         raise emitter.refuse("packed codes computed at run time have no ONNX form")
     return dequantize(emitter, arguments.codes, arguments.scale, arguments.zero_point, arguments.scheme)
@@ -137,7 +146,7 @@ def dequantize(emitter: Emitter, codes: Any, scale: Any, zero_point: Any, text: 
     The integer form has no DequantizeLinear there: ONNX Runtime joins a QuantizeLinear, DequantizeLinear pair with the next one, which
     rounds once where the graph rounds twice.
     """
-    scheme, rank = parse_scheme(text), emitter.fake(codes).ndim
+    scheme, rank = _integers_only(emitter, text), emitter.fake(codes).ndim
     granularity, name = scheme.granularity, emitter.value(codes)
     if isinstance(granularity, (Tensor, Channel)) and emitter.form == "qdq":
         operands = [name, emitter.value(scale)]
@@ -149,16 +158,22 @@ def dequantize(emitter: Emitter, codes: Any, scale: Any, zero_point: Any, text: 
     return str(emitter.op("Mul", values, _expanded(emitter, scale, rank, scheme, None)))
 
 
-def weight(emitter: Emitter, codes: Any, scale: Any, zero_point: Any, text: str, size: int | None, *, transposed: bool = False) -> str:
+def weight(
+    emitter: Emitter, codes: Any, scale: Any, zero_point: Any, text: str, size: int | None, *, table: Any = None, transposed: bool = False
+) -> str:
     """Return the float values of constant codes, stored unpacked (4-bit ones as int4), by one DequantizeLinear.
 
+    Codes that are places in a table of bytes are stored as those bytes; where its levels are floats, by one Gather instead.
     ``transposed`` stores a matrix [out, in] as [in, out], the way MatMul reads it.
     """
     scheme, packed = parse_scheme(text), emitter.tensor(codes)
     known, shift = emitter.tensor(scale), None if zero_point is None else emitter.tensor(zero_point)
     if packed is None or known is None or (zero_point is not None and shift is None):
         raise emitter.refuse("a weight that is not constant has no ONNX form")
-    plain = packed if size is None else unpack(packed, scheme.bits, scheme.format.lowest < 0, size)
+    plain = packed if size is None else scheme.format.unpack(packed, size)
+    if isinstance(scheme.format, NormalFloat):
+        return _looked_up(emitter, plain, known, scheme, str(codes.target), transposed)
+    plain, scheme = as_integers(plain, None if table is None else emitter.tensor(table), scheme)
     axis, block, known, shift = _blocks(emitter, scheme, tuple(plain.shape), known, shift)
     if transposed:
         plain, axis = plain.t(), None if axis is None else 1 - axis
@@ -167,6 +182,36 @@ def weight(emitter: Emitter, codes: Any, scale: Any, zero_point: Any, text: str,
     operands = [_codes(emitter, plain, scheme, str(codes.target)), emitter.constant(known.to(torch.float32), name=str(scale.target))]
     operands += [_codes(emitter, shift.to(scheme.format.storage), scheme, str(zero_point.target))] if shift is not None else []
     return str(emitter.op("DequantizeLinear", *operands, axis=axis, block_size=block))
+
+
+def as_integers(codes: torch.Tensor, table: torch.Tensor | None, scheme: Scheme) -> tuple[torch.Tensor, Scheme]:
+    """Return codes of a codebook as the bytes that they mean, in an integer scheme; others as they are."""
+    if not isinstance(scheme.format, Codebook):
+        return codes, scheme
+    return decode(codes, scheme, table, torch.float32).to(torch.int8), Scheme(Integer(8, True), scheme.granularity)
+
+
+def _looked_up(emitter: Emitter, codes: torch.Tensor, scale: torch.Tensor, scheme: Scheme, name: str, transposed: bool) -> str:
+    """Return levels gathered by codes, times scales."""
+    full, shape = scheme.granularity.expand(scale.to(torch.float32), tuple(codes.shape)), list(codes.shape)
+    granularity = scheme.granularity
+    values = levels(emitter, emitter.constant(codes, name=name), scheme)
+    if isinstance(granularity, Group) and granularity.axis in (-1, len(shape) - 1) and shape[-1] % granularity.size == 0:
+        # A scale for each group is enough: a group is an axis for as long as the product takes.
+        runs = emitter.op("Reshape", values, emitter.constant([*shape[:-1], -1, granularity.size], torch.int64))
+        scaled = emitter.op("Mul", runs, emitter.constant(scale.to(torch.float32).unsqueeze(-1)))
+        values = emitter.op("Reshape", scaled, emitter.constant(shape, torch.int64))
+    else:
+        values = emitter.op("Mul", values, emitter.constant(full))
+    return str(emitter.op("Transpose", values, perm=[1, 0]) if transposed else values)
+
+
+def levels(emitter: Emitter, codes: str, scheme: Scheme) -> str:
+    """Return what codes mean in units of the scale: gathered from the format's levels, or the integers that they are."""
+    if not isinstance(scheme.format, Lookup):
+        return str(emitter.op("Cast", codes, to=ONNX_TYPES[torch.float32]))
+    places = emitter.op("Cast", codes, to=ONNX_TYPES[torch.int32])
+    return str(emitter.op("Gather", emitter.constant(torch.tensor(scheme.format.levels)), places, axis=0))
 
 
 def _blocks(
@@ -242,7 +287,7 @@ def linear(emitter: Emitter, arguments: SimpleNamespace) -> Any:
     assert emitter.current is not None
     x = _activation(emitter, arguments.x, arguments.x_scale, arguments.x_zero_point, arguments.x_scheme)
     w = weight(emitter, arguments.weight, arguments.weight_scale, arguments.weight_zero_point, arguments.weight_scheme,
-               arguments.in_features, transposed=True)  # fmt: skip
+               arguments.in_features, table=arguments.weight_table, transposed=True)  # fmt: skip
     y = emitter.op("MatMul", x, w)
     bias = _bias(emitter, arguments)
     y = y if bias is None else emitter.op("Add", y, bias)
@@ -298,10 +343,10 @@ def embedding(emitter: Emitter, arguments: SimpleNamespace) -> Any:
     scale = emitter.tensor(arguments.scale)
     if packed is None or scale is None:
         raise emitter.refuse("an embedding table that is not constant has no ONNX form")
-    codes = unpack(packed, scheme.bits, scheme.format.lowest < 0, arguments.size)
+    codes = scheme.format.unpack(packed, arguments.size)
     indices = emitter.value(arguments.indices)
     rows = emitter.op("Gather", emitter.constant(codes, name=str(arguments.weight.target)), indices, axis=0)
-    values = emitter.op("Cast", rows, to=ONNX_TYPES[torch.float32])
+    values = levels(emitter, rows, scheme)
     if arguments.zero_point is not None:
         values = emitter.op("Sub", values, _row_scale(emitter, arguments.zero_point, indices, scheme, arguments.size))
     return emitter.op("Mul", values, _row_scale(emitter, arguments.scale, indices, scheme, arguments.size))

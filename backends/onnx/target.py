@@ -11,6 +11,7 @@ from qcompile.graph import Graph
 from qcompile.target import Executable, Kernel, Target
 
 _ALL_BITS = tuple(range(1, 9))
+_FORMATS = ("int", "ternary", "nf", "codebook")
 
 
 class OnnxTarget(Target):
@@ -23,7 +24,7 @@ class OnnxTarget(Target):
     name = "onnx"
     summary = "ONNX export (opset 21) as QDQ or exact integers, run in ONNX Runtime"
     kernels = tuple(
-        Kernel(operator, _ALL_BITS, ("tensor", "channel", "group"), activation, summary)
+        Kernel(operator, _ALL_BITS, ("tensor", "channel", "group"), activation, summary, _FORMATS)
         for operator, integer, plain in (
             ("qc.linear", "MatMulInteger; ", "DequantizeLinear, MatMul, QuantizeLinear"),
             ("qc.conv2d", "ConvInteger; ", "DequantizeLinear, Conv, QuantizeLinear"),

@@ -11,6 +11,7 @@ from qcompile.graph import Graph
 from qcompile.target import Executable, Kernel, Target
 
 _ALL_BITS = tuple(range(1, 9))
+_FORMATS = ("int", "ternary", "nf", "codebook")
 
 
 class ReferenceTarget(Target):
@@ -19,7 +20,7 @@ class ReferenceTarget(Target):
     name = "reference"
     summary = "PyTorch interpreter of the operators' meanings; slow, defines correctness"
     kernels = tuple(
-        Kernel(operator, _ALL_BITS, ("tensor", "channel", "group", "block"), activation, "meaning in PyTorch")
+        Kernel(operator, _ALL_BITS, ("tensor", "channel", "group", "block"), activation, "meaning in PyTorch", _FORMATS)
         for operator in ("qc.linear", "qc.conv2d", "qc.embedding", "qc.matmul")
         for activation in ("static", "dynamic", "float")
     )

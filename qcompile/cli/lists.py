@@ -79,17 +79,15 @@ def targets(json_: bool) -> None:
         for target in found:
             for kernel in target.kernels:
                 bits = ",".join(map(str, kernel.weight_bits))
-                click.echo(
-                    f"  {target.name}: {kernel.operator} weight bits {bits} by {'/'.join(kernel.weight_granularity)}, "
-                    f"{kernel.activation} activations"
-                )
+                weight = f"{'/'.join(kernel.formats)} weight bits {bits} by {'/'.join(kernel.weight_granularity)}"
+                click.echo(f"  {target.name}: {kernel.operator} {weight}, {kernel.activation} activations")
 
 
 @click.command()
 @as_json()
 def formats(json_: bool) -> None:
     """List the element formats."""
-    from qcompile.formats import Integer
+    from qcompile.formats import Codebook, Format, Integer, NormalFloat, Ternary
 
     rows = []
     for signed in (True, False):
@@ -104,6 +102,16 @@ def formats(json_: bool) -> None:
                     "highest": format.highest,
                 }
             )
+    others: list[tuple[Format, str]] = [(Ternary(), "-1, 0 and 1, five in a byte")]
+    others += [(NormalFloat(bits), f"NormalFloat: {2**bits} quantiles of the normal distribution, -1 to 1") for bits in (2, 3, 4)]
+    others += [
+        (Codebook(bits), f"{2**bits} levels of one byte, those of a table that the weight brings or of NormalFloat")
+        for bits in (1, 2, 3, 4)
+    ]
+    rows += [
+        {"name": format.name, "summary": summary, "bits": format.bits, "lowest": format.lowest, "highest": format.highest}
+        for format, summary in others
+    ]
     _show(rows, json_)
 
 

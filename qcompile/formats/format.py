@@ -7,6 +7,8 @@ from collections.abc import Callable
 
 import torch
 
+from qcompile.formats import packing
+
 
 class Format(ABC):
     """How one element is coded. Formats are frozen values with one text form, ``str(format)``.
@@ -37,6 +39,11 @@ class Format(ABC):
     def storage(self) -> torch.dtype:
         """The dtype that holds one code per element: int8 or uint8."""
 
+    @property
+    def family(self) -> str:
+        """The formats that share a parser and kernels: the name without bits."""
+        return self.name.rstrip("0123456789")
+
     @abstractmethod
     def encode(self, values: torch.Tensor) -> torch.Tensor:
         """Return the code of the nearest value (ties to even), saturating, for each element. NaN is the caller's to refuse."""
@@ -44,6 +51,26 @@ class Format(ABC):
     @abstractmethod
     def decode(self, codes: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """Return the value of each code, in units of the scale."""
+
+    def packed_size(self, size: int) -> int:
+        """Return the bytes of a packed row of so many codes."""
+        return -(-size * self.bits // 8)
+
+    def pack(self, codes: torch.Tensor) -> torch.Tensor:
+        """Pack codes [.., n] into bytes [.., packed_size(n)]; 8-bit codes are returned unchanged."""
+        return packing.pack(codes, self.bits)
+
+    def unpack(self, packed: torch.Tensor, size: int) -> torch.Tensor:
+        """Undo ``pack``: return codes [.., size].
+
+        Raises:
+            ValueError: bytes that ``pack`` never gives, see ``check_packed``.
+        """
+        return packing.unpack(packed, self.bits, self.storage == torch.int8, size)
+
+    def check_packed(self, packed: torch.Tensor) -> None:
+        """Raise ValueError for bytes that ``pack`` never gives; in whole bits every byte means something."""
+        return
 
     def __str__(self) -> str:
         return self.name
@@ -66,7 +93,7 @@ def parse_format(name: str) -> Format:
     """
     found = [format for parse in _families if (format := parse(name)) is not None]
     if not found:
-        raise ValueError(f"unknown format '{name}'; known are int1 to int8 and uint1 to uint8")
+        raise ValueError(f"unknown format '{name}'; known are int1 to int8, uint1 to uint8, ternary, nf2 to nf4 and codebook1 to codebook4")
     if len(found) > 1:
         raise ValueError(f"'{name}' belongs to two formats")
     return found[0]

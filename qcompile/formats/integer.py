@@ -31,6 +31,10 @@ class Integer(Format):
         return f"{'' if self.signed else 'u'}int{self.bits}"
 
     @property
+    def family(self) -> str:
+        return "int"
+
+    @property
     def lowest(self) -> float:
         return -(2.0 ** (self.bits - 1)) if self.signed else 0.0
 

@@ -1,4 +1,4 @@
-"""Dense storage of codes and its exact cost.
+"""Dense storage of codes of a whole number of bits, and the exact cost of a weight.
 
 Codes of b bits are laid end to end along the last axis, least significant bit first, each row padded to a whole byte.
 Signed codes are stored as two's complement in b bits. 8-bit codes are stored as they are.
@@ -7,10 +7,12 @@ Signed codes are stored as two's complement in b bits. 8-bit codes are stored as
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import torch
 
-from qcompile.formats.scheme import Scheme
+if TYPE_CHECKING:
+    from qcompile.formats.scheme import Scheme
 
 
 def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
@@ -36,11 +38,11 @@ def unpack(packed: torch.Tensor, bits: int, signed: bool, size: int) -> torch.Te
 
 
 def stored_bytes(scheme: Scheme, shape: tuple[int, ...]) -> int:
-    """Return the exact bytes of codes, scales and zero points of a tensor of this shape."""
+    """Return the exact bytes of codes, scales and zero points of a tensor of this shape; a table of its own comes on top."""
     rows = math.prod(shape[:-1])
     scales = math.prod(scheme.granularity.scale_shape(shape))
     zero_points = 0 if scheme.symmetric else scales
-    return rows * math.ceil(shape[-1] * scheme.bits / 8) + scales * scheme.scale_dtype.itemsize + zero_points
+    return rows * scheme.format.packed_size(shape[-1]) + scales * scheme.scale_dtype.itemsize + zero_points
 
 
 def bits_per_weight(scheme: Scheme, shape: tuple[int, ...]) -> float:

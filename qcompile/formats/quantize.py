@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from qcompile.formats.packing import pack, unpack
+from qcompile.formats.lookup import look_up
 from qcompile.formats.scheme import Scheme
 
 SMALLEST_SCALE = 2.0**-100  # a range of zero width still needs a scale whose reciprocal is finite
@@ -27,19 +27,21 @@ class Quantized:
         scale: float, of the shape that the granularity gives.
         zero_point: int32 of the scale's shape, or None where the scheme is symmetric.
         scheme: how to read them.
+        table: int8 [tables, levels] where the codes are places in a table of the tensor's own, see ``qcompile.formats.lookup``.
     """
 
     codes: torch.Tensor
     scale: torch.Tensor
     zero_point: torch.Tensor | None
     scheme: Scheme
+    table: torch.Tensor | None = None
 
     def dequantize(self) -> torch.Tensor:
-        return dequantize(self.codes, self.scale, self.zero_point, self.scheme)
+        return dequantize(self.codes, self.scale, self.zero_point, self.scheme, self.table)
 
     def packed(self) -> torch.Tensor:
-        """Return the codes as dense bytes, see ``qcompile.formats.packing``."""
-        return pack(self.codes, self.scheme.bits)
+        """Return the codes as dense bytes."""
+        return self.scheme.format.pack(self.codes)
 
 
 def choose_scale(low: torch.Tensor, high: torch.Tensor, scheme: Scheme) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -75,13 +77,20 @@ def quantize(x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor | No
     return scheme.format.encode(values.round() + scheme.granularity.expand(zero_point, shape))
 
 
-def dequantize(codes: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor | None, scheme: Scheme) -> torch.Tensor:
-    """Return scale * (code - zero_point) in the scale's dtype."""
+def dequantize(
+    codes: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor | None, scheme: Scheme, table: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Return scale * (decode(code) - zero_point) in the scale's dtype; with a table, the codes are places in it."""
     shape = tuple(codes.shape)
-    values = scheme.format.decode(codes, scale.dtype)
+    values = decode(codes, scheme, table, scale.dtype)
     if zero_point is not None:
         values = values - scheme.granularity.expand(zero_point, shape).to(scale.dtype)
     return values * scheme.granularity.expand(scale, shape)
+
+
+def decode(codes: torch.Tensor, scheme: Scheme, table: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
+    """Return the values of codes in units of the scale, by the format or by the tensor's own table."""
+    return scheme.format.decode(codes, dtype) if table is None else look_up(codes, table, dtype)
 
 
 def quantize_dynamic(x: torch.Tensor, scheme: Scheme) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
@@ -95,4 +104,4 @@ def quantize_tensor(x: torch.Tensor, scheme: Scheme) -> Quantized:
     return Quantized(*quantize_dynamic(x, scheme), scheme)
 
 
-__all__ = ["SMALLEST_SCALE", "Quantized", "choose_scale", "dequantize", "pack", "quantize", "quantize_dynamic", "quantize_tensor", "unpack"]
+__all__ = ["SMALLEST_SCALE", "Quantized", "choose_scale", "decode", "dequantize", "quantize", "quantize_dynamic", "quantize_tensor"]

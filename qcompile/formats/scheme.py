@@ -16,6 +16,7 @@ import torch
 from qcompile.formats.format import Format, parse_format
 from qcompile.formats.granularity import Channel, Granularity, Group, Tensor, Token, parse_granularity
 from qcompile.formats.integer import Integer
+from qcompile.formats.lookup import Lookup, NormalFloat
 
 _SCALE_DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 
@@ -41,6 +42,8 @@ class Scheme:
     def __post_init__(self) -> None:
         if self.scale_format not in _SCALE_DTYPES:
             raise ValueError(f"unknown scale format '{self.scale_format}'; known are {', '.join(_SCALE_DTYPES)}")
+        if isinstance(self.format, Lookup) and not self.symmetric:
+            raise ValueError(f"{self.format} is symmetric: no zero point is subtracted from places in a table")
 
     @property
     def bits(self) -> int:
@@ -93,14 +96,16 @@ class LayerScheme:
 
 
 _NAME = re.compile(r"w(\d)a(\d+)(?:-?g(\d+))?(-dynamic)?|w(\d)-?g(\d+)", re.IGNORECASE)
+_FORMAT_NAME = re.compile(r"(nf[2-4]|codebook[1-4]|ternary)(?:-?a(\d+))?(?:-?g(\d+))?(-dynamic)?", re.IGNORECASE)
 
 
 def parse_layer_scheme(text: str) -> LayerScheme:
     """Parse a name that people know, the text form, or ``float``.
 
     Names are ``W8A8``, ``W4A16``, ``w4g128``, ``W4A8``, ``W8A8-dynamic`` and the like; the text form is
-    ``weight=...; activation=...``.
-    Weights are symmetric, per output channel at 8 bits and in groups of 128 below, unless the name gives a group.
+    ``weight=...; activation=...``. ``nf4``, ``codebook4`` and ``ternary`` name the format of a weight: ``nf4-g64``, ``ternary-a8-dynamic``.
+    Weights are symmetric, per output channel at 8 bits, as ternary and as codebooks, and in groups of 128 otherwise, unless the name gives
+    a group.
     Activations are affine per tensor at 8 bits and more weight bits; dynamic ones are symmetric per token. A16 is float.
 
     Raises:
@@ -114,6 +119,10 @@ def parse_layer_scheme(text: str) -> LayerScheme:
             raise ValueError(f"'{text}' must name weight= and activation=")
         return LayerScheme(*(None if parts[k] == "float" else parse_scheme(parts[k]) for k in ("weight", "activation")))
     match = _NAME.fullmatch(text.strip())
+    if named := _FORMAT_NAME.fullmatch(text.strip()):
+        format = parse_format(named[1].lower())
+        by = Group(int(named[3])) if named[3] else Group(128) if isinstance(format, NormalFloat) else Channel(0)
+        return LayerScheme(Scheme(format, by), _named_activation(int(named[2] or 16), bool(named[4])))
     if not match:
         examples = "W8A8, W4A16, w4g128, or 'weight=int4 group=32 sym; activation=float'"
         raise ValueError(f"unknown scheme name '{text}'; write for example {examples}")

@@ -6,7 +6,8 @@ written order of operations, each one rounded to float32 by itself (no fused mul
 Conventions shared by all operators:
 
 - a quantized value is (codes, scale, zero_point) and a scheme text; ``zero_point`` is None for symmetric schemes, else int32;
-- weights are stored packed (``qcompile.formats.packing``), so an operator with a weight also states its last size;
+- weights are stored packed (``Format.pack``), so an operator with a weight also states its last size;
+- codes of a codebook are places in the weight's table, int8 [tables, levels], where it has one: row r of n reads table r // (n / tables);
 - every product ``x * w`` is accumulated exactly in int32 over ``(x_code - x_zero) * (w_code - w_zero)``;
 - the epilogue after an accumulator is, in this order:
 
@@ -27,7 +28,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from qcompile.formats import Group, Scheme, dequantize, parse_scheme, quantize, quantize_dynamic, unpack
+from qcompile.formats import Group, Scheme, decode, dequantize, parse_scheme, quantize, quantize_dynamic
 from qcompile.graph.hadamard import hadamard_matrix, require_hadamard
 
 LIBRARY = torch.library.Library("qc", "DEF")
@@ -89,27 +90,31 @@ _define("quantize_dynamic(Tensor x, str scheme) -> (Tensor, Tensor, Tensor)", _q
 
 def _codes(codes: torch.Tensor, scheme: Scheme, size: int | None) -> torch.Tensor:
     """Return one code per element; ``size`` is the unpacked length of the last axis, None for codes that are not packed."""
-    return codes if size is None else unpack(codes, scheme.bits, scheme.format.lowest < 0, size)
+    return codes if size is None else scheme.format.unpack(codes, size)
 
 
-def _dequantize(codes, scale, zero_point, scheme, size=None):
+def _dequantize(codes, scale, zero_point, scheme, size=None, table=None):
     parsed = parse_scheme(scheme)
-    return dequantize(_codes(codes, parsed, size), scale, zero_point, parsed)
+    return dequantize(_codes(codes, parsed, size), scale, zero_point, parsed, table)
 
 
-def _dequantize_shape(codes, scale, zero_point, scheme, size=None):
+def _dequantize_shape(codes, scale, zero_point, scheme, size=None, table=None):
     return codes.new_empty((*codes.shape[:-1], size) if size is not None else codes.shape, dtype=scale.dtype)
 
 
-_define("dequantize(Tensor codes, Tensor scale, Tensor? zero_point, str scheme, int? size=None) -> Tensor", _dequantize, _dequantize_shape)
+_define(
+    "dequantize(Tensor codes, Tensor scale, Tensor? zero_point, str scheme, int? size=None, Tensor? table=None) -> Tensor",
+    _dequantize,
+    _dequantize_shape,
+)
 
 
 # ---- products -------------------------------------------------------------------------------------------------------------
 
 
-def _centered(codes: torch.Tensor, zero_point: torch.Tensor | None, scheme: Scheme) -> torch.Tensor:
+def _centered(codes: torch.Tensor, zero_point: torch.Tensor | None, scheme: Scheme, table: torch.Tensor | None = None) -> torch.Tensor:
     """Return decode(codes) - zero_point as float64 integers: products and sums of them below 2**53 are exact."""
-    values = scheme.format.decode(codes, torch.float64)
+    values = decode(codes, scheme, table, torch.float64)
     if zero_point is None:
         return values
     return values - scheme.granularity.expand(zero_point, tuple(codes.shape)).to(torch.float64)
@@ -128,14 +133,14 @@ def _epilogue(y, bias, activation, residual, out_scale, out_zero_point, out_sche
 
 
 def _linear(x, x_scale, x_zero_point, weight, weight_scale, weight_zero_point, bias, residual, out_scale, out_zero_point,
-            x_scheme, weight_scheme, in_features, activation="none", out_scheme=""):  # fmt: skip
+            x_scheme, weight_scheme, in_features, activation="none", out_scheme="", weight_table=None):  # fmt: skip
     scheme = parse_scheme(weight_scheme)
     codes = _codes(weight, scheme, in_features)
     if not x_scheme:  # float activations: the weight is dequantized, then an ordinary product
-        y = F.linear(x, dequantize(codes, weight_scale, weight_zero_point, scheme))
+        y = F.linear(x, dequantize(codes, weight_scale, weight_zero_point, scheme, weight_table))
         return _epilogue(y, bias, activation, residual, out_scale, out_zero_point, out_scheme)
     a = _centered(x, x_zero_point, parse_scheme(x_scheme))  # [.., in]
-    w = _centered(codes, weight_zero_point, scheme)  # [out, in]
+    w = _centered(codes, weight_zero_point, scheme, weight_table)  # [out, in]
     if isinstance(scheme.granularity, Group):
         size = scheme.granularity.size
         y = torch.zeros((*x.shape[:-1], w.shape[0]), dtype=torch.float32)
@@ -154,7 +159,7 @@ def _result(x, shape, out_scheme):
 
 
 def _linear_shape(x, x_scale, x_zero_point, weight, weight_scale, weight_zero_point, bias, residual, out_scale, out_zero_point,
-                  x_scheme, weight_scheme, in_features, activation="none", out_scheme=""):  # fmt: skip
+                  x_scheme, weight_scheme, in_features, activation="none", out_scheme="", weight_table=None):  # fmt: skip
     torch._check(x.shape[-1] == in_features, lambda: f"qc.linear reads {in_features} features, its input has {x.shape[-1]}")
     return _result(x, (*x.shape[:-1], weight.shape[0]), out_scheme)
 
@@ -162,7 +167,7 @@ def _linear_shape(x, x_scale, x_zero_point, weight, weight_scale, weight_zero_po
 _define(
     "linear(Tensor x, Tensor? x_scale, Tensor? x_zero_point, Tensor weight, Tensor weight_scale, Tensor? weight_zero_point, "
     "Tensor? bias, Tensor? residual, Tensor? out_scale, Tensor? out_zero_point, str x_scheme, str weight_scheme, "
-    'int in_features, str activation="none", str out_scheme="") -> Tensor',
+    'int in_features, str activation="none", str out_scheme="", Tensor? weight_table=None) -> Tensor',
     _linear,
     _linear_shape,
 )

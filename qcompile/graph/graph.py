@@ -252,7 +252,7 @@ class Graph:
                 _container(root, name).register_buffer(name.rsplit(".", 1)[-1], tensor)
         for node in self.module.graph.nodes:
             if quantizer := self.quantizer(node):
-                twin = Quantizer(quantizer.scheme, quantizer.scale, quantizer.zero_point, quantizer.codes)
+                twin = Quantizer(quantizer.scheme, quantizer.scale, quantizer.zero_point, quantizer.codes, quantizer.table)
                 _container(root, str(node.target)).add_module(str(node.target).rsplit(".", 1)[-1], twin)
         module = fx.GraphModule(root, new)
         return Graph(module, self.input_types, stage=self.stage, history=self.history, output_names=self.output_names, symbols=self.symbols)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from qcompile.backends.cpu.kernels.lookup import LEVELS
 from qcompile.backends.cpu.kernels.matmul_finish import Sums, finish_row
 from qcompile.backends.cpu.kernels.matmul_input import PackedInput, pack_row
 from qcompile.backends.cpu.kernels.matmul_panel import Arguments, Panel, make_panel, multiply_add
@@ -76,6 +77,8 @@ def _declare(spec: Linear) -> Arguments:
         found["weight_zero"] = buffer("weight_zero_point", spec.scale_shape, "uint8")
     if spec.epilogue.bias != "none":
         found["bias"] = buffer("bias", per_column, spec.epilogue.bias)
+    if spec.codebook:
+        found["table"] = buffer("table", (1, 1, LEVELS), "int8" if spec.integer else "float32")
     if spec.epilogue.residual:
         found["residual"] = buffer("residual", (m, n), "float32")
     if spec.epilogue.codes:

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 from qcompile.backends.cpu.kernels import isa as instruction_sets
 from qcompile.backends.cpu.kernels.byte_products import add_byte_products
+from qcompile.backends.cpu.kernels.lookup import LEVELS, byte_lookup, float_lookup
 from qcompile.backends.cpu.kernels.matmul_rows import ceildiv, dispatch
 from qcompile.backends.cpu.kernels.registers import (
     LANES,
@@ -43,7 +44,6 @@ Array = np.ndarray[Any, Any]
 
 STEP = 128  # indices of one column in a vector of 64 bytes
 COLUMNS = 8  # whose indices lie side by side, one stream for few rows
-LEVELS = 16
 _TASK_ROWS = 64
 _TOP_BITS = 0x80808080
 
@@ -59,6 +59,7 @@ class CodebookLinear:
         tables: ``tensor``, ``channel`` or ``group``: what has a table of its own.
         group: inputs that share a table, and a scale where values are float32: a multiple of 128; 0: the whole row.
         isa: a name of ``qcompile.backends.cpu.kernels.isa.KNOWN``.
+        x_per_token: scale and zero point of the codes are [m], not [1].
     """
 
     in_features: int
@@ -68,6 +69,7 @@ class CodebookLinear:
     tables: str = "tensor"
     group: int = 0
     isa: str = field(default_factory=instruction_sets.detect)
+    x_per_token: bool = False
 
     def __post_init__(self) -> None:
         instruction_sets.check(self.isa)
@@ -151,7 +153,7 @@ def decode(spec: CodebookLinear, indices: Array, tables: Array) -> Array:
 def codebook_linear(spec: CodebookLinear) -> tirx.PrimFunc:
     """Build ``f(x[, x_scale][, x_zero_point], indices, tables[, sums], scale, out)``.
 
-    x [m, k]; x_scale float32 [1] and x_zero_point int32 [1] where x has them; the arrays of ``pack_codebook``; out float32 [m, n].
+    x [m, k]; x_scale float32 and x_zero_point int32, [1] or [m], where x has them; the arrays of ``pack_codebook``; out float32 [m, n].
     """
     with function("codebook_linear") as builder:
         product = _Product(spec)
@@ -169,8 +171,9 @@ class _Product:
         self.spec, self.m = spec, size("m")
         self.dtype = "int32" if spec.integer else "float32"
         self.x = argument("x", (self.m, spec.in_features), spec.x)
-        self.x_scale = argument("x_scale", (1,)) if spec.integer else None
-        self.x_zero = argument("x_zero_point", (1,), "int32") if spec.x_affine else None
+        parameters = (self.m if spec.x_per_token else 1,)
+        self.x_scale = argument("x_scale", parameters) if spec.integer else None
+        self.x_zero = argument("x_zero_point", parameters, "int32") if spec.x_affine else None
         blocks = spec.padded_columns // COLUMNS
         self.indices = argument("indices", (blocks, spec.steps, COLUMNS * 64), "uint8")
         self.tables = argument("tables", spec.table_shape, "int8" if spec.integer else "float32")
@@ -244,7 +247,8 @@ class _Product:
             for i in range(count):
                 for c in range(columns):
                     with T.If(tirx.all(row + i < self.rows, first + c < spec.out_features)), T.Then():
-                        store(self.out, self._result(sums[i][c][ramp(0)], first + c, grouped), self.first_row + row + i, first + c)
+                        where = (self.first_row + row + i, first + c)
+                        store(self.out, self._result(sums[i][c][ramp(0)], *where, grouped), *where)
 
     def _clear(self, totals: list[list[Any]]) -> None:
         for kept in (kept for row in totals for kept in row):
@@ -283,45 +287,10 @@ class _Product:
             return T.Bind(T.shift_right(vector, splat(T.uint8(4), 64)))
         return T.Bind(T.bitwise_and(vector, splat(T.uint8(15), 64)))
 
-    def _result(self, total: Expression, column: Index, scaled: bool) -> Expression:
-        summed = fold(total, operator.add)
+    def _result(self, total: Expression, row: Index, column: Index, scaled: bool) -> Expression:
+        summed, token = fold(total, operator.add), row if self.spec.x_per_token else 0
         if not self.spec.integer:
             return summed if scaled else summed * self.scale[column, 0]
-        zero = (self.x_zero[0] if self.x_zero is not None else T.int32(0)) + T.int32(self.spec.x_shift)
+        zero = (self.x_zero[token] if self.x_zero is not None else T.int32(0)) + T.int32(self.spec.x_shift)
         y = rounded(T.cast(summed - zero * self.sums[column], "float32") * self.scale[column, 0])
-        return y * self.x_scale[0]
-
-
-# ---- lookups --------------------------------------------------------------------------------------------------------------
-
-
-def byte_lookup(isa: str, tables: Any, column: Index, group: Index) -> Callable[[Expression], Expression]:
-    """Return a function from sixty-four indices (uint8) to the bytes of a table [column, group, 16]; the table's load is emitted here."""
-    found = instruction_sets.SETS[isa]
-    parts = {"x86_64": found.parts, "aarch64": 4}.get(found.machine, 0)
-    if not parts:
-        return lambda indices: tables[column, group, T.cast(indices, "int32x64")]
-    name = {1: "llvm.x86.avx512.pshuf.b.512", 2: "llvm.x86.avx2.pshuf.b", 4: "llvm.aarch64.neon.tbl1"}[parts]
-    lanes = 64 // parts
-    table = T.Bind(tables[column, group, ramp(0, LEVELS)])
-    wide = T.Bind(tirx.Shuffle([table] * (lanes // LEVELS), list(range(lanes)))) if lanes > LEVELS else table
-
-    def look_up(indices: Expression) -> Expression:
-        indices = T.reinterpret("int8x64", indices)
-        each = [indices] if parts == 1 else [tirx.Shuffle([indices], list(range(i * lanes, (i + 1) * lanes))) for i in range(parts)]
-        values = [T.call_llvm_pure_intrin(f"int8x{lanes}", T.llvm_lookup_intrinsic_id(name), wide, part) for part in each]
-        while len(values) > 1:
-            both = 2 * int(values[0].ty.dtype.lanes)
-            values = [tirx.Shuffle(values[i : i + 2], list(range(both))) for i in range(0, len(values), 2)]
-        return values[0]
-
-    return look_up
-
-
-def float_lookup(isa: str, tables: Any, column: Index, group: Index) -> Callable[[Expression], Expression]:
-    """Return a function from the low four bits of sixteen int32 lanes to the floats of a table [column, group, 16]."""
-    found = instruction_sets.SETS[isa]
-    if found.machine != "x86_64" or found.parts > 1:  # no shuffle of sixteen floats
-        return lambda lanes: tables[column, group, T.bitwise_and(lanes, splat(T.int32(15)))]
-    table, name = T.Bind(tables[column, group, ramp(0)]), "llvm.x86.avx512.permvar.sf.512"
-    return lambda lanes: T.call_llvm_pure_intrin("float32x16", T.llvm_lookup_intrinsic_id(name), table, lanes)
+        return y * self.x_scale[token]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from qcompile.backends.cpu.kernels.byte_codes import ByteCodes
 from qcompile.backends.cpu.kernels.byte_products import add_byte_products, signed_byte
 from qcompile.backends.cpu.kernels.code_rounding import CodeRounding
-from qcompile.backends.cpu.kernels.matmul_planes import load_planes, word_codes
+from qcompile.backends.cpu.kernels.matmul_planes import load_planes, make_lookup, step_codes
 from qcompile.backends.cpu.kernels.matmul_spec import LANES, Linear
 from qcompile.backends.cpu.kernels.vector import Expr, hold, register, spread
 from tvm.script.ir_builder import tirx as T
@@ -30,6 +30,7 @@ class Arguments:
     scale: Expr | None = None
     weight_zero: Expr | None = None
     bias: Expr | None = None
+    table: Expr | None = None
     residual: Expr | None = None
     out_scale: Expr | None = None
     out_zero: Expr | None = None
@@ -87,7 +88,8 @@ class UnpackedPanel(Panel):
 
     def __init__(self, spec: Linear, arguments: Arguments) -> None:
         super().__init__(spec, arguments)
-        self.codes = T.alloc_buffer((spec.stretch * spec.columns * (4 if spec.integer else 1),), "int8" if spec.integer else "float32")
+        words = spec.stretch + (spec.step - 1 if spec.ternary else 0)  # the last step may pass the end
+        self.codes = T.alloc_buffer((words * spec.columns * (4 if spec.integer else 1),), "int8" if spec.integer else "float32")
         if spec.group and spec.corrects_panels:
             self.sums = T.alloc_buffer((spec.stretch // spec.group_words * spec.columns,), "int32")
 
@@ -98,7 +100,7 @@ class UnpackedPanel(Panel):
         first_step = hold(T.truncdiv(first_word, step_words))
         if not spec.group:
             zeros = [self._zero(column_block, 0, j) for j in range(spec.tile.vectors)]
-            with T.serial(0, T.truncdiv(words, step_words)) as s:
+            with T.serial(0, T.truncdiv(words + step_words - 1, step_words)) as s:
                 for j in range(spec.tile.vectors):
                     self._unpack(column_block, first_step + s, s, j, zeros[j], None, None)
             return
@@ -120,6 +122,8 @@ class UnpackedPanel(Panel):
     def _zero(self, column_block: Expr, group: Expr, j: int) -> Expr | None:
         """Return the zero point of 16 columns in each of their four bytes, None where it is 0."""
         spec = self.spec
+        if spec.codebook:  # looked up with their sign
+            return None
         if not spec.weight_affine:
             return spread(T.int8(spec.code_zero), 64) if spec.code_zero and spec.code_zero < 128 else None
         lanes = T.ramp(j * LANES + (0 if spec.group else column_block * spec.columns), 1, LANES)
@@ -131,8 +135,9 @@ class UnpackedPanel(Panel):
         """Unpack vector j of one step of words; ``total`` gathers the sums of the columns' codes."""
         spec = self.spec
         planes = load_planes(spec, self.arguments.weight, column_block, step, j)
-        for w in range(spec.step):
-            code = T.reinterpret("int8x64", word_codes(spec, planes, w))
+        table = make_lookup(spec, self.arguments.table)
+        for w, code in enumerate(step_codes(spec, planes)):
+            code = T.reinterpret("int8x64", table(code) if table is not None and spec.integer else code)
             code = T.Bind(code if zero is None else code - zero)
             word = local_step * spec.step + w
             if spec.integer:
@@ -143,7 +148,10 @@ class UnpackedPanel(Panel):
                 continue
             bits = T.Bind(T.reinterpret("int32x16", code))
             for i in range(4):
-                value = T.cast(signed_byte(bits, i), "float32x16")
+                if table is not None:
+                    value = table(T.shift_right(bits, spread(T.int32(8 * i), LANES)) if i else bits)
+                else:
+                    value = T.cast(signed_byte(bits, i), "float32x16")
                 value = value if scale is None else value * scale
                 T.buffer_store(self.codes, value, [T.ramp((word * 4 + i) * spec.columns + j * LANES, 1, LANES)])
 

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from qcompile.backends.cpu.kernels.matmul_finish import Sums, finish_row
 from qcompile.backends.cpu.kernels.matmul_input import PackedInput, added_zero, pack_row
 from qcompile.backends.cpu.kernels.matmul_panel import Arguments, multiply_add
-from qcompile.backends.cpu.kernels.matmul_planes import load_planes, word_codes
+from qcompile.backends.cpu.kernels.matmul_planes import load_planes, make_lookup, step_codes, ternary_remainders
 from qcompile.backends.cpu.kernels.matmul_spec import CHUNK, LANES, Linear
 from qcompile.backends.cpu.kernels.matmul_stream import prefetch_turn
 from qcompile.backends.cpu.kernels.vector import Expr, hold, register, rounded, spread
@@ -80,7 +80,7 @@ class _Rows:
         self.end: Expr = spec.column_blocks  # of the column blocks of a task
         self.stride = spec.chunks * CHUNK
         self.dtype = "int32" if spec.integer else "float32"
-        self.steps = spec.code_words // spec.step if spec.bits < 32 else spec.words
+        self.steps = spec.steps
         self.group_steps = self.steps // spec.groups
         self.packed = T.alloc_buffer((count * self.stride,), self.dtype)
         self.signed = spec.integer and (spec.bits < 8 or spec.signed_x)
@@ -152,8 +152,11 @@ class _Rows:
             for chains in row:
                 for total in chains:
                     T.buffer_store(total, self.zero(), [lanes])
-        with T.serial(0, self.group_steps) as s:
+        rest = self.spec.code_words % self.spec.step if self.spec.ternary else 0
+        with T.serial(0, self.group_steps - (rest > 0)) as s:
             self._step(column_block, g * self.group_steps + s)
+        if rest:
+            self._step(column_block, T.int32(self.steps - 1), rest)
 
     def _chain(self, i: int, j: int, turn: int) -> Expr:
         """Return the register of a sum whose turn it is; additions to one wait for each other."""
@@ -178,7 +181,8 @@ class _Rows:
         )
         return [load_planes(spec, self.arguments.weight, column_block, step, j) for j in range(spec.tile.vectors)]
 
-    def _step(self, column_block: Expr, step: Expr) -> None:
+    def _step(self, column_block: Expr, step: Expr, words: int = 0) -> None:
+        """Emit the products of one step; of its first ``words``, if not 0."""
         raise NotImplementedError
 
     def _finished(self, column_block: Expr, g: Expr, i: int, j: int) -> Expr:
@@ -193,18 +197,26 @@ class _IntegerRows(_Rows):
         self.sums_weight = spec.group > 0 and (spec.x_affine or self.added != 0)
         if self.sums_weight:
             self.weight_sums = [register("int32", LANES) for _ in range(spec.tile.vectors)]
+        # For one row, codes are not worth taking out of their byte. Remainders fill a byte: the operand without sign.
+        self.carries = spec.ternary and count == 1 and not spec.signed_x
+        rows = range(spec.tile.vectors if self.carries else 0)
+        self.carried = [[register("int32", LANES) for _ in range(self.chains)] for _ in rows]
 
     def _group(self, column_block: Expr, g: Expr) -> None:
-        if self.sums_weight:
-            for total in self.weight_sums:
-                T.buffer_store(total, self.zero(), [T.ramp(0, 1, LANES)])
+        for total in (self.weight_sums if self.sums_weight else []) + [kept for row in self.carried for kept in row]:
+            T.buffer_store(total, self.zero(), [T.ramp(0, 1, LANES)])
         super()._group(column_block, g)
 
-    def _step(self, column_block: Expr, step: Expr) -> None:
+    def _step(self, column_block: Expr, step: Expr, words: int = 0) -> None:
         spec, lanes = self.spec, T.ramp(0, 1, LANES)
         planes = self._load(column_block, step)
-        for w in range(spec.step):
-            codes = [T.Bind(T.reinterpret("int8x64", word_codes(spec, planes[j], w))) for j in range(spec.tile.vectors)]
+        if self.carries:
+            self._add_remainders(planes, step, words or spec.step)
+            return
+        table = make_lookup(spec, self.arguments.table, raised=spec.code_zero > 0) or (lambda code: code)
+        every = [step_codes(spec, plane) for plane in planes]
+        for w in range(words or spec.step):
+            codes = [T.Bind(T.reinterpret("int8x64", table(each[w]))) for each in every]
             for i in range(self.count):
                 x = T.Bind(spread(self.packed[i * self.stride + step * spec.step + w], LANES))
                 for j, code in enumerate(codes):
@@ -214,6 +226,28 @@ class _IntegerRows(_Rows):
                 for total, code in zip(self.weight_sums, codes, strict=True):
                     ones = spread(T.int32(_ONES), LANES)
                     T.buffer_store(total, self._multiply_add(total[lanes], ones, code), [lanes])
+
+    def _add_remainders(self, planes: list[list[list[Expr]]], step: Expr, words: int) -> None:
+        """Add products with five codes of a byte without taking them out.
+
+        3 q[w] = 256 (code + 1) + q[w + 1], so sum x (code + 1) = (3 sum x q[w] - sum x q[w + 1]) / 256: see ``_total``.
+        """
+        lanes = T.ramp(0, 1, LANES)
+        remainders = [[T.Bind(T.reinterpret("int8x64", q)) for q in ternary_remainders(plane)] for plane in planes]
+        for w in range(words):
+            x = T.Bind(spread(self.packed[step * self.spec.step + w], LANES))
+            for j, each in enumerate(remainders):
+                for total, q in ((self._chain(0, j, w), each[w]), (self.carried[j][w % self.chains], each[w + 1])):
+                    T.buffer_store(total, self._multiply_add(total[lanes], x, q), [lanes])
+
+    def _total(self, i: int, j: int) -> Expr:
+        total = super()._total(i, j)
+        if not self.carries:
+            return total
+        total = total * spread(T.int32(3), LANES)
+        for carried in self.carried[j]:
+            total = total - carried[T.ramp(0, 1, LANES)]
+        return T.shift_right(total, spread(T.int32(8), LANES))
 
     def _multiply_add(self, total: Expr, x: Expr, code: Expr) -> Expr:
         if self.spec.bits < 8:
@@ -295,7 +329,7 @@ class _FloatRows(_Rows):
                     total = term if total is None else total + term
                 T.buffer_store(self.tables, total, [T.ramp(i * spec.table_floats + s * self.step_floats + place * 16, 1, 16)])
 
-    def _step(self, column_block: Expr, step: Expr) -> None:
+    def _step(self, column_block: Expr, step: Expr, words: int = 0) -> None:
         spec = self.spec
         if spec.bits == 32:
             self._float_step(column_block, step)
@@ -306,7 +340,8 @@ class _FloatRows(_Rows):
             return
         lanes = T.ramp(0, 1, LANES)
         vectors = [[[T.Bind(T.reinterpret("int32x16", v)) for v in plane] for plane in p] for p in planes]
-        fixed = {p: T.Bind(self._field(p, 0)) for p, width in enumerate(spec.planes) if width == 4}
+        values = self.arguments.table[0, 0, T.ramp(0, 1, 16)] if spec.codebook else None
+        fixed = {p: T.Bind(self._field(p, 0) if values is None else values) for p, width in enumerate(spec.planes) if width == 4}
         for turn, (plane, v, bit, first, place) in enumerate(self._lookups(spec.planes)):
             index = [vectors[j][plane][v] for j in range(spec.tile.vectors)]
             if bit:

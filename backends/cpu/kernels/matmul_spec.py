@@ -13,6 +13,8 @@ _FEW_ROWS_SHARE = 3  # x and its tables are read in order, once for each block o
 _TASK_ROWS = 256
 _TILED_TASK_ROWS = 1024
 _TILED_GROUP = 64  # least weights of a group
+TERNARY_INPUTS = 1 << 15
+TRITS = 5  # ternary codes in a byte
 CHUNK = 16  # words of x that are packed side by side for each row: one 64-byte vector
 
 
@@ -60,6 +62,8 @@ class Linear:
         group: inputs that share a weight scale: 16 (4-, 2- and 6-bit codes), 32, or a multiple of 64; 0: the whole row.
         weight_signed: codes are two's complement; else unsigned.
         weight_affine: weight codes have zero points, one for each scale (below 8 bits, where code - zero fits a byte).
+        codebook: 4-bit codes are places in a table of sixteen values, an argument: int8, or float32 where x is.
+        ternary: codes are -1, 0 and 1 and stored with five in a byte; for integer x and weights without groups.
         epilogue: what follows the sum.
         isa: a name of ``qcompile.backends.cpu.kernels.isa.KNOWN``.
         tile: block sizes; None: those measured best for the instruction set.
@@ -77,6 +81,8 @@ class Linear:
     epilogue: Epilogue = Epilogue()
     isa: str = field(default_factory=instruction_sets.detect)
     tile: Tile | None = None
+    codebook: bool = False
+    ternary: bool = False
 
     def __post_init__(self) -> None:
         instruction_sets.check(self.isa)
@@ -96,6 +102,14 @@ class Linear:
             raise ValueError(f"no kernel for groups of {self.group} at {self.bits} bits")
         if self.bits == 8 and (self.weight_affine or not self.weight_signed):
             raise ValueError("8-bit weights must be signed and symmetric: code minus zero point must fit a byte")
+        if self.codebook and (self.bits != 4 or self.weight_affine):
+            raise ValueError("codes that are places in a table have 4 bits and no zero points")
+        if self.codebook and self.group and self.shifted and self.in_features % self.group:
+            raise ValueError("groups padded by codes that mean zero: a table may hold no zero")
+        if self.ternary and (self.bits != 2 or not self.weight_signed or self.weight_affine or self.group or not self.integer):
+            raise ValueError("five codes in a byte are signed, of two bits, without zero points and groups, for integer x")
+        if self.ternary and self.in_features >= TERNARY_INPUTS:
+            raise ValueError(f"sums of ternary codes are 256 times as large on their way: fewer than {TERNARY_INPUTS} inputs")
         if self.epilogue.bias == "int32" and (self.x == "float32" or self.group):
             raise ValueError("an int32 bias needs an integer sum over the whole row")
 
@@ -152,7 +166,14 @@ class Linear:
     @property
     def step(self) -> int:
         """Words of four codes that are stored and unpacked together: as many as one vector of the thinnest plane holds."""
+        if self.ternary:
+            return TRITS
         return 8 // min(self.planes) if self.bits <= 8 else 1
+
+    @property
+    def steps(self) -> int:
+        """Steps of words of a packed row; of five ternary words the last may have fewer."""
+        return -(-self.code_words // self.step) if self.bits <= 8 else self.words
 
     @property
     def unpacks(self) -> bool:
@@ -165,8 +186,8 @@ class Linear:
 
     @property
     def code_words(self) -> int:
-        """Words of four codes in a packed row, padded to whole steps, whole groups and whole tiles."""
-        whole = self.group // 4 if self.group else tiles.WORDS if self.tiled else self.step
+        """Words of four codes in a packed row, padded to whole steps (not of five words), whole groups and whole tiles."""
+        whole = self.group // 4 if self.group else tiles.WORDS if self.tiled or self.ternary else self.step
         return -(-self.in_features // (4 * whole)) * whole
 
     @property
@@ -183,7 +204,9 @@ class Linear:
 
     @property
     def stretch(self) -> int:
-        """Words of k of one panel: whole groups."""
+        """Words of k of one panel: whole groups, whole steps."""
+        if self.ternary:
+            return max(self.tile.words // (TRITS * CHUNK), 1) * TRITS * CHUNK
         return max(self.tile.words // self.group_words, 1) * self.group_words if self.group else self.tile.words
 
     @property
@@ -228,7 +251,7 @@ class Linear:
         """Shape of the packed weight: [column blocks, steps, elements of one step of every column]."""
         if self.bits == 32:
             return (self.column_blocks, self.words, self.columns)
-        return (self.column_blocks, self.code_words // self.step, self.step * self.bits // 8 * self.columns * 4)
+        return (self.column_blocks, self.steps, self.step * self.bits // 8 * self.columns * 4)
 
     @property
     def scale_shape(self) -> tuple[int, ...]:
@@ -255,7 +278,14 @@ class Linear:
 
     @property
     def code_zero(self) -> int:
-        """What is subtracted from a stored code where the scheme is symmetric: signed codes below 8 bits are stored shifted."""
+        """What is subtracted from a stored code where the scheme is symmetric: signed codes below 8 bits are stored shifted.
+
+        Few rows look bytes of a table up raised, for the operand without sign, where products have such a one.
+        """
+        if self.ternary:
+            return 1
+        if self.codebook:
+            return 128 if self.integer and not self.signed_x else 0
         return 1 << (self.bits - 1) if self.weight_signed and self.bits < 8 else 0
 
     @property

@@ -154,7 +154,8 @@ class _Task:
         """
         spec = self.spec
         tile_bytes = spec.tile_depth * spec.columns * spec.bits // 8
-        row_bytes, stretch = (words * spec.columns * spec.bits // 2 for words in (spec.words, min(spec.stretch, spec.words)))
+        stretch = min(spec.stretch, spec.words) * spec.columns * 4 // spec.step * (spec.step * spec.bits // 8)
+        row_bytes = spec.weight_shape[1] * spec.weight_shape[2]
         lines = max(tile_bytes // 64 // _PREFETCHING_BLOCKS, 1)
         flat = T.decl_buffer((spec.column_blocks * row_bytes,), "int8", data=self.arguments.weight.data)
         turn = place.block * (stretch // tile_bytes) + step

@@ -11,13 +11,18 @@ Array = np.ndarray[Any, Any]
 
 
 def pack_linear(
-    spec: Linear, weight: Array, scale: Array | None = None, zero_point: Array | None = None, bias: Array | None = None
+    spec: Linear,
+    weight: Array,
+    scale: Array | None = None,
+    zero_point: Array | None = None,
+    bias: Array | None = None,
+    table: Array | None = None,
 ) -> list[Array]:
-    """Return the constants of ``matmul.linear(spec)`` in its argument order: weight, sums, scale, zero point, bias, as it has them.
+    """Return the constants of ``matmul.linear(spec)`` in its argument order: weight, sums, scale, zero point, bias, table, as it has them.
 
     weight [n, k]: one code per element, int8 or uint8, or float32 where ``spec.bits`` is 32. scale float32 and zero_point
-    integer: [n], or one for all, or [n, groups]. bias [n] of the epilogue's bias dtype. Columns are padded to whole register
-    blocks, rows to whole groups, with codes that mean zero.
+    integer: [n], or one for all, or [n, groups]. bias [n] of the epilogue's bias dtype. table [16], the values of a codebook. Columns are
+    padded to whole register blocks, rows to whole groups, with codes that mean zero (in a codebook: that meet zeros of x).
 
     Raises:
         ValueError: an array is missing, or its shape does not agree with ``spec``.
@@ -26,26 +31,31 @@ def pack_linear(
     if weight.shape != (n, k):
         raise ValueError(f"a weight of shape {weight.shape} is not [{n}, {k}]")
     missing = {"scale": scale is None and spec.bits < 32, "zero_point": zero_point is None and spec.weight_affine}
+    missing["table"] = table is None and spec.codebook
     missing["bias"] = bias is None and spec.epilogue.bias != "none"
     if any(missing.values()):
         raise ValueError(f"this layer needs: {', '.join(name for name, lacks in missing.items() if lacks)}")
     if spec.bits == 32:
         arrays = [_panels(spec, weight)]
     else:
-        codes = weight.astype(np.int32) + spec.code_zero  # unsigned below 8 bits
-        zeros = np.full((n, spec.groups), spec.code_zero, np.int32)
+        raised = 0 if spec.codebook else spec.code_zero
+        codes = weight.astype(np.int32) + raised  # unsigned below 8 bits
+        zeros = np.full((n, spec.groups), raised, np.int32)
         if spec.weight_affine:
             zeros[:] = np.asarray(zero_point, np.int32).reshape(-1, 1 if not spec.group else spec.groups) + spec.code_zero
         length = spec.group or k
         expanded = zeros.repeat(length, 1)[:, :k]
         arrays = [_code_panels(spec, codes, zeros)]
         if spec.has_sums:
-            arrays.append(_columns(spec, (codes - expanded).sum(1), np.int32))
+            values = codes - expanded if table is None else table.astype(np.int32)[codes]
+            arrays.append(_columns(spec, values.sum(1), np.int32))
         arrays.append(_scales(spec, np.asarray(scale), np.float32))
         if spec.weight_affine:
             arrays.append(_scales(spec, zeros, np.uint8))
     if spec.epilogue.bias != "none":
         arrays.append(_columns(spec, np.asarray(bias), np.dtype(spec.epilogue.bias)))
+    if spec.codebook:
+        arrays.append(np.asarray(table, np.int8 if spec.integer else np.float32).reshape(1, 1, -1))
     return arrays
 
 
@@ -61,15 +71,20 @@ def _scales(spec: Linear, values: Array, dtype: Any) -> Array:
 def _code_panels(spec: Linear, codes: Array, zeros: Array) -> Array:
     """Return codes [n, k] as bytes of ``spec.weight_shape``: for each step of words, plane after plane, vectors of all columns.
 
-    In a plane of width b, byte i of vector v holds element i of the words ``v * 8 / b + 0, 1, ..``, lowest bits first.
+    In a plane of width b, byte i of vector v holds element i of the words ``v * 8 / b + 0, 1, ..``, lowest bits first. Of ternary codes,
+    byte i holds element i of five words as digits to base 3, the first word's the highest, times 256 / 243 rounded up: a product with 3
+    then carries the next digit over 256.
     """
     n, k = codes.shape
-    words, step, columns = spec.code_words, spec.step, spec.columns
+    words, step, columns = spec.steps * spec.step, spec.step, spec.columns
     padded = np.zeros((spec.padded_columns, words * 4), np.int32)
     fill = zeros.repeat(spec.group or words * 4, 1)[:, : words * 4]
     padded[:n] = fill
     padded[:n, :k] = codes
     bytes_ = padded.reshape(spec.column_blocks, columns, words // step, step, 4).transpose(0, 2, 3, 1, 4) & 255
+    if spec.ternary:
+        numbers = np.tensordot(bytes_, 3 ** np.arange(step)[::-1], (2, 0))
+        return np.ascontiguousarray(-(numbers * -256 // 3**step)).astype(np.uint8).view(np.int8).reshape(spec.weight_shape)
     parts, low = [], 0
     for width in spec.planes:
         each = 8 // width  # words in one vector

@@ -39,6 +39,7 @@ class Layer:
 def _make_layer(spec: Linear, rng: np.random.Generator, extreme: bool = False) -> Layer:
     n, k, groups = spec.out_features, spec.in_features, spec.groups
     low, high = (-(1 << (spec.bits - 1)), 1 << (spec.bits - 1)) if spec.weight_signed else (0, 1 << spec.bits)
+    low = -1 if spec.ternary else low
     codes = rng.choice([low, high - 1], (n, k)) if extreme else rng.integers(low, high, (n, k))
     shape = (n, groups) if spec.group else (n,)
     bias = None
@@ -127,6 +128,9 @@ _INTEGER = {
     "int5": Linear(100, 40, bits=5),
     "uint7 affine": Linear(100, 40, bits=7, weight_signed=False, weight_affine=True),
     "int1 g128": Linear(256, 40, bits=1, group=128),
+    "ternary": Linear(203, 70, bits=2, ternary=True, epilogue=_F32),
+    "ternary, int8 by token, a last step of one word": Linear(384, 40, "int8", True, False, bits=2, ternary=True),
+    "ternary, several stretches": Linear(1100, 40, x="int8", bits=2, ternary=True, epilogue=Epilogue("int32", output="int8")),
 }
 
 
@@ -238,8 +242,39 @@ def _plain_float_layer(layer: Layer, arrays) -> tuple[np.ndarray, np.ndarray]:
     return y + residual if spec.epilogue.residual else y, weight
 
 
+def test_five_ternary_codes_in_a_byte_are_limited() -> None:
+    ternary = {"bits": 2, "ternary": True}
+    for wrong in ({"x": "float32"}, {"weight_signed": False}, {"bits": 3}):
+        with pytest.raises(ValueError, match="five codes in a byte"):
+            Linear(64, 64, **{**ternary, **wrong})
+    with pytest.raises(ValueError, match="five codes in a byte"):
+        Linear(640, 64, group=320, **ternary)
+    with pytest.raises(ValueError, match="fewer than 32768 inputs"):
+        Linear(1 << 15, 64, **ternary)
+
+
+def test_every_byte_of_five_ternary_codes_and_the_longest_sum() -> None:
+    """Column c holds the digits of c in each run of five words; x is as large as it can be, and the row as long."""
+    k = (1 << 15) - 1
+    spec = Linear(k, 243, x="int8", x_per_token=True, x_affine=False, bits=2, ternary=True)
+    digits = np.arange(243)[:, None] // 3 ** np.arange(5) % 3 - 1
+    codes = digits.repeat(4, 1)[:, np.arange(k) % 20].astype(np.int8)
+    layer, kernel = Layer(spec, codes, np.ones(243, np.float32), None, None), _compile(spec)
+    for x in (np.full((1, k), -128, np.int8), np.full((1, k), 127, np.int8), np.full((3, k), 127, np.int8)):
+        arrays = (x, np.ones((len(x), 1), np.float32), None, None, None)
+        np.testing.assert_array_equal(_run(kernel, layer, *arrays), _meaning(layer, *arrays))
+
+
 def test_unsupported_layers_are_refused() -> None:
-    for wrong in ({"bits": 9}, {"group": 24, "bits": 4}, {"weight_affine": True}, {"x": "int4"}, {"isa": "mmx"}, {"bits": 32}):
+    for wrong in (
+        {"bits": 9},
+        {"group": 24, "bits": 4},
+        {"weight_affine": True},
+        {"x": "int4"},
+        {"isa": "mmx"},
+        {"bits": 32},
+        {"ternary": True},
+    ):
         with pytest.raises(ValueError, match=r"."):
             Linear(64, 64, **wrong)
     with pytest.raises(ValueError, match="known are"):

@@ -84,6 +84,7 @@ def _make(spec: Linear, extreme: bool = False) -> Layer:
 
     n, k = spec.out_features, spec.in_features
     low, high = (-(1 << (spec.bits - 1)), 1 << (spec.bits - 1)) if spec.weight_signed else (0, 1 << spec.bits)
+    low = -1 if spec.ternary else low
     shape = (n, spec.groups) if spec.group else (n,)
     x = codes(*_RANGES[spec.x], (8, k), spec.x) if spec.integer else torch.from_numpy(rng.standard_normal((8, k)).astype(np.float32))
     return Layer(
@@ -114,6 +115,8 @@ _INTEGER = {
     "W1 g128, token": Linear(256, 50, bits=1, group=128, **_TOKEN),
     "W5 channel": Linear(100, 40, bits=5),
     "W7 affine": Linear(100, 40, bits=7, **_UNSIGNED),
+    "ternary, token": Linear(331, 50, bits=2, ternary=True, epilogue=_F32, **_TOKEN),
+    "ternary, uint8 affine": Linear(640, 33, bits=2, ternary=True, epilogue=Epilogue("int32")),
 }
 
 
