@@ -93,7 +93,8 @@ def _call(walk: Walk, node: fx.Node, spec: Convolution, a: Arguments, weight: We
     easy = spec.epilogue.codes and has_easy_scale(walk, a.out_scale)
     pack, name = (pack_depthwise, "depthwise") if is_depthwise else (pack_convolution, "convolution")
     operands = walk.channels_last(a.x), walk.channels_last(a.residual) if a.residual is not None else None
-    inputs = product_inputs(walk, spec, a, operands, weight, pack)
+    bias = constant_array(walk, a.bias)
+    inputs = product_inputs(walk, spec, a, operands, lambda: pack(spec, *weight, bias))
     label = f"{name}_{spec.x[0]}_{spec.kernel[0]}x{spec.kernel[1]}_{spec.channels}_{spec.out_channels}"
     kernel = walk.kernel((spec, easy), lambda: depthwise(spec, easy=easy) if is_depthwise else convolution(spec, easy=easy), label)
     note(walk, node, kernel)
