@@ -65,8 +65,9 @@ def has_easy_scale(walk: Walk, scale: fx.Node) -> bool:
     return value is not None and value.numel() == 1 and is_easy(float(value))
 
 
-def name_of(node: fx.Node) -> str:
-    """Return the name of a constant: that of the model's weight where it is one."""
+def name_of(node: fx.Node | tuple[fx.Node, ...]) -> str:
+    """Return the name of a constant: that of the model's weight where it is one; of several, of the first."""
+    node = node[0] if isinstance(node, tuple) else node
     return str(node.target) if node.op == "get_attr" else node.name
 
 
@@ -84,17 +85,17 @@ Weight = tuple[Any, Any, Any]  # codes or values, scale, zero point
 
 
 def product_inputs(
-    walk: Walk, spec: Linear | Convolution, a: Arguments, operands: tuple[Any, Any], weight: Weight, pack: Callable[..., Any]
+    walk: Walk, spec: Linear | Convolution, a: Arguments, operands: tuple[Any, Any], pack: Callable[[], list[Any]]
 ) -> list[Any]:
-    """Return the inputs of a linear or convolution kernel in the order of its arguments; the weight is packed once.
+    """Return the inputs of a linear or convolution kernel in the order of its arguments; ``pack`` makes its constants, once.
 
-    ``operands`` are x and the residual (or None) in the layout that the kernel reads; ``a`` names the node's arguments as qc.linear does.
+    ``operands`` are x and the residual (or None) in the layout that the kernel reads; ``a`` names the node's arguments as qc.linear does,
+    weights and biases of layers that are computed together as tuples.
     """
     x, residual = operands
-    bias = constant_array(walk, a.bias)
 
     def arrays() -> list[torch.Tensor]:
-        return [torch.from_numpy(array) for array in pack(spec, *weight, bias)]
+        return [torch.from_numpy(array) for array in pack()]
 
     inputs = [x]
     if spec.integer:
@@ -173,6 +174,11 @@ def following(walk: Walk, node: fx.Node) -> tuple[list[fx.Node], str, fx.Node | 
         swallowed.append(user)
         last = user
     return swallowed, activation, residual
+
+
+def may_be_swallowed(node: fx.Node) -> bool:
+    """Return whether a node is of those that ``following`` finds, after some product."""
+    return node.target in (*_COPIES, aten.add.Tensor) or bool(activation_name(node))
 
 
 def activation_name(node: fx.Node) -> str:

@@ -12,7 +12,7 @@ from qcompile.backends.cpu.kernels.matmul_epilogue import Epilogue
 from qcompile.backends.cpu.kernels.matmul_spec import Linear
 from qcompile.backends.cpu.kernels.quantization import code_dtype
 from qcompile.backends.cpu.legalize_arguments import Arguments, constant_array, flat, is_plain_tensor, name_of, quantized_epilogue, rows_of
-from qcompile.backends.cpu.legalize_layers import call_linear, linear, linear_spec
+from qcompile.backends.cpu.legalize_layers import Layer, call_linear, linear, linear_spec
 from qcompile.backends.lowering.quantized import epilogue as emit_epilogue
 from qcompile.backends.lowering.translate import Legalizer, Walk
 from torch import fx
@@ -41,7 +41,7 @@ def _linear(walk: Walk, node: fx.Node, a: Arguments) -> Any:
     if isinstance(one, str):
         return _widened(walk, node, a, codes, epilogue)
     table = torch.tensor(scheme.format.levels) if own is None else own[0]
-    return call_linear(walk, node, one, a, weight, torch.nn.functional.pad(table, (0, LEVELS - len(table))).numpy())
+    return call_linear(walk, one, [Layer(node, a, weight)], torch.nn.functional.pad(table, (0, LEVELS - len(table))).numpy())
 
 
 def _widened(walk: Walk, node: fx.Node, a: Arguments, codes: torch.Tensor, epilogue: Epilogue) -> Any:
@@ -54,13 +54,13 @@ def _widened(walk: Walk, node: fx.Node, a: Arguments, codes: torch.Tensor, epilo
         spec = linear_spec(a, Scheme(Integer(8, True), scheme.granularity), weight, epilogue)
         if not isinstance(spec, str):
             walk.report(f"'{scheme}' runs with its weight looked up when it is packed: a byte for each code")
-            return call_linear(walk, node, spec, a, weight)
+            return call_linear(walk, spec, [Layer(node, a, weight)])
     if a.x_scheme:
         return f"no kernel multiplies '{a.x_scheme}' by '{scheme}'"
     walk.report(f"'{scheme}' runs with its weight dequantized to float32")
     values = dequantize(codes, walk.required_constant(a.weight_scale), None, scheme, table)
     spec = Linear(a.in_features, len(codes), "float32", bits=32, epilogue=epilogue)
-    return call_linear(walk, node, spec, a, (values.numpy(), None, None))
+    return call_linear(walk, spec, [Layer(node, a, (values.numpy(), None, None))])
 
 
 # ---- a table for each run of rows -----------------------------------------------------------------------------------------

@@ -117,7 +117,8 @@ def _emit(walk: Walk, node: fx.Node, spec: Convolution, a: Arguments, weight: We
     spec = spec if is_depthwise else cut(walk, node, spec)
     pack, name = (pack_depthwise, "depthwise") if is_depthwise else (pack_convolution, "convolution")
     operands = walk.channels_last(a.x), walk.channels_last(a.residual) if a.residual is not None else None
-    inputs = product_inputs(walk, spec, a, operands, weight, pack) + sum_inputs
+    bias = constant_array(walk, a.bias)
+    inputs = product_inputs(walk, spec, a, operands, lambda: pack(spec, *weight, bias)) + sum_inputs
     label = f"{name}_{spec.x[0]}_{spec.kernel[0]}x{spec.kernel[1]}_{spec.channels}_{spec.out_channels}" + "_add" * (spec.sum is not None)
     kernel = walk.kernel((spec, easy), lambda: depthwise(spec, easy=easy) if is_depthwise else convolution(spec, easy=easy), label)
     note(walk, node, kernel)

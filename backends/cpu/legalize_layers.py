@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from functools import partial
-from types import SimpleNamespace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from qcompile.backends.cpu.joined_layers import joined
 from qcompile.backends.cpu.kernels import attention, hadamard, matmul, normalization, pack, quantization, softmax
 from qcompile.backends.cpu.kernels.matmul_epilogue import Epilogue
-from qcompile.backends.cpu.kernels.matmul_spec import TERNARY_INPUTS, Linear
+from qcompile.backends.cpu.kernels.matmul_spec import TERNARY_INPUTS, Linear, Part
 from qcompile.backends.cpu.kernels.quantization import code_dtype
 from qcompile.backends.cpu.legalize_arguments import (
     Arguments,
@@ -53,7 +53,25 @@ def linear(walk: Walk, node: fx.Node, a: Arguments) -> Any:
     if isinstance(weight, str):
         return weight
     spec = linear_spec(a, scheme, weight, epilogue)
-    return spec if isinstance(spec, str) else call_linear(walk, node, spec, a, weight)
+    if isinstance(spec, str):
+        return spec
+    others = [Layer(other, Arguments(**bound_arguments(other)), ()) for other in joined(node) if other is not node]
+    found = [_weight_codes(walk, other.arguments, scheme) for other in others]
+    readable = [replace(other, weight=its) for other, its in zip(others, found, strict=True) if not isinstance(its, str)]
+    return call_linear(walk, spec, [Layer(node, a, weight), *(readable if len(readable) == len(others) else [])])
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A linear layer, its arguments by the names of qc.linear, and what its kernel reads as its weight."""
+
+    node: fx.Node
+    arguments: Arguments
+    weight: Any
+
+    @property
+    def part(self) -> Part:
+        return Part(len(self.weight[0]), getattr(self.arguments, "activation", "none"))
 
 
 def _weight_codes(walk: Walk, a: Arguments, scheme: Scheme) -> Weight | str:
@@ -97,24 +115,43 @@ def linear_spec(a: Arguments, scheme: Scheme, weight: Weight, epilogue: Epilogue
         return str(reason)
 
 
-def call_linear(walk: Walk, node: fx.Node, spec: Linear, a: Arguments, weight: Weight, table: Any = None) -> Any:
-    """Emit the kernel of ``spec``; ``a`` holds the node's arguments by the names of qc.linear, ``table`` [16] a codebook's values."""
+def call_linear(walk: Walk, spec: Linear, layers: list[Layer], table: Any = None) -> Any:
+    """Emit the kernel of the first of ``layers``, whose spec is given, and return its value; or of all together, and bind them.
+
+    ``table`` [16] holds the values of a codebook.
+    """
+    node, a = layers[0].node, layers[0].arguments
+    if len(layers) > 1:
+        parts = tuple(layer.part for layer in layers)
+        spec = replace(spec, out_features=sum(part.columns for part in parts), parts=parts, tile=None)
+        weights, biases = (tuple(getattr(layer.arguments, name) for layer in layers) for name in ("weight", "bias"))
+        a = Arguments(**{**vars(a), "weight": weights, "bias": biases})
     spec = cut(walk, node, spec)
     x, rows, _ = rows_of(walk, a.x)
     residual = walk.reshape(walk.plain(a.residual), [rows, spec.out_features]) if a.residual is not None else None
-    inputs = product_inputs(walk, spec, a, (x, residual), weight, partial(pack.pack_linear, table=table))
+
+    def constants() -> list[Any]:
+        return pack.pack_layers(spec, [(*layer.weight, constant_array(walk, layer.arguments.bias), table) for layer in layers])
+
+    inputs = product_inputs(walk, spec, a, (x, residual), constants)
     easy = spec.epilogue.codes and has_easy_scale(walk, a.out_scale)
     kernel = walk.kernel((spec, easy), lambda: matmul.linear(spec, easy=easy), _linear_name(spec))
     note(walk, node, kernel)
-    y = walk.call_kernel(kernel, inputs, ([rows, spec.out_features], spec.epilogue.output))
-    return walk.reshape(y, [*walk.shape(a.x)[:-1], spec.out_features])
+    made = walk.call_kernel(kernel, inputs, *(([rows, part.columns], spec.epilogue.output) for part in spec.results))
+    shaped = [walk.reshape(y, walk.shape(layer.node)) for y, layer in zip(made if spec.parts else [made], layers, strict=True)]
+    if len(layers) == 1:
+        return shaped[0]
+    for layer, y in zip(layers, shaped, strict=True):
+        walk.bind(layer.node, y)
+    return None
 
 
 def _linear_name(spec: Linear) -> str:
     """Return a name that tells a reader of a profile what the kernel is."""
-    activation = "" if spec.epilogue.activation == "none" else f"_{spec.epilogue.activation}"
+    activations = dict.fromkeys(part.activation for part in spec.results if part.activation != "none")
+    together = f"_{len(spec.parts)}" if spec.parts else ""
     kind = "ternary" if spec.ternary else f"{'codebook' if spec.codebook else 'w'}{spec.bits}"
-    return f"linear_{spec.x}_{kind}_{spec.in_features}x{spec.out_features}{activation}"
+    return "_".join([f"linear_{spec.x}{together}_{kind}_{spec.in_features}x{spec.out_features}", *activations])
 
 
 def _float_linear(walk: Walk, node: fx.Node, a: Arguments) -> Any:
@@ -125,9 +162,13 @@ def _float_linear(walk: Walk, node: fx.Node, a: Arguments) -> Any:
     swallowed, activation, residual = following(walk, node)
     epilogue = Epilogue("none" if a.bias is None else "float32", activation, residual is not None)
     spec = Linear(weight.shape[1], weight.shape[0], "float32", bits=32, epilogue=epilogue)
-    arguments = SimpleNamespace(x=a.input, weight=a.weight, bias=a.bias, residual=residual)
-    y = call_linear(walk, node, spec, arguments, (weight.numpy(), None, None))
-    for later in (node, *swallowed):
+    layers = []
+    for layer in joined(node):
+        its = a if layer is node else Arguments(**bound_arguments(layer))
+        arguments = Arguments(x=its.input, weight=its.weight, bias=its.bias, residual=residual, activation=activation)
+        layers.append(Layer(layer, arguments, (constant_array(walk, its.weight), None, None)))
+    y = call_linear(walk, spec, layers)
+    for later in (node, *swallowed) if len(layers) == 1 else ():
         walk.bind(later, y)
     return None
 

@@ -47,8 +47,9 @@ def _row(steps: list[Step], milliseconds: float) -> OperatorTime:
     return OperatorTime(name, len(steps), milliseconds, total, sum(step.bytes for step in steps), integer)
 
 
-def _linear(_name: re.Match[str], shapes: Shapes) -> int:
-    return 2 * math.prod(shapes[0]) * shapes[-1][-1]
+def _linear(name: re.Match[str], shapes: Shapes) -> int:
+    results = int(name[1] or 1)
+    return 2 * math.prod(shapes[0]) * sum(shape[-1] for shape in shapes[-results:])
 
 
 def _convolution(name: re.Match[str], shapes: Shapes) -> int:
@@ -63,7 +64,7 @@ def _attention(_name: re.Match[str], shapes: Shapes) -> int:
 
 # A kernel's name, as the legalizers make it -> additions and multiplications of a call, from the shapes of its arguments, the result last.
 _COUNTS: dict[str, Callable[[re.Match[str], Shapes], int]] = {
-    r"linear_": _linear,
+    r"linear_[a-z0-9]+_(?:(\d+)_)?(?:w|ternary|codebook)": _linear,
     r"(convolution|depthwise)_[a-z]+_(\d+)x(\d+)_(\d+)_\d+(_add\d*)?$": _convolution,
     r"attention_": _attention,
 }

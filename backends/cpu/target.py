@@ -206,20 +206,24 @@ class _Callable:
     def layer_times(self, inputs: Sequence[torch.Tensor]) -> dict[str, float]:
         """Return the median milliseconds of each layer's kernel by node name.
 
-        Kernels are called in the graph's order, so the n-th call of a family belongs to the n-th node of it; a family whose counts
-        differ (a layer that became several kernels) is left out.
+        Kernels are called in the graph's order, so the n-th call of a family belongs to the n-th node of it; layers that one product
+        computes share its time by their columns. A family whose counts differ (a layer that became several kernels) is left out.
         """
+        from qcompile.backends.cpu.joined_layers import joined
+
         runs = [self.built.kernel_calls(*inputs) for _ in range(_REPEATS)]
         found: dict[str, float] = {}
         for family, prefixes in _KERNELS.items():
             nodes = [
-                n.name
-                for n in self.graph.nodes
-                if n.op == "call_function" and operator_name(n.target) in (f"qc.{family}", f"aten.{family}")
+                n for n in self.graph.nodes if n.op == "call_function" and operator_name(n.target) in (f"qc.{family}", f"aten.{family}")
             ]
+            layers = [group for node in nodes if (group := joined(node))[0] is node]
             spent = [[milliseconds for name, milliseconds in run if name.startswith(prefixes)] for run in runs]
-            if all(len(times) == len(nodes) for times in spent):
-                found |= {name: round(statistics.median(times), 5) for name, times in zip(nodes, zip(*spent, strict=True), strict=True)}
+            if all(len(times) == len(layers) for times in spent):
+                for group, times in zip(layers, zip(*spent, strict=True), strict=True):
+                    columns = [1] if len(group) == 1 else [node.meta["val"].shape[-1] for node in group]
+                    for node, width in zip(group, columns, strict=True):
+                        found[node.name] = round(statistics.median(times) * width / sum(columns), 5)
         return found
 
     def __call__(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:

@@ -1,8 +1,9 @@
 """Which tiles a layer's kernel may have, which are worth trying, and the name of the layer in a table of tiles.
 
 A layer is named by what the best tile depends on: operator, sizes, schemes, and for linear layers the class of row counts
-(``any`` where it is known only at the call). Processor, instruction set and threads name the machine, one level above in the table.
-A tile is written as the fields of ``matmul_spec.Tile`` or ``convolution_spec.Blocks``. Depthwise convolutions have none.
+(``any`` where it is known only at the call); layers that one product computes have the name of their product. Processor, instruction
+set and threads name the machine, one level above in the table. A tile is written as the fields of ``matmul_spec.Tile`` or
+``convolution_spec.Blocks``. Depthwise convolutions have none.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from dataclasses import asdict, replace
 from typing import Any, TypeVar
 
 import torch
+from qcompile.backends.cpu.joined_layers import joined
 from qcompile.backends.cpu.kernels import tiles
 from qcompile.backends.cpu.kernels.convolution_spec import Blocks, Convolution
 from qcompile.backends.cpu.kernels.isa import SETS
@@ -79,7 +81,8 @@ def layer_name(node: fx.Node) -> str:
     x, weight = _shape(a.get("x") or a.get("input")), _shape(a["weight"])
     schemes = f"weight {a.get('weight_scheme') or 'float32'}; x {a.get('x_scheme') or 'float32'}"
     if operator in _LINEAR:
-        return f"{operator} {x[-1]}x{_shape(node)[-1]}, {_row_class(x[:-1])} rows; {schemes}"
+        outputs = sum(_shape(layer)[-1] for layer in joined(node))
+        return f"{operator} {x[-1]}x{outputs}, {_row_class(x[:-1])} rows; {schemes}"
     if len(x) != 4 or len(weight) != 4:
         return ""
     kernel = f"{weight[2]}x{a.get('kernel_width', weight[3])}"

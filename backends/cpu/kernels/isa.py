@@ -92,6 +92,7 @@ class InstructionSet:
         return (self.registers - twice * (vectors * self.parts + 1) - temporaries) // (vectors * self.parts)
 
 
+_BFLOAT16 = frozenset({"avx512bf16", "amx-bf16"})  # kernels ask for these by themselves (``matmul_bfloat16``), whatever the set
 _AVX2_FEATURES = ("avx2", "fma")
 _AVX512_FEATURES = ("avx512f", "avx512bw", "avx512dq", "avx512vl", "fma")
 _NEON = InstructionSet(
@@ -313,7 +314,8 @@ def _corrections() -> list[str]:
     """
     by_model = features_of({"kind": "llvm", "mcpu": codegen.llvm_get_system_cpu()})
     hidden = (by_model & _FLAGS.get(machine(), {}).keys()) - _features_here()
-    more = set(SETS[_best_here()].features) - by_model
+    wanted = {*SETS[_best_here()].features, *(_BFLOAT16 & _features_here())}
+    more = wanted - by_model
     return [*(f"-{feature}" for feature in sorted(hidden)), *(f"+{feature}" for feature in sorted(more))]
 
 

@@ -37,7 +37,7 @@ def linear(spec: Linear, *, easy: bool = False) -> tirx.PrimFunc:
 
     Its arguments are, in this order and only where the layer has them: x [m, k]; x_scale float32 [1] or [m]; x_zero_point
     int32 [1] or [m]; the arrays of ``pack.pack_linear``; residual float32 [m, n]; out_scale float32 [1]; out_zero_point int32 [1];
-    the result [m, n], which may lie in the residual's place.
+    the result [m, n], which may lie in the residual's place, or one for each of ``spec.parts``.
     """
     in_place = spec.epilogue.residual and not spec.epilogue.codes
     with IRBuilder() as builder:
@@ -84,8 +84,8 @@ def _declare(spec: Linear) -> Arguments:
     if spec.epilogue.codes:
         found["out_scale"] = buffer("out_scale", (1,), "float32")
         found["out_zero"] = buffer("out_zero_point", (1,), "int32")
-    found["y"] = buffer("y", (m, n), spec.epilogue.output)
-    return Arguments(m, **found)
+    results = [buffer(f"y{i}", (m, part.columns), spec.epilogue.output) for i, part in enumerate(spec.results)]
+    return Arguments(m, results=results, **found)
 
 
 def _emit(spec: Linear, arguments: Arguments) -> None:

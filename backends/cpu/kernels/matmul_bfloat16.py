@@ -2,21 +2,22 @@
 
 Meaning: y[m, n] = sum over k of x[m, k] * w[n, k] + bias[n]. A product of two bfloat16 is exact in float32 (8-bit significands); with
 float32 x each product is rounded at most once. The order of the sums is free: a result is within (k + 8) * 2**-24 of the sum of the
-absolute values of its terms. Denormal numbers count, but in tile registers, which take them for zero.
+absolute values of its terms. Denormal numbers count, but in tile registers and products of pairs, which take them for zero.
 
 A 32-bit word holds the weights of two k of one column: tile registers (``tdpbf16ps``) multiply such words by pairs of x, 8192 products in
-16 cycles; elsewhere the two halves become float32 by a shift and a mask, which is nothing beside reading them from memory. ``vdpbf16ps``
-is not used: TVM lowers bfloat16 to float32 before LLVM sees the call. So bits are passed as int16, too.
+16 cycles, vectors (``vdpbf16ps``) 32 in one instruction; elsewhere the two halves become float32 by a shift and a mask, which is nothing
+beside reading them from memory. TVM lowers bfloat16 to float32 before LLVM sees a call, so bits are passed as int16.
 """
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from qcompile.backends.cpu.kernels import bfloat16_products, tiles
 from qcompile.backends.cpu.kernels import isa as instruction_sets
-from qcompile.backends.cpu.kernels import tiles
 from qcompile.backends.cpu.kernels.matmul_rows import ceildiv, dispatch
 from qcompile.backends.cpu.kernels.matmul_spec import CHUNK, FLOAT_TILES, TILED
 from qcompile.backends.cpu.kernels.registers import (
@@ -48,6 +49,11 @@ def has_tiles() -> bool:
     return "amx-bf16" in instruction_sets.features_of(instruction_sets.target_description())
 
 
+def has_pairs() -> bool:
+    """Return whether code made for this machine may multiply pairs of bfloat16 in vectors."""
+    return bfloat16_products.FEATURE in instruction_sets.features_of(instruction_sets.target_description())
+
+
 @dataclass(frozen=True)
 class Bfloat16Linear:
     """A linear layer with bfloat16 weights.
@@ -57,6 +63,7 @@ class Bfloat16Linear:
         x: dtype of the input, ``float32`` or ``bfloat16``.
         bias: there is a float32 bias (an argument).
         tiles: multiply in tile registers where x is bfloat16.
+        pairs: else, multiply pairs in vectors where x is bfloat16.
         isa: a name of ``qcompile.backends.cpu.kernels.isa.KNOWN``; it selects the block sizes.
     """
 
@@ -65,6 +72,7 @@ class Bfloat16Linear:
     x: str = "float32"
     bias: bool = False
     tiles: bool = field(default_factory=has_tiles)
+    pairs: bool = field(default_factory=has_pairs)
     isa: str = field(default_factory=instruction_sets.detect)
 
     def __post_init__(self) -> None:
@@ -77,10 +85,14 @@ class Bfloat16Linear:
         return self.tiles and self.x == "bfloat16"
 
     @property
-    def pairs(self) -> int:
+    def paired(self) -> bool:
+        return self.pairs and self.x == "bfloat16" and not self.tiled
+
+    @property
+    def words(self) -> int:
         """Words of a column of weights, whole tiles where they go into tiles."""
-        pairs = -(-self.in_features // 2)
-        return -(-pairs // CHUNK) * CHUNK if self.tiled else pairs
+        words = -(-self.in_features // 2)
+        return -(-words // CHUNK) * CHUNK if self.tiled else words
 
     @property
     def columns(self) -> int:
@@ -93,14 +105,14 @@ class Bfloat16Linear:
 
 
 def pack_bfloat16(spec: Bfloat16Linear, weight: Array, bias: Array | None = None) -> list[Array]:
-    """Return the constants of ``bfloat16_linear(spec)``: panels int32 [blocks, pairs, columns], and the bias.
+    """Return the constants of ``bfloat16_linear(spec)``: panels int32 [blocks, words, columns], and the bias.
 
     weight int16 [n, k]: the bits of bfloat16; bias float32 [n].
     """
     n, k = weight.shape
-    padded = np.zeros((spec.blocks * spec.columns, spec.pairs * 2), np.int16)
+    padded = np.zeros((spec.blocks * spec.columns, spec.words * 2), np.int16)
     padded[:n, :k] = weight
-    words = padded.view(np.int32).reshape(spec.blocks, spec.columns, spec.pairs)
+    words = padded.view(np.int32).reshape(spec.blocks, spec.columns, spec.words)
     constants = [np.ascontiguousarray(words.transpose(0, 2, 1))]
     if spec.bias and bias is not None:
         constants.append(np.pad(bias.astype(np.float32), (0, len(padded) - n)))
@@ -112,8 +124,9 @@ def bfloat16_linear(spec: Bfloat16Linear) -> tirx.PrimFunc:
     with function("bfloat16_linear") as builder:
         product = _Product(spec)
         parts = min(instruction_sets.thread_count(), spec.blocks)
-        with T.parallel((product.m + _TASK_ROWS - 1) // _TASK_ROWS * parts) as index:
-            product.task(index, parts)
+        with bfloat16_products.imported() if spec.paired else nullcontext():
+            with T.parallel((product.m + _TASK_ROWS - 1) // _TASK_ROWS * parts) as index:
+                product.task(index, parts)
     return builder.get()
 
 
@@ -124,7 +137,7 @@ class _Product:
         self.spec, self.m = spec, size("m")
         self.vectors = spec.columns // LANES
         self.x = argument("x", (self.m, spec.in_features), "float32" if spec.x == "float32" else "int16")
-        self.weight = argument("weight", (spec.blocks, spec.pairs, spec.columns), "int32")
+        self.weight = argument("weight", (spec.blocks, spec.words, spec.columns), "int32")
         self.bias = argument("bias", (spec.blocks * spec.columns,)) if spec.bias else None
         self.out = argument("out", (self.m, spec.out_features))
 
@@ -134,9 +147,10 @@ class _Product:
         per_part = -(-spec.blocks // parts)
         self.first_row = hold(T.cast(T.truncdiv(index, parts), "int64") * _TASK_ROWS)
         self.rows = hold(T.min(T.int64(_TASK_ROWS), self.m - self.first_row))
-        self.packed = local(_TASK_ROWS * spec.pairs * (1 if spec.tiled else 2), "int32" if spec.tiled else "float32")
+        words = spec.tiled or spec.paired
+        self.packed = local(_TASK_ROWS * spec.words * (1 if words else 2), "int32" if words else "float32")
         with T.serial(self.rows) as i:
-            (self._pack_words if spec.tiled else self._pack_floats)(i)
+            (self._pack_words if spec.tiled else self._pack_pairs if spec.paired else self._pack_floats)(i)
         if spec.tiled:
             self.sums = local(TILED.rows * spec.columns)
             tiles.configure()
@@ -156,7 +170,7 @@ class _Product:
 
     def _pack_floats(self, i: Index) -> None:
         """Copy a row of x as floats; an odd k gets a zero."""
-        k, row, start = self.spec.in_features, self.first_row + i, i * (self.spec.pairs * 2)
+        k, row, start = self.spec.in_features, self.first_row + i, i * (self.spec.words * 2)
         with T.serial(k) as e:
             value = self.x[row, e]
             if self.spec.x == "bfloat16":
@@ -165,16 +179,33 @@ class _Product:
         if k % 2:
             store(self.packed, T.float32(0), start + k)
 
+    def _pack_pairs(self, i: Index) -> None:
+        """Copy a row of x as words of two bfloat16; an odd k gets a zero."""
+        k, row = self.spec.in_features, self.first_row + i
+
+        def half(e: Index) -> Expression:
+            return T.bitwise_and(T.cast(self.x[row, e], "int32"), T.int32(0xFFFF))
+
+        with T.serial(k // 2) as pair:
+            high = T.shift_left(half(pair * 2 + 1), T.int32(16))
+            store(self.packed, T.bitwise_or(half(pair * 2), high), i * self.spec.words + pair)
+        if k % 2:
+            store(self.packed, half(k - 1), i * self.spec.words + k // 2)
+
     def _block(self, block: Index, row: Index, count: int) -> None:
         """Compute ``count`` rows, the last repeating, of a block of columns."""
         spec = self.spec
-        starts = [hold(T.min(row + i, self.rows - 1) * (spec.pairs * 2)) for i in range(count)]
+        starts = [hold(T.min(row + i, self.rows - 1) * (spec.words * (1 if spec.paired else 2))) for i in range(count)]
         totals = [[register("float32", LANES) for _ in range(self.vectors)] for _ in range(count)]
         for kept in (kept for each in totals for kept in each):
             store(kept, splat(0.0), ramp(0))
-        with T.serial(spec.pairs) as pair:
+        with T.serial(spec.words) as pair:
             words = [T.Bind(self.weight[block, pair, ramp(j * LANES)]) for j in range(self.vectors)]
-            for e in range(2):
+            for start, row_totals in zip(starts, totals, strict=True) if spec.paired else ():
+                x = T.Bind(splat(self.packed[start + pair]))
+                for kept, word in zip(row_totals, words, strict=True):
+                    store(kept, bfloat16_products.add_pairs(kept[ramp(0)], x, word), ramp(0))
+            for e in range(0 if spec.paired else 2):
                 weights = [T.Bind(_half(word, e)) for word in words]
                 for start, row_totals in zip(starts, totals, strict=True):
                     x = T.Bind(splat(self.packed[start + pair * 2 + e]))
@@ -205,7 +236,7 @@ class _Product:
         product = tiles.Block(len(row_tiles), self.vectors, signed=False)
         product.product = "tdpbf16ps"
         product.zero()
-        with T.serial(self.spec.pairs // CHUNK) as chunk:
+        with T.serial(self.spec.words // CHUNK) as chunk:
             x = [T.address_of(self.packed[(chunk * _TASK_ROWS + row + i * tiles.ROWS) * CHUNK]) for i in row_tiles]
             weight = [T.address_of(self.weight[block, chunk * CHUNK, j * LANES]) for j in range(self.vectors)]
             product.multiply_add(x, CHUNK * 4, weight, columns * 4)

@@ -6,6 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 
 from qcompile.backends.cpu.kernels.byte_codes import VECTORS, by_vector
+from qcompile.backends.cpu.kernels.matmul_epilogue import Epilogue
 from qcompile.backends.cpu.kernels.matmul_panel import Arguments
 from qcompile.backends.cpu.kernels.matmul_spec import LANES, Linear
 from qcompile.backends.cpu.kernels.vector import Expr, hold, register, rounded, spread
@@ -69,12 +70,44 @@ def _store_bytes(spec: Linear, arguments: Arguments, sums: Sums, first_sum: Expr
     codes = T.Bind(by_vector(arguments.bytes.bytes(values)))
     for i, row64 in enumerate(rows):
         part = tirx.Shuffle([codes], list(range(i * spec.columns, (i + 1) * spec.columns)))
-        T.buffer_store(arguments.y, part, [row64, T.ramp(column_block * spec.columns, 1, spec.columns)])
+        T.buffer_store(arguments.results[0], part, [row64, T.ramp(column_block * spec.columns, 1, spec.columns)])
+
+
+@dataclass(frozen=True)
+class _Result:
+    """A result [m, columns], and which packed column is its first."""
+
+    y: Expr
+    columns: int
+    first: int
+    epilogue: Epilogue
 
 
 def finish_row(spec: Linear, arguments: Arguments, sums: Sums, first_sum: Expr, row: Expr, column_block: Expr) -> None:
     """Turn the finished sums of one row and one block of columns, from ``first_sum`` on, into results."""
-    n = spec.out_features
+    found, block = [], 0
+    for y, part in zip(arguments.results, spec.results, strict=True):
+        epilogue = dataclasses.replace(spec.epilogue, activation=part.activation)
+        found.append((block, _Result(y, part.columns, block * spec.columns, epilogue)))
+        block += -(-part.columns // spec.columns)
+
+    def choose(results: list[tuple[int, _Result]]) -> None:
+        if len(results) == 1:
+            _finish_row(spec, arguments, results[0][1], sums, first_sum, row, column_block)
+            return
+        with T.If(column_block < results[1][0]):
+            with T.Then():
+                choose(results[:1])
+            with T.Else():
+                choose(results[1:])
+
+    choose(found)
+
+
+def _finish_row(
+    spec: Linear, arguments: Arguments, result: _Result, sums: Sums, first_sum: Expr, row: Expr, column_block: Expr
+) -> None:  # fmt: skip
+    n = result.first + result.columns
     row64 = hold(T.cast(row, "int64"))
     for j in range(spec.tile.vectors):
         column = hold(column_block * spec.columns + j * LANES)
@@ -83,17 +116,17 @@ def finish_row(spec: Linear, arguments: Arguments, sums: Sums, first_sum: Expr, 
             total = _exact_sum(spec, arguments, total, sums.added, row64, column)
         if n % LANES == 0:
             if n % spec.columns == 0:
-                _store(spec, arguments, total, row64, column)
+                _store(spec, arguments, result, total, row64, column)
             else:
                 with T.If(column < n):
                     with T.Then():
-                        _store(spec, arguments, total, row64, column)
+                        _store(spec, arguments, result, total, row64, column)
             continue
         with T.If(column + LANES <= n):
             with T.Then():
-                _store(spec, arguments, total, row64, column)
+                _store(spec, arguments, result, total, row64, column)
             with T.Else():
-                _store_ragged(spec, arguments, total, row64, column)
+                _store_ragged(spec, arguments, result, total, row64, column)
 
 
 def _exact_sum(spec: Linear, arguments: Arguments, total: Expr, added: int, row: Expr, column: Expr) -> Expr:
@@ -110,26 +143,26 @@ def _exact_sum(spec: Linear, arguments: Arguments, total: Expr, added: int, row:
     return total + arguments.bias[lanes] if spec.epilogue.bias == "int32" else total
 
 
-def _store(spec: Linear, arguments: Arguments, total: Expr, row: Expr, column: Expr) -> None:
-    lanes = T.ramp(column, 1, LANES)
+def _store(spec: Linear, arguments: Arguments, result: _Result, total: Expr, row: Expr, column: Expr) -> None:
+    lanes = T.ramp(column - result.first, 1, LANES)
     residual = arguments.residual[row, lanes] if arguments.residual is not None else None
-    T.buffer_store(arguments.y, _result(spec, arguments, total, residual, row, column), [row, lanes])
+    T.buffer_store(result.y, _finished(spec, arguments, result.epilogue, total, residual, row, column), [row, lanes])
 
 
-def _store_ragged(spec: Linear, arguments: Arguments, total: Expr, row: Expr, column: Expr) -> None:
+def _store_ragged(spec: Linear, arguments: Arguments, result: _Result, total: Expr, row: Expr, column: Expr) -> None:
     """Store the last, partly filled vector of a row, element by element."""
     y = register(spec.epilogue.output, LANES)
-    inside = spec.out_features - column
+    start, inside = column - result.first, result.first + result.columns - column
     residual, lanes = None, T.ramp(0, 1, LANES)
     if arguments.residual is not None:
         found = register("float32", LANES)
         T.buffer_store(found, spread(T.float32(0), LANES), [lanes])
         with T.serial(0, inside) as i:
-            T.buffer_store(found, arguments.residual[row, column + i], [i])
+            T.buffer_store(found, arguments.residual[row, start + i], [i])
         residual = found[lanes]
-    T.buffer_store(y, _result(spec, arguments, total, residual, row, column), [lanes])
+    T.buffer_store(y, _finished(spec, arguments, result.epilogue, total, residual, row, column), [lanes])
     with T.serial(0, inside) as i:
-        T.buffer_store(arguments.y, y[i], [row, column + i])
+        T.buffer_store(result.y, y[i], [row, start + i])
 
 
 def _scaled(spec: Linear, arguments: Arguments, total: Expr, row: Expr, column: Expr) -> tuple[Expr, Expr | None]:
@@ -144,9 +177,10 @@ def _scaled(spec: Linear, arguments: Arguments, total: Expr, row: Expr, column: 
     return y, bias
 
 
-def _result(spec: Linear, arguments: Arguments, total: Expr, residual: Expr, row: Expr, column: Expr) -> Expr:
+def _finished(
+    spec: Linear, arguments: Arguments, epilogue: Epilogue, total: Expr, residual: Expr, row: Expr, column: Expr
+) -> Expr:  # fmt: skip
     """Return 16 results from 16 finished sums; those of integers are exact."""
-    epilogue = spec.epilogue
     y, bias = _scaled(spec, arguments, total, row, column)
     y = dataclasses.replace(epilogue, output="float32").apply(y, bias, residual, None, None)
     return y if arguments.rounding is None else T.cast(arguments.rounding.codes(rounded(y)), f"{epilogue.output}x{LANES}")

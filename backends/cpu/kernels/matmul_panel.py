@@ -15,7 +15,7 @@ from tvm.script.ir_builder import tirx as T
 
 @dataclass
 class Arguments:
-    """The buffers of a kernel; those that the layer does not have are None.
+    """The buffers of a kernel; those that the layer does not have are None. ``results`` are those of ``Linear.results``.
 
     ``easy_scale``: that of the result is known to be (``code_rounding.is_easy``).
     """
@@ -23,7 +23,7 @@ class Arguments:
     m: Expr
     x: Expr
     weight: Expr
-    y: Expr
+    results: list[Expr]
     x_scale: Expr | None = None
     x_zero: Expr | None = None
     sums: Expr | None = None

@@ -50,6 +50,14 @@ FLOAT_TILES = {isa: _tile(isa, integer=False) for isa in instruction_sets.KNOWN}
 
 
 @dataclass(frozen=True)
+class Part:
+    """One of the layers that a product computes together: how many columns of the result are its own, and its activation."""
+
+    columns: int
+    activation: str = "none"
+
+
+@dataclass(frozen=True)
 class Linear:
     """One linear layer ``y = epilogue(x @ weight.T)``, x [m, in_features] with any m.
 
@@ -67,6 +75,8 @@ class Linear:
         epilogue: what follows the sum.
         isa: a name of ``qcompile.backends.cpu.kernels.isa.KNOWN``.
         tile: block sizes; None: those measured best for the instruction set.
+        parts: layers of the same x that are computed as one, each with a float32 result of its own; empty: there is one result. Each
+            part begins a block of columns, and has the epilogue's bias.
     """
 
     in_features: int
@@ -83,6 +93,7 @@ class Linear:
     tile: Tile | None = None
     codebook: bool = False
     ternary: bool = False
+    parts: tuple[Part, ...] = ()
 
     def __post_init__(self) -> None:
         instruction_sets.check(self.isa)
@@ -112,6 +123,10 @@ class Linear:
             raise ValueError(f"sums of ternary codes are 256 times as large on their way: fewer than {TERNARY_INPUTS} inputs")
         if self.epilogue.bias == "int32" and (self.x == "float32" or self.group):
             raise ValueError("an int32 bias needs an integer sum over the whole row")
+        if self.parts and sum(part.columns for part in self.parts) != self.out_features:
+            raise ValueError(f"parts of {[part.columns for part in self.parts]} columns are not {self.out_features}")
+        if self.parts and (self.epilogue.residual or self.epilogue.codes):
+            raise ValueError("layers are computed together only where they give floats and add no residual")
 
     @property
     def integer(self) -> bool:
@@ -152,7 +167,12 @@ class Linear:
 
     @property
     def column_blocks(self) -> int:
-        return -(-self.out_features // self.columns)
+        return sum(-(-part.columns // self.columns) for part in self.results)
+
+    @property
+    def results(self) -> tuple[Part, ...]:
+        """The parts; of a layer by itself, the one that is all of it."""
+        return self.parts or (Part(self.out_features, self.epilogue.activation),)
 
     @property
     def padded_columns(self) -> int:

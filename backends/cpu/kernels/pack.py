@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -57,6 +58,18 @@ def pack_linear(
     if spec.codebook:
         arrays.append(np.asarray(table, np.int8 if spec.integer else np.float32).reshape(1, 1, -1))
     return arrays
+
+
+def pack_layers(spec: Linear, layers: list[tuple[Any, ...]]) -> list[Array]:
+    """Return the constants of a product of one layer, or of all of ``spec.parts``; of each, the arrays that ``pack_linear`` takes.
+
+    Whole blocks of columns lie one behind another, so the layers' own constants do, too.
+    """
+    if not spec.parts:
+        return pack_linear(spec, *layers[0])
+    each = [replace(spec, out_features=part.columns, parts=()) for part in spec.parts]
+    packed = [pack_linear(alone, *arrays) for alone, arrays in zip(each, layers, strict=True)]
+    return [np.concatenate(arrays) for arrays in zip(*packed, strict=True)]
 
 
 def _scales(spec: Linear, values: Array, dtype: Any) -> Array:

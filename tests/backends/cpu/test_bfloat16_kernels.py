@@ -9,6 +9,7 @@ import pytest
 import torch
 import tvm
 from qcompile.backends.cpu.kernels import isa as instruction_sets
+from qcompile.backends.cpu.kernels.bfloat16_products import FEATURE
 from qcompile.backends.cpu.kernels.matmul_bfloat16 import Bfloat16Linear, bfloat16_linear, pack_bfloat16
 
 Build = Callable[[Any, str], Callable[..., None]]
@@ -42,10 +43,10 @@ def test_sums_are_within_rounding(compile_kernel: Build, x: str, shape: tuple[in
         _check(spec, kernel, rows, spread=20.0)
 
 
-def _compiled_with_tiles(spec: Bfloat16Linear) -> Callable[..., None]:
+def _compiled_with(feature: str, spec: Bfloat16Linear) -> Callable[..., None]:
     """Return a kernel for this machine and what it has besides LLVM's model of it."""
     target = instruction_sets.target_description()
-    target["mattr"] = [*target.get("mattr", []), "+amx-bf16"]
+    target["mattr"] = [*target.get("mattr", []), f"+{feature}"]
     function = bfloat16_linear(spec)
     name = str(function.attrs["global_symbol"])
     kernel = tvm.compile(tvm.IRModule({name: function}), tvm.target.Target(target))[name]
@@ -61,16 +62,39 @@ def _compiled_with_tiles(spec: Bfloat16Linear) -> Callable[..., None]:
 def test_tile_registers() -> None:
     """The same bound, but that denormal bfloat16 count as zero."""
     spec = Bfloat16Linear(131, 50, x="bfloat16", bias=True, tiles=True)
-    kernel = _compiled_with_tiles(spec)
+    kernel = _compiled_with("amx-bf16", spec)
     for rows in ROWS:
         _check(spec, kernel, rows, spread=20.0)
     for tiles in (False, True):
-        spec = Bfloat16Linear(2, 16, x="bfloat16", tiles=tiles)
+        spec = Bfloat16Linear(2, 16, x="bfloat16", tiles=tiles, pairs=False)
         x, weight = torch.full((1, 2), 2.0**-130).bfloat16(), torch.full((16, 2), 2.0**100).bfloat16()
         constants = map(torch.from_numpy, pack_bfloat16(spec, weight.view(torch.int16).numpy()))
         out = torch.full((1, 16), 77.0)
-        _compiled_with_tiles(spec)(x.view(torch.int16), *constants, out)
+        _compiled_with("amx-bf16", spec)(x.view(torch.int16), *constants, out)
         assert torch.equal(out, torch.full((1, 16), 0.0 if tiles else 2.0**-29))
+
+
+@pytest.mark.skipif(bool(instruction_sets.missing_features([FEATURE])), reason="this processor multiplies no pairs of bfloat16")
+@pytest.mark.parametrize("shape", [(1, 1), (33, 50), (130, 96)])
+def test_pairs_in_vectors(shape: tuple[int, int]) -> None:
+    spec = Bfloat16Linear(*shape, x="bfloat16", bias=True, tiles=False, pairs=True)
+    kernel = _compiled_with(FEATURE, spec)
+    for rows in ROWS:
+        _check(spec, kernel, rows)
+        _check(spec, kernel, rows, spread=20.0)
+
+
+@pytest.mark.skipif(instruction_sets.machine() != "x86_64", reason="code for x86 is made only on x86")
+def test_pairs_become_one_instruction() -> None:
+    """Code can be made on any processor of the architecture; two kernels of a module may import the same lines."""
+    specs = [Bfloat16Linear(64, n, x="bfloat16", tiles=False, pairs=True, isa="avx512vnni") for n in (48, 96)]
+    module = tvm.IRModule(
+        {f"linear_{s.out_features}": bfloat16_linear(s).with_attr("global_symbol", f"linear_{s.out_features}") for s in specs}
+    )
+    compiled = tvm.tirx.build(module, tvm.target.Target({"kind": "llvm", "mcpu": "cooperlake"}))
+    code = compiled.inspect_source("asm")
+    assert "vdpbf16ps" in code
+    assert "qcompile_dpbf16ps" not in code
 
 
 @pytest.mark.parametrize(
@@ -80,7 +104,7 @@ def test_tile_registers() -> None:
 )
 def test_every_instruction_set(compile_for: Build, instruction_set: str) -> None:
     for x in ("float32", "bfloat16"):
-        spec = Bfloat16Linear(35, 21, x=x, bias=True, tiles=False, isa=instruction_set)
+        spec = Bfloat16Linear(35, 21, x=x, bias=True, tiles=False, pairs=False, isa=instruction_set)
         _check(spec, compile_for(bfloat16_linear(spec), instruction_set), 5)
 
 
