@@ -15,6 +15,7 @@ from qcompile.backends.cpu.kernels.matmul_epilogue import Epilogue
 from qcompile.backends.cpu.kernels.quantization import code_dtype
 from qcompile.backends.cpu.legalize_arguments import (
     Arguments,
+    Grid,
     Weight,
     constant_array,
     following,
@@ -23,7 +24,7 @@ from qcompile.backends.cpu.legalize_arguments import (
     product_inputs,
     quantized_epilogue,
 )  # fmt: skip
-from qcompile.backends.cpu.legalize_sums import Grid, SumOfCodes, sum_after
+from qcompile.backends.cpu.legalize_sums import SumOfCodes, sum_after
 from qcompile.backends.cpu.tiling import cut, note
 from qcompile.backends.lowering.shapes import dtype_name
 from qcompile.backends.lowering.translate import Legalizer, Walk
