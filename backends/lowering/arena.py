@@ -55,7 +55,7 @@ def plan_arena(sequence: Sequence) -> Arena:
 
     The largest value is placed first, each at the lowest offset that is free while it lives.
     """
-    outputs = {output.index for output in sequence.outputs}
+    outputs = {output.index for output in sequence.outputs if output.kind == VALUE}
     lifetimes: dict[int, list[int]] = {}
     for number, call in enumerate(sequence.calls):
         for view in call.arguments:

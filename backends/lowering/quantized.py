@@ -284,6 +284,21 @@ def _hadamard(walk: Walk, a: Arguments) -> Any:
     return op.reshape(walk.emit(op.matmul(runs, matrix)), shape)
 
 
+def _causal_mask(walk: Walk, a: Arguments, tokens: Any, keys: Any) -> Any:
+    """Emit bool, broadcast to [batch, heads, tokens, keys]: which keys stand at or before each query, and in its window."""
+    if a.past is None and not a.window:
+        return causal_mask(walk, tokens, keys, from_end=True)
+
+    def mask(*past: Any) -> Any:
+        def sees(b: Any, _: Any, i: Any, j: Any) -> Any:
+            last = (past[0][b] if past else keys - tokens) + i
+            return tirx.all(j <= last, j > last - a.window) if a.window else j <= last
+
+        return te.compute((past[0].shape[0] if past else 1, 1, tokens, keys), sees, name="causal_mask")
+
+    return walk.builder.emit_te(mask, *([a.past] if a.past is not None else []), primfunc_name_hint="causal_mask")
+
+
 @converts("qc.attention")
 def _attention(walk: Walk, a: Arguments) -> Any:
     batch, tokens, width = a.q.ty.shape
@@ -297,9 +312,26 @@ def _attention(walk: Walk, a: Arguments) -> Any:
     scores = walk.emit(op.matmul(q, walk.emit(op.permute_dims(k, [0, 1, 3, 2]))))
     scores = walk.emit(op.multiply(scores, _f32(a.scale)))
     masks = [] if a.key_mask is None else [walk.reshape(cast(walk, a.key_mask, "bool"), [batch, 1, 1, keys])]
-    masks += [causal_mask(walk, tokens, keys, from_end=True)] if a.causal else []
+    masks += [_causal_mask(walk, a, tokens, keys)] if a.causal else []
     for mask in masks:
         scores = walk.emit(op.where(mask, scores, _f32(-math.inf)))
     weights = masked_softmax(walk, scores, masks[0] if masks else None)
     joined = walk.emit(op.permute_dims(walk.emit(op.matmul(weights, v)), [0, 2, 1, 3]))
     return op.reshape(joined, [batch, tokens, width])
+
+
+@converts("qc.cache_append")
+def _cache_append(walk: Walk, a: Arguments) -> Any:
+    """A copy of the cache with the new rows; a target that may write to its inputs does it in place."""
+
+    def append(cache: Any, new: Any, past: Any) -> Any:
+        tokens = new.shape[1]
+
+        def element(b: Any, row: Any, *rest: Any) -> Any:
+            t = row - past[b]
+            fits = tirx.all(t >= 0, t < tokens)
+            return tirx.if_then_else(fits, new[(b, tirx.max(tirx.min(t, tokens - 1), 0), *rest)], cache[(b, row, *rest)])
+
+        return te.compute(cache.shape, element, name="cache_append")
+
+    return walk.builder.emit_te(append, a.cache, a.new, a.past, primfunc_name_hint="cache_append")
