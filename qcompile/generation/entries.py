@@ -161,17 +161,19 @@ class _Step:
         """Return the values [context, ..] of a node for every position, and how many axes of size 1 stand before."""
         lead = self._seq_axis(node)
         assert lead is not None
-        if any(size != "1" for size in _sizes(self._copy, node)[:lead]):
+        before = _sizes(self._copy, node)[:lead]
+        if any(size not in ("1", self._batch) for size in before) or self._batch in before[1:]:
             raise Refused("its value differs by position and by more than that", node=node.name, operator=_name(node))
-        whole, part = (self._evaluate(node, length).flatten(0, lead) for length in (self._context, max(self._context // 2, 1)))
-        if not torch.equal(whole[: len(part)], part):
-            raise Refused("its value at a position depends on the length of the text", node=node.name, operator=_name(node))
+        whole, part = (self._evaluate(node, 1, length).flatten(0, lead) for length in (self._context, max(self._context // 2, 1)))
+        rows = self._evaluate(node, 2, len(part)).flatten(0, lead)
+        if not torch.equal(whole[: len(part)], part) or not torch.equal(rows, part.repeat(len(rows) // len(part), *[1] * (part.ndim - 1))):
+            raise Refused("its value at a position depends on the length of the text or on the batch", node=node.name, operator=_name(node))
         return whole, lead
 
-    def _evaluate(self, node: fx.Node, length: int) -> torch.Tensor:
-        """Compute a node that depends on sizes alone, for a batch of one and a text of ``length`` tokens."""
+    def _evaluate(self, node: fx.Node, batch: int, length: int) -> torch.Tensor:
+        """Compute a node that depends on sizes alone, for texts of ``length`` tokens."""
         values: dict[fx.Node, Any] = {}
-        tokens = torch.zeros(1, length, dtype=torch.int64)
+        tokens = torch.zeros(batch, length, dtype=torch.int64)
         for step in _needed(node):
             if step.op == "placeholder":
                 values[step] = tokens
