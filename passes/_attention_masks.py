@@ -60,7 +60,8 @@ def find_meaning(graph: Graph, masks: list[MaskUse]) -> Meaning | str:
     if numbers and numbers[-1] > _LONGEST:
         return f"its mask holds the number {numbers[-1]}: a window of this width is too long to try"
     windows = sorted({n + shift for n in numbers for shift in (-1, 0, 1)} - {0})
-    hypotheses = [Meaning(causal, keys, window) for keys in (None, *values) for causal in (False, True) for window in (0, *windows) if causal >= bool(window)]
+    spans = [(False, 0), (True, 0), *((True, window) for window in windows)]
+    hypotheses = [Meaning(causal, keys, window) for keys in (None, *values) for causal, window in spans]
     for trial in _trials(graph, values, masks[0].shape, numbers):
         try:
             seen = _seen(graph, cone, masks, trial)

@@ -252,7 +252,8 @@ def load(path: str | Path, *, target: str | None = None, threads: int | None = N
     artifact = Artifact(
         graph, recipe=manifest.recipe, pipeline=manifest.pipeline, target=target or manifest.target,
         golden_inputs=_numbered(golden, "input"), golden_outputs=_numbered(golden, "output"), report=report,
-        versions=manifest.versions, tokenizer=members.get("tokenizer.json"), end_tokens=manifest.end_tokens, native=_native_code(path, manifest, members),
+        versions=manifest.versions, tokenizer=members.get("tokenizer.json"), end_tokens=manifest.end_tokens,
+        native=_native_code(path, manifest, members),
         tiles=parse_tiles(members.get("tiles.json", b"{}"), f"{path}: tiles.json"),
     )  # fmt: skip
     artifact.threads, artifact.trust_code = threads, trust_code

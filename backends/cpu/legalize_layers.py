@@ -6,7 +6,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from qcompile.backends.cpu.kernels import attention, cache as cache_kernel, hadamard, matmul, normalization, pack, quantization, softmax
+from qcompile.backends.cpu.kernels import attention, hadamard, matmul, normalization, pack, quantization, softmax
+from qcompile.backends.cpu.kernels import cache as cache_kernel
 from qcompile.backends.cpu.kernels.matmul_epilogue import Epilogue
 from qcompile.backends.cpu.kernels.matmul_spec import Linear
 from qcompile.backends.cpu.kernels.quantization import code_dtype

@@ -32,16 +32,18 @@ from qcompile.errors import Refused
 from qcompile.graph import Graph, TensorType
 from qcompile.graph.graph import attribute
 from qcompile.graph.text import bound_arguments, operator_name
+from qcompile.graph.types import LARGEST_SIZE
 
 aten = torch.ops.aten
 qc = torch.ops.qc
 
 # Operators that compute each token of [batch, tokens, ..] from that token alone: rows may be picked before them as well as after them.
 _BY_TOKEN = frozenset({
-    "aten.linear", "aten.rms_norm", "aten.layer_norm", "aten.mul.Tensor", "aten.div.Tensor", "aten.tanh", "aten._to_copy", "aten.softmax.int",
+    "aten.linear", "aten.rms_norm", "aten.layer_norm", "aten.mul.Tensor", "aten.div.Tensor", "aten.tanh", "aten._to_copy",
     "qc.linear", "qc.quantize", "qc.quantize_dynamic", "qc.dequantize", "qc.hadamard", "py.getitem",
 })  # fmt: skip
-_TOKENS, _PAST, _COUNTS = "input_ids", "past", "counts"
+_PAST, _COUNTS = "past", "counts"
+UNBOUNDED_CONTEXT = 4096  # tokens, for a model that names no limit: caches and tables of positions must have some size
 
 
 @dataclass(frozen=True)
@@ -84,6 +86,26 @@ def decoder_entries(graph: Graph, context: int) -> Decoder:
     prefill, caches = _Step(graph, context, one_token=False).build()
     decode, _ = _Step(graph, context, one_token=True).build()
     return Decoder(prefill, decode, caches, context)
+
+
+def longest_text(graph: Graph) -> int:
+    """Return the most tokens that a decoder takes: what its sizes allow, and what its positions can be computed for.
+
+    Raises:
+        Refused: the graph is no decoder.
+    """
+    _, seq = _token_type(graph)
+    low, high = graph.symbols.ranges[seq]
+    step = _Step(graph, low, one_token=False)
+    low, high = low - 1, high if high < LARGEST_SIZE else UNBOUNDED_CONTEXT
+    if step.has_positions(high):
+        return high
+    while high - low > 1:  # a table of learned positions ends somewhere between
+        middle = (low + high) // 2
+        low, high = (middle, high) if step.has_positions(middle) else (low, middle)
+    if not low:
+        raise Refused("its positions cannot be computed for a text of any length")
+    return low
 
 
 class _Step:
@@ -146,6 +168,16 @@ class _Step:
                 rows = self._call(aten.view.default, rows, [*shape, *table.shape[1:]])
             node.replace_all_uses_with(rows, delete_user_cb=lambda user: user in by_text)
 
+    def has_positions(self, length: int) -> bool:
+        """Say whether everything that depends on positions can be computed for a text of this length."""
+        by_text = _nodes_of_text(self._nodes, self._copy.inputs[0])
+        try:
+            for node in [node for node in self._copy.nodes if self._is_position(node, by_text)]:
+                self._evaluate(node, 1, length)
+        except (IndexError, RuntimeError):
+            return False
+        return True
+
     def _is_position(self, node: fx.Node, by_text: set[fx.Node]) -> bool:
         """Say whether a tensor that no token decides, and the number of tokens does, is read by what tokens decide."""
         value = node.meta.get("val")
@@ -193,7 +225,18 @@ class _Step:
         key, value = (self._cached(f"{word}_{number}", a[name], by_text) for word, name in (("key", "k"), ("value", "v")))
         with self._nodes.inserting_before(node):
             new = self._call(
-                qc.attention.default, a["q"], key, value, None, a["heads"], a["kv_heads"], a["scale"], True, self._past, a["window"], like=node
+                qc.attention.default,
+                a["q"],
+                key,
+                value,
+                None,
+                a["heads"],
+                a["kv_heads"],
+                a["scale"],
+                True,
+                self._past,
+                a["window"],
+                like=node,
             )
         node.replace_all_uses_with(new)
         by_text.add(new)
@@ -230,34 +273,37 @@ class _Step:
         """Keep one row of each text from the earliest place on that everything after goes through token by token."""
         if counts is None:
             return
-        node = self._last_cut(by_text)
-        users = list(node.users)
-        with self._nodes.inserting_after(node):
-            width = _sizes(self._copy, node)[-1]
-            index = self._call(aten.view.default, self._call(aten.sub.Tensor, counts, 1), [-1, 1, 1])
-            picked = self._call(aten.gather.default, node, 1, self._call(aten.expand.default, index, [-1, -1, int(width)]))
-        # Inserting after puts the newest first: order them by what they read.
-        for step in (picked.args[2].args[0].args[0], picked.args[2].args[0], picked.args[2], picked):
-            users[0].prepend(step)
+        node, users = self._last_cut(by_text)
+        with self._nodes.inserting_before(users[0]):
+            place = self._call(aten.view.default, self._call(aten.sub.Tensor, counts, 1), [-1, 1, 1])
+            place = self._call(aten.expand.default, place, [-1, -1, int(_sizes(self._copy, node)[-1])])
+            picked = self._call(aten.gather.default, node, 1, place)
         for user in users:
             user.replace_input_with(node, picked)
 
-    def _last_cut(self, by_text: set[fx.Node]) -> fx.Node:
-        """Return the earliest node [batch, seq, width] through which alone the text reaches the output, token by token from there on."""
+    def _last_cut(self, by_text: set[fx.Node]) -> tuple[fx.Node, list[fx.Node]]:
+        """Return the earliest node [batch, seq, width] whose rows may be picked, and which of its users read them, in order.
+
+        From there on the text reaches the output through this node alone, and every operator works on each token by itself.
+        """
         (output,) = self._copy.outputs
-        if _sizes(self._copy, output)[:2] != [self._batch, self._seq] or len(_sizes(self._copy, output)) != 3:
+        if not self._has_rows(output):
             raise Refused(f"its output is {self._copy.type_text(output)}, no logits for each token", node=output.name)
         order = {node: number for number, node in enumerate(self._copy.nodes)}
-        frontier, cut = {output}, output
+        tail, frontier, cut = {self._copy.output}, {output}, output
         while True:
             node = max(frontier, key=order.__getitem__)
-            if len(frontier) == 1 and isinstance(node.meta["val"], torch.Tensor) and _sizes(self._copy, node)[:2] == [self._batch, self._seq]:
+            if frontier == {node} and self._has_rows(node):
                 cut = node
-            if _name(node) not in _BY_TOKEN or any(user not in order for user in node.users):
-                return cut
+            if _name(node) not in _BY_TOKEN or not tail.issuperset(node.users):
+                return cut, sorted(tail.intersection(cut.users), key=order.__getitem__)
+            tail.add(node)
             frontier = (frontier - {node}) | {argument for argument in node.all_input_nodes if argument in by_text}
-            if len(frontier) == 1 and any(_name(n) == "aten.sym_size.int" for n in frontier):
-                return cut
+
+    def _has_rows(self, node: fx.Node) -> bool:
+        """Say whether a node's value is [batch, seq, width]."""
+        value = node.meta["val"]
+        return isinstance(value, torch.Tensor) and value.ndim == 3 and _sizes(self._copy, node)[:2] == [self._batch, self._seq]
 
     # ---- nodes ------------------------------------------------------------------------------------------------------------
 

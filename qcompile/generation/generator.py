@@ -1,8 +1,8 @@
 """Continue texts, token by token.
 
-    generator = Generator(qcompile.load("model.qc"))
-    for piece in generator.stream("The species of", max_tokens=50):
-        print(piece.text, end="")
+generator = Generator(qcompile.load("model.qc"))
+for piece in generator.stream("The species of", max_tokens=50):
+print(piece.text, end="")
 """
 
 from __future__ import annotations
@@ -85,6 +85,11 @@ class Generator:
         self.cache_bytes = 0
         self._tokenizer: Any = read_tokenizer(artifact.tokenizer) if artifact.tokenizer else None
         self._vocabulary = int(self.model.decoder.prefill.outputs[0].meta["val"].shape[-1])
+
+    @property
+    def has_tokenizer(self) -> bool:
+        """Say whether prompts may be texts, and pieces have text."""
+        return self._tokenizer is not None
 
     def tokens_of(self, prompt: Prompt) -> list[int]:
         """Return a prompt's tokens.

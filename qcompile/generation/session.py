@@ -9,7 +9,7 @@ import torch
 
 from qcompile.artifact import Artifact
 from qcompile.errors import Refused
-from qcompile.generation.entries import Decoder, decoder_entries
+from qcompile.generation.entries import Decoder, decoder_entries, longest_text
 from qcompile.registry import find_target
 from qcompile.target import Executable
 
@@ -30,7 +30,7 @@ class Model:
 
     def __init__(self, artifact: Artifact, context: int | None = None) -> None:
         self.artifact = artifact
-        longest = _longest(artifact)
+        longest = longest_text(artifact.graph)
         if context is not None and not 0 < context <= longest:
             raise Refused(f"a context of {context} tokens is not possible: the model takes texts of 1 to {longest} tokens")
         self.context = context or longest
@@ -43,13 +43,6 @@ class Model:
     def executable(self) -> Executable:
         target = find_target(self.artifact.target).with_tiles(self.artifact.tiles)
         return target.build(self.decoder.prefill, threads=self.artifact.threads)
-
-
-def _longest(artifact: Artifact) -> int:
-    sizes = artifact.graph.input_types[0].shape if artifact.graph.input_types else ()
-    if len(sizes) != 2 or not isinstance(sizes[1], str):
-        raise Refused("the artifact is no decoder: its first input is no i64[batch,seq]", way_out="compile a causal language model")
-    return artifact.graph.symbols.ranges[sizes[1]][1]
 
 
 class Session:

@@ -76,7 +76,8 @@ def attention(
     True where a key may be seen; bias float32 [bias_batch, bias_heads, tokens, keys], added to the scaled scores, either size 1 broadcasts.
     ``causal`` counts from the end: query i sees key j when ``j <= before + i``, before = keys - tokens, and with a ``window`` only where
     ``j > before + i - window``. With past, int64 [batch], before is past[b], and keys after the queries' own are not read: k and v are
-    caches with room for more. A query that sees no key gives zeros. ``codes`` is "", "int8" or "uint8": then out holds codes of that dtype, of scale float32 [1] and zero_point int32 [1].
+    caches with room for more. A query that sees no key gives zeros.
+    ``codes`` is "", "int8" or "uint8": then out holds codes of that dtype, of scale float32 [1] and zero_point int32 [1].
 
     Raises:
         ValueError: heads is no multiple of kv_heads; past or a window without causal.
