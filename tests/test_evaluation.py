@@ -103,7 +103,9 @@ def test_windows_that_overlap_judge_every_token_once(words: tuple[Path, list[int
     net = NextWord().eval()
     made = capture(net, (torch.tensor([ids[:7]]),), [{0: "batch", 1: "seq"}])
     artifact = qcompile.compile(net, made.example_inputs, recipe="float", target="reference", dynamic_shapes=[{0: "batch", 1: "seq"}])
-    result = evaluate(artifact, "perplexity", f"text:{folder}/text.txt?length=9&stride=4", Captured(made.graph, made.example_inputs, folder))
+    result = evaluate(
+        artifact, "perplexity", f"text:{folder}/text.txt?length=9&stride=4", Captured(made.graph, made.example_inputs, folder)
+    )
     nats = []
     for place in range(1, 29):  # windows begin at 0, 4, .. 20; the last two tokens fill none
         start = 0 if place < 9 else (place - 5) // 4 * 4

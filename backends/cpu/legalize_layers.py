@@ -346,12 +346,18 @@ def _call_add(walk: Walk, terms: Any, activation: str, results: tuple[list[fx.No
 
 
 def _quantize_dynamic(walk: Walk, node: fx.Node, a: Arguments) -> Any:
-    """qc.quantize_dynamic, one scale for each token."""
+    """qc.quantize_dynamic, one scale for each token, or for each of the equal runs of its elements."""
     scheme = parse_scheme(a.scheme)
-    width = walk.fake(a.x).shape[-1]
-    if not isinstance(scheme.granularity, Token) or not isinstance(scheme.format, Integer) or scheme.bits < 2 or not isinstance(width, int):
+    width, granularity = walk.fake(a.x).shape[-1], scheme.granularity
+    runs = isinstance(granularity, Token) or (isinstance(granularity, Group) and granularity.axis == -1)
+    if not runs or not isinstance(scheme.format, Integer) or scheme.bits < 2 or not isinstance(width, int):
         return f"no kernel quantizes to '{scheme}'"
     x, rows, _ = rows_of(walk, a.x)
+    if isinstance(granularity, Group):
+        if width % granularity.size:
+            return f"no kernel quantizes runs of {granularity.size} of {width} elements"
+        rows, width = rows * (width // granularity.size), granularity.size
+        x = walk.reshape(x, [rows, width])
     kernel = walk.kernel(("quantize_dynamic", width, scheme), lambda: quantization.quantize_dynamic(width, scheme), "quantize_dynamic")
     results = walk.call_kernel(kernel, [x], ([rows, width], code_dtype(scheme)), ([rows], "float32"), ([rows], "int32"))
     shapes = [walk.sizes.shape(fake.shape) for fake in walk.fake(node)]

@@ -6,6 +6,7 @@ Integers are exact (products and sums in int32); float parts follow the order of
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,7 +21,7 @@ from tvm.relax import op
 
 import qcompile.graph.dialect as dialect
 from qcompile.errors import Refused
-from qcompile.formats import Block, Channel, Group, Scheme, dequantize, parse_scheme, unpack
+from qcompile.formats import Block, Channel, Group, Scheme, Token, dequantize, parse_scheme, unpack
 from qcompile.formats.integer import Integer
 
 Arguments = SimpleNamespace
@@ -104,15 +105,61 @@ def _quantize(walk: Walk, a: Arguments) -> Any:
 
 @converts("qc.dequantize")
 def _dequantize(walk: Walk, a: Arguments) -> Any:
-    if a.size is not None and parse_scheme(a.scheme).bits != 8:
-        raise Refused("only constants may be packed", node=walk.node.name, operator=str(walk.node.target))
-    return emit_dequantize(walk, a.codes, a.scale, a.zero_point, parse_scheme(a.scheme))
+    scheme = parse_scheme(a.scheme)
+    codes = a.codes if a.size is None or scheme.bits == 8 else _unpack(walk, a.codes, scheme, a.size)
+    return emit_dequantize(walk, codes, a.scale, a.zero_point, scheme)
+
+
+@converts("qc.pack")
+def _pack(walk: Walk, a: Arguments) -> Any:
+    bits, size = parse_scheme(a.scheme).bits, a.codes.ty.shape[-1]
+
+    def pack(codes: Any) -> Any:
+        def byte(*index: Any) -> Any:
+            total: Any = tirx.const(0, "uint8")
+            for k in range(8):
+                place = index[-1] * 8 + k
+                code = codes[(*index[:-1], tirx.min(place // bits, size - 1))].astype("uint8")
+                bit = ((code >> (place % bits).astype("uint8")) & tirx.const(1, "uint8")) << tirx.const(k, "uint8")
+                total = total | tirx.Select(place < size * bits, bit, tirx.const(0, "uint8"))
+            return total
+
+        return te.compute((*codes.shape[:-1], (size * bits + 7) // 8), byte, name="pack")
+
+    return walk.builder.emit_te(pack, a.codes, primfunc_name_hint="pack")
+
+
+def _unpack(walk: Walk, packed: Any, scheme: Scheme, size: int) -> Any:
+    """Emit codes [.., size] of bytes as ``qcompile.formats.packing`` lays them out."""
+    bits, signed = scheme.bits, scheme.format.lowest < 0
+
+    def unpack(data: Any) -> Any:
+        def code(*index: Any) -> Any:
+            total: Any = tirx.const(0, "uint8")
+            for t in range(bits):
+                place = index[-1] * bits + t
+                bit = (data[(*index[:-1], place // 8)] >> (place % 8).astype("uint8")) & tirx.const(1, "uint8")
+                total = total | (bit << tirx.const(t, "uint8"))
+            if not signed:
+                return total
+            # Two's complement: the highest bit of a code fills the byte.
+            left = tirx.const(8 - bits, "int8")
+            return (total.astype("int8") << left) >> left
+
+        return te.compute((*data.shape[:-1], size), code, name="unpack")
+
+    return walk.builder.emit_te(unpack, packed, primfunc_name_hint="unpack")
 
 
 @converts("qc.quantize_dynamic")
 def _quantize_dynamic(walk: Walk, a: Arguments) -> list[Any]:
-    scheme = parse_scheme(a.scheme)
-    if str(scheme.granularity) not in ("token", "tensor") or not isinstance(scheme.format, Integer) or scheme.bits < 2:
+    scheme, granularity = parse_scheme(a.scheme), parse_scheme(a.scheme).granularity
+    if isinstance(granularity, Group) and granularity.axis == -1 and int(a.x.ty.shape[-1]) % granularity.size == 0:
+        shape = [*a.x.ty.shape[:-1], int(a.x.ty.shape[-1]) // granularity.size]
+        by_run = replace(scheme, granularity=Token())
+        codes, scale, zero = _quantize_dynamic(walk, SimpleNamespace(x=walk.reshape(a.x, [*shape, granularity.size]), scheme=str(by_run)))
+        return [walk.reshape(codes, a.x.ty.shape), walk.reshape(scale, shape), walk.reshape(zero, shape)]
+    if str(granularity) not in ("token", "tensor") or not isinstance(scheme.format, Integer) or scheme.bits < 2:
         raise Refused(f"dynamic ranges of '{scheme}' cannot be lowered", node=walk.node.name, operator=str(walk.node.target))
     axes, keep = ([-1], True) if str(scheme.granularity) == "token" else (None, False)
     low, high = walk.emit(op.min(a.x, axes, keep)), walk.emit(op.max(a.x, axes, keep))

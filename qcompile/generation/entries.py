@@ -29,6 +29,7 @@ import torch
 import torch.fx as fx
 
 from qcompile.errors import Refused
+from qcompile.formats import parse_scheme
 from qcompile.graph import Graph, TensorType
 from qcompile.graph.graph import attribute
 from qcompile.graph.text import bound_arguments, operator_name
@@ -246,12 +247,17 @@ class _Step:
         if _name(node) != "qc.dequantize":
             return self._cache(name, node)
         a = bound_arguments(node)
-        parts = {
-            part: self._cache(name if part == "codes" else f"{name}_{part}", a[part]) if a[part] in by_text else a[part]
-            for part in ("codes", "scale", "zero_point")
-        }
-        with self._nodes.inserting_after(parts["codes"]):
-            new = self._call(qc.dequantize.default, *parts.values(), a["scheme"], a["size"], like=node)
+        codes, size = a["codes"], a["size"]
+        if size is None and parse_scheme(a["scheme"]).bits < 8:
+            size = int(_sizes(self._copy, codes)[-1])
+            with self._nodes.inserting_after(codes):
+                codes = self._call(qc.pack.default, codes, a["scheme"], like=codes)
+            self._copy.infer_type(codes)
+        found = [self._cache(name, codes)]
+        for part in ("scale", "zero_point"):
+            found.append(self._cache(f"{name}_{part}", a[part]) if a[part] in by_text else a[part])
+        with self._nodes.inserting_before(node):
+            new = self._call(qc.dequantize.default, *found, a["scheme"], size, like=node)
         by_text.add(new)
         return new
 

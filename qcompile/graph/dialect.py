@@ -29,7 +29,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-from qcompile.formats import Group, Scheme, dequantize, parse_scheme, quantize, quantize_dynamic, unpack
+from qcompile.formats import Group, Scheme, dequantize, pack, parse_scheme, quantize, quantize_dynamic, unpack
 
 LIBRARY = torch.library.Library("qc", "DEF")
 
@@ -103,6 +103,18 @@ def _dequantize_shape(codes, scale, zero_point, scheme, size=None):
 
 
 _define("dequantize(Tensor codes, Tensor scale, Tensor? zero_point, str scheme, int? size=None) -> Tensor", _dequantize, _dequantize_shape)
+
+
+def _pack(codes, scheme):
+    """Return codes as they are stored, ``qcompile.formats.packing``: uint8 [.., ceil(size * bits / 8)]; ``size`` of dequantize undoes it."""
+    return pack(codes, parse_scheme(scheme).bits)
+
+
+_define(
+    "pack(Tensor codes, str scheme) -> Tensor",
+    _pack,
+    lambda codes, scheme: codes.new_empty((*codes.shape[:-1], -(-codes.shape[-1] * parse_scheme(scheme).bits // 8)), dtype=torch.uint8),
+)
 
 
 # ---- products -------------------------------------------------------------------------------------------------------------
