@@ -2,7 +2,8 @@
 
 Exporters spell masks in many ways, none of which a pattern would fit for long. All of them depend on sizes and on a few integer inputs
 only, so the subgraph is run on small sizes and random inputs, and its result is held against what a mask can mean: which query sees which
-key. An additive mask sees where it adds zero and hides where it adds a large negative number.
+key. An additive mask sees where it adds zero and hides where it adds a large negative number. A window is wider than small sizes; its width
+stands in the subgraph as a number, so every number found there is tried as a width, and one trial is longer than all of them.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ aten = torch.ops.aten
 HIDES = -9000.0  # an additive mask at or below this hides: exp(-9000) is zero in float32
 _SIZES = ((2, 5, 7, 3, 11), (3, 4, 6, 2, 8), (1, 6, 5, 4, 7))  # sizes that symbols take in the trials, in order of the symbols
 _SEED = 20
+_LONGEST = 16384  # the longest window that is tried: a mask of this many queries and keys takes 256 MB
 
 
 @dataclass(frozen=True)
@@ -29,11 +31,13 @@ class Meaning:
 
     Attributes:
         causal: query i sees key j only where ``j <= i + keys - queries``.
+        window: how many keys, its own the last of them, a causal query sees at most; 0 for all.
         keys: the input [batch, keys] that says which keys are seen by being nonzero, or None where all are.
     """
 
     causal: bool
     keys: fx.Node | None
+    window: int = 0
 
 
 @dataclass(frozen=True)
@@ -52,8 +56,13 @@ def find_meaning(graph: Graph, masks: list[MaskUse]) -> Meaning | str:
     if reason := _reads_activations(cone, roots):
         return reason
     values = [node for node in cone if node.op == "placeholder" and (node in roots or _is_read(node, cone))]
-    hypotheses = [Meaning(causal, keys) for keys in (None, *values) for causal in (False, True)]
-    for trial in _trials(graph, values):
+    numbers = _numbers(graph, cone)
+    if numbers and numbers[-1] > _LONGEST:
+        return f"its mask holds the number {numbers[-1]}: a window of this width is too long to try"
+    windows = sorted({n + shift for n in numbers for shift in (-1, 0, 1)} - {0})
+    spans = [(False, 0), (True, 0), *((True, window) for window in windows)]
+    hypotheses = [Meaning(causal, keys, window) for keys in (None, *values) for causal, window in spans]
+    for trial in _trials(graph, values, masks[0].shape, numbers):
         try:
             seen = _seen(graph, cone, masks, trial)
         except (RuntimeError, IndexError, ValueError, TypeError) as error:
@@ -85,6 +94,18 @@ def _reads_activations(cone: list[fx.Node], roots: set[fx.Node]) -> str:
     return ""
 
 
+def _numbers(graph: Graph, cone: list[fx.Node]) -> list[int]:
+    """Return the whole numbers above 1 in a cone that are smaller than some size may be: one of them may be the width of a window."""
+    largest = max((high for _, high in graph.symbols.ranges.values()), default=0)
+    found: set[int] = set()
+    for node in cone:
+        if node.op == "call_function":
+            found |= {n for n in (*node.args, *node.kwargs.values()) if isinstance(n, int) and not isinstance(n, bool)}
+        elif (value := graph.constant(node)) is not None and value.numel() == 1 and not value.is_floating_point():
+            found.add(int(value))
+    return sorted(abs(n) for n in found if 1 < abs(n) < largest)
+
+
 def _is_read(node: fx.Node, cone: list[fx.Node]) -> bool:
     """Say whether the cone reads the values of an input, not only its sizes."""
     return any(user in cone and user.target is not aten.sym_size.int for user in node.users)
@@ -99,7 +120,8 @@ class _Trial:
     inputs: Mapping[fx.Node, torch.Tensor]
 
 
-def _trials(graph: Graph, values: list[fx.Node]) -> Iterator[_Trial]:
+def _trials(graph: Graph, values: list[fx.Node], shape: tuple[str, ...], numbers: list[int]) -> Iterator[_Trial]:
+    """Yield trials of small sizes, and one of queries and keys longer than every number."""
     generator = torch.Generator().manual_seed(_SEED)
     for sizes in _SIZES:
         symbols = {}
@@ -108,6 +130,10 @@ def _trials(graph: Graph, values: list[fx.Node]) -> Iterator[_Trial]:
         for kind in ("ones", "left", "right", "random"):
             kinds = {node: kind if node in values else "ones" for node in graph.inputs}
             yield _Trial(symbols, {node: _input(graph, node, symbols, kinds[node], generator) for node in graph.inputs})
+    if numbers:
+        long = {name: numbers[-1] + 3 if name in shape[2:] else 1 for name in graph.symbols.ranges}
+        symbols = {name: min(max(long[name], low), high) for name, (low, high) in graph.symbols.ranges.items()}
+        yield _Trial(symbols, {node: _input(graph, node, symbols, "ones", generator) for node in graph.inputs})
 
 
 def _input(graph: Graph, node: fx.Node, symbols: Mapping[str, int], kind: str, generator: torch.Generator) -> torch.Tensor:
@@ -169,7 +195,10 @@ def _agrees(seen: torch.Tensor, meaning: Meaning, trial: _Trial) -> bool:
             return False
         expected = expected & (value != 0).view(batch, 1, 1, keys)
     if meaning.causal:
-        expected = expected & (torch.arange(keys) <= torch.arange(queries).unsqueeze(1) + keys - queries)
+        last = torch.arange(queries).unsqueeze(1) + keys - queries
+        expected = expected & (torch.arange(keys) <= last)
+        if meaning.window:
+            expected = expected & (torch.arange(keys) > last - meaning.window)
     expected = expected.expand_as(seen)
     rows = expected.any(-1, keepdim=True)
     return bool(((seen == expected) | ~rows).all())

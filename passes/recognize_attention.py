@@ -217,7 +217,7 @@ def _shapes_refused(graph: Graph, found: Attention) -> str:
         return "its heads are not a fixed number"
     if k != v or q[0] != k[0] or q[3] != k[3]:
         return "queries, keys and values differ in batch or width"
-    if heads % kv_heads or (heads != kv_heads and not bound_arguments(found.root).get("enable_gqa")):
+    if heads % kv_heads or (kv_heads not in (1, heads) and not bound_arguments(found.root).get("enable_gqa")):
         return "its heads are no multiple of the keys' heads"
     return "it is causal from the start, and there are not as many queries as keys" if found.causal and q[2] != k[2] else ""
 
@@ -249,7 +249,7 @@ def _replace(graph: Graph, found: Attention, meanings: dict[Any, Meaning | str])
     q3, k3, v3 = (_join_heads(graph, node, found.root) for node in (found.q, k, v))
     mask = _key_mask(graph, meaning, found.root)
     attention = graph.call(
-        qc.attention.default, q3, k3, v3, mask, heads, kv_heads, found.scale, found.causal or meaning.causal,
+        qc.attention.default, q3, k3, v3, mask, heads, kv_heads, found.scale, found.causal or meaning.causal, None, meaning.window,
         before=found.root, name="attention",
     )  # fmt: skip
     batch, _, tokens, width = size_nodes(graph, found.q)

@@ -99,6 +99,7 @@ class Manifest(BaseModel):
     target: str
     entries: list[Entry]
     members: dict[str, Member]
+    end_tokens: list[int] = []
     native: Native | None = None
 
 
@@ -121,6 +122,7 @@ class Artifact:
         report: Mapping[str, Any],
         versions: Mapping[str, str],
         tokenizer: bytes | None = None,
+        end_tokens: Sequence[int] = (),
         native: NativeCode | None = None,
         tiles: KernelTiles | None = None,
     ) -> None:
@@ -128,6 +130,7 @@ class Artifact:
         self.golden_inputs, self.golden_outputs = list(golden_inputs), list(golden_outputs)
         self.report = dict(report)
         self.versions, self.tokenizer, self.native = dict(versions), tokenizer, native
+        self.end_tokens = tuple(end_tokens)
         self.tiles = tiles or KernelTiles()
         self.threads: int | None = None
         self.trust_code = False
@@ -204,6 +207,7 @@ class Artifact:
         return Manifest(
             format=FORMAT_VERSION, versions=self.versions, recipe=self.recipe, pipeline=self.pipeline, target=self.target, entries=[entry],
             members={name: Member(bytes=len(data), sha256=hashlib.sha256(data).hexdigest()) for name, data in members.items()},
+            end_tokens=list(self.end_tokens),
             # As it was read: signing code that came from elsewhere would make it this user's.
             native=Native(target=code.target, key=dict(code.key), signature=code.signature) if (code := self.native) else None,
         )  # fmt: skip
@@ -250,7 +254,8 @@ def load(path: str | Path, *, target: str | None = None, threads: int | None = N
     artifact = Artifact(
         graph, recipe=manifest.recipe, pipeline=manifest.pipeline, target=target or manifest.target,
         golden_inputs=_numbered(golden, "input"), golden_outputs=_numbered(golden, "output"), report=report,
-        versions=manifest.versions, tokenizer=members.get("tokenizer.json"), native=_native_code(path, manifest, members),
+        versions=manifest.versions, tokenizer=members.get("tokenizer.json"), end_tokens=manifest.end_tokens,
+        native=_native_code(path, manifest, members),
         tiles=parse_tiles(members.get("tiles.json", b"{}"), f"{path}: tiles.json"),
     )  # fmt: skip
     artifact.threads, artifact.trust_code = threads, trust_code

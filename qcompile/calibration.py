@@ -160,11 +160,12 @@ def parse_calibration(
     """
     from qcompile.calibration_sources import Arrays, Images, Random, Text
 
-    head, options = _split_options(text)
-    general = {"limit": _integer(options.pop("limit", limit or LIMIT), "limit"), "batch": _integer(options.pop("batch", BATCH), "batch")}
+    head, options = split_options(text)
+    limit = whole_number(options.pop("limit", limit or LIMIT), "limit")
+    general = {"limit": limit, "batch": whole_number(options.pop("batch", BATCH), "batch")}
     kind, _, place = head.partition(":")
     if kind == "random" and not place:
-        seed = _integer(options.pop("seed", 0), "seed")
+        seed = whole_number(options.pop("seed", 0), "seed")
         _no_more(options, head, ["seed"])
         return Random(example_inputs, seed, **general)
     if kind == "images":
@@ -180,7 +181,12 @@ def parse_calibration(
     raise Refused(f"'{text}' is no calibration data", way_out="give FILE.npz, FILE.npy, images:FOLDER, text:FILE or random")
 
 
-def _split_options(text: str) -> tuple[str, dict[str, Any]]:
+def split_options(text: str) -> tuple[str, dict[str, Any]]:
+    """Return what stands before ``?`` and the options ``name=value&name=value`` after it.
+
+    Raises:
+        Refused: an option is written otherwise, or twice.
+    """
     head, mark, tail = text.rpartition("?")
     if not mark or (tail and "=" not in tail):
         return text, {}
@@ -193,9 +199,10 @@ def _split_options(text: str) -> tuple[str, dict[str, Any]]:
     return head, options
 
 
-def _integer(value: Any, name: str) -> int:
+def whole_number(value: Any, name: str) -> int:
+    """Return the value of a numeric option; raise Refused naming it where it is none."""
     if not str(value).isdecimal():
-        raise Refused(f"{name} of calibration data is a number, not '{value}'")
+        raise Refused(f"{name} of data is a number, not '{value}'")
     return int(value)
 
 

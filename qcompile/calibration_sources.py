@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import IO, Any
@@ -288,7 +288,7 @@ class Text(Calibration):
             ids = torch.tensor([[*ids, *[self._pad_id] * (width - len(ids))] for ids in group])
             if not mask.all() and not any("mask" in node.name for node in graph.inputs):
                 raise Refused(f"samples are shorter than {width} tokens and the model has no attention mask", node=self.name)
-            yield tuple(self._input(node.name, type, ids, mask) for node, type in zip(graph.inputs, graph.input_types, strict=True))
+            yield tuple(text_inputs(graph)(ids, mask))
 
     def _groups(self, samples: Sequence[list[int]], graph: Graph, *, fixed: bool) -> Iterator[list[list[int]]]:
         size, rest = self._batch_size(graph), isinstance(graph.input_types[0].shape[0], str)
@@ -304,18 +304,27 @@ class Text(Calibration):
         found = (self.tokenizer.token_to_id(token) for token in ("[PAD]", "<pad>", "<|endoftext|>", "</s>"))
         return next((number for number in found if number is not None), 0)
 
-    def _input(self, name: str, type: TensorType, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        if "mask" in name:
-            return mask.to(type.dtype)
-        if "position" in name:
-            return torch.arange(ids.shape[1]).expand_as(ids).to(type.dtype).contiguous()
-        if "type" in name:
-            return torch.zeros_like(ids).to(type.dtype)
-        if "ids" in name or "token" in name or name in ("input", "x", "idx"):
-            return ids.to(type.dtype)
-        raise Refused(
-            f"input '{name}' is not one that text gives (ids, mask, token types, positions)", node=self.name, way_out="give an .npz"
-        )
+
+def text_inputs(graph: Graph) -> Callable[..., list[torch.Tensor]]:
+    """Return a function that fills a graph's inputs by their names from tokens i64[batch, tokens] and a mask, by default all ones."""
+
+    def fill(ids: torch.Tensor, mask: torch.Tensor | None = None) -> list[torch.Tensor]:
+        shown = torch.ones_like(ids) if mask is None else mask
+        return [_text_input(node.name, type, ids, shown) for node, type in zip(graph.inputs, graph.input_types, strict=True)]
+
+    return fill
+
+
+def _text_input(name: str, type: TensorType, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    if "mask" in name:
+        return mask.to(type.dtype)
+    if "position" in name:
+        return torch.arange(ids.shape[1]).expand_as(ids).to(type.dtype).contiguous()
+    if "type" in name:
+        return torch.zeros_like(ids).to(type.dtype)
+    if "ids" in name or "token" in name or name in ("input", "x", "idx"):
+        return ids.to(type.dtype)
+    raise Refused(f"input '{name}' is not one that text gives (ids, mask, token types, positions)", way_out="give an .npz")
 
 
 # ---- noise ----------------------------------------------------------------------------------------------------------------

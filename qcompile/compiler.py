@@ -282,6 +282,7 @@ def _make_artifact(captured: Captured, graph: Graph, pipeline: Pipeline, context
         report=build_report(graph, context, errors),
         versions=versions(),
         tokenizer=tokenizer.read_bytes() if tokenizer and tokenizer.is_file() else None,
+        end_tokens=captured.end_tokens,
     )
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,15 +12,16 @@ import numpy as np
 import torch
 
 from qcompile.artifact import Artifact
-from qcompile.calibration import Calibration, parse_calibration
+from qcompile.calibration import Calibration, parse_calibration, split_options, whole_number
+from qcompile.calibration_sources import text_inputs
 from qcompile.capture import Captured
 from qcompile.errors import Refused
+from qcompile.generation.text import read_tokenizer
 from qcompile.graph import Graph
+from qcompile.perplexity import measure, read_windows
 from qcompile.pipeline import sqnr_db
 
 PICTURES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp"})
-
-_ALL = 1 << 30  # windows: more than any text has
 
 Run = Callable[[Sequence[torch.Tensor]], Sequence[torch.Tensor]]
 
@@ -46,7 +46,7 @@ def evaluate(artifact: Artifact, task: str, data: str | None, reference: Capture
         task: ``sqnr`` and ``kl`` (any model, against its float model), ``top1`` (image folder with labels), ``sts`` (sentence pairs
             with scores), ``perplexity`` (language models).
         data: ``sqnr``/``kl``: calibration text; ``top1``: ``images:FOLDER?..&labels=FILE.csv``; ``sts``: a csv of score and two sentences;
-            ``perplexity``: ``text:FILE?length=512``.
+            ``perplexity``: ``text:FILE?length=512&stride=512``.
         reference: the float model, where it is known.
         limit: the most samples.
 
@@ -101,44 +101,41 @@ def _compare(artifact: Artifact, task: str, data: str | None, reference: Capture
 
 
 def _perplexity(artifact: Artifact, data: str, reference: Captured | None, limit: int | None) -> Result:
-    """Return the perplexity per token: exp of the mean negative log likelihood, in nats, of every token but the first of its window.
+    """Return the perplexity per token on ``text:FILE?length=512&stride=512``, see ``qcompile.perplexity``.
 
-    The text is cut into windows of ``length`` tokens that do not overlap, so a token sees only what stands before it in its window; what
-    is left at the end and fills no window is not judged. ``kl`` and ``top1_agreement`` are to the float model, at the same places.
+    ``kl`` and ``top1_agreement`` are to the float model, at the same places. Inputs beside the tokens are filled as for calibration.
     """
-    options = data.partition("?")[2]
-    defaults = {"length": 512, "split": "chunks", "limit": limit or _ALL}
-    given = [f"{key}={value}" for key, value in defaults.items() if f"{key}=" not in options]
-    data = "&".join([data if options else f"{data}?", *given]).replace("?&", "?")
-    run, graph = _float_run(reference), artifact.graph
-    place = next((i for i, node in enumerate(graph.inputs) if not any(word in node.name for word in ("mask", "position", "type"))), 0)
-    found, exact, divergence, agreed, tokens = 0.0, 0.0, 0.0, 0, 0
-    for batch in _source(artifact, data, reference, limit):
-        following = batch[place][:, 1:].long().unsqueeze(-1)
-        likely = _log_probabilities(artifact.executable(batch)[0], batch[place])
-        found -= float(likely.gather(-1, following).sum())
-        tokens += following.numel()
-        if run:
-            true = _log_probabilities(run(batch)[0], batch[place])
-            exact -= float(true.gather(-1, following).sum())
-            divergence += float((true.exp() * (true - likely)).sum())
-            agreed += int((true.argmax(-1) == likely.argmax(-1)).sum())
-    if not tokens:
-        raise Refused("the text fills no window", node=data, way_out="give a longer text or a smaller length")
-    more = {"kl": divergence / tokens, "top1_agreement": agreed / tokens} if run else {}
-    return Result("perplexity", math.exp(found / tokens), "per token", tokens, math.exp(exact / tokens) if run else None, more)
+    head, options = split_options(data)
+    place, unknown = Path(head.removeprefix("text:")), set(options) - {"length", "stride", "limit"}
+    if not head.startswith("text:") or unknown:
+        raise Refused(f"'{data}' is no text to judge", way_out="write text:FILE?length=512&stride=512&limit=100")
+    context = whole_number(options.get("length", 512), "length")
+    stride = whole_number(options.get("stride", context), "stride") if "stride" in options else None
+    most = whole_number(options["limit"], "limit") if "limit" in options else limit
+    longest = artifact.graph.symbols.ranges.get(str(artifact.graph.input_types[0].shape[-1]), (1, context))[1]
+    if context > longest:
+        raise Refused(f"the model takes texts of up to {longest} tokens, windows are {context}", way_out=f"give length={longest}")
+    windows = read_windows(place, _tokenizer(artifact, reference), context, stride, most)
+    fill = text_inputs(artifact.graph)
+    run = _float_run(reference)
+    found = measure(
+        lambda batch: artifact.executable(fill(batch[0])),
+        (lambda batch: run(fill(batch[0]))) if run else None,
+        windows,
+        _vocabulary(artifact.graph),
+    )
+    nats = found.nats / found.tokens
+    more: dict[str, float] = {"perplexity": found.perplexity, "tokens": found.tokens, "nats_per_token": nats}
+    if (bits := artifact.report.get("bits_per_weight")) is not None:
+        more["bits_per_weight"] = round(float(bits), 2)
+    if run:
+        more |= {"kl": found.divergence / found.tokens, "top1_agreement": found.agreed / found.tokens}
+    return Result("perplexity", found.perplexity, "per token", found.tokens, found.float_perplexity if run else None, more)
 
 
-def _log_probabilities(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-    """Return log softmax [batch, tokens - 1, vocabulary] in float64: what is said of the next token at every place but the last."""
-    if logits.ndim != 3 or logits.shape[:2] != tokens.shape:
-        shape = list(logits.shape)
-        raise Refused(f"perplexity needs logits [batch, tokens, vocabulary] for tokens {list(tokens.shape)}; the model's output is {shape}")
-    if int(tokens.max()) >= logits.shape[-1]:
-        raise Refused(
-            f"the model gives {logits.shape[-1]} values for each token, and the text has token {int(tokens.max())}: no language model"
-        )
-    return logits[:, :-1].double().log_softmax(-1)
+def _vocabulary(graph: Graph) -> int:
+    size = graph.outputs[0].meta["val"].shape[-1] if graph.outputs[0].meta["val"].ndim else 1
+    return size if isinstance(size, int) else 1 << 16
 
 
 # ---- pictures -------------------------------------------------------------------------------------------------------------
@@ -243,14 +240,12 @@ def _number(text: str) -> float | None:
 
 
 def _tokenizer(artifact: Artifact, reference: Captured | None) -> Any:
-    from tokenizers import Tokenizer
-
     data = artifact.tokenizer
     if data is None and reference and reference.folder and (reference.folder / "tokenizer.json").is_file():
         data = (reference.folder / "tokenizer.json").read_bytes()
     if data is None:
         raise Refused("the artifact holds no tokenizer", way_out="compile from a Hugging Face folder with tokenizer.json")
-    return Tokenizer.from_str(data.decode())
+    return read_tokenizer(data)
 
 
 def embed_sentences(run: Run, graph: Graph, tokenizer: Any, sentences: Sequence[str], batch: int = 16) -> torch.Tensor:

@@ -285,7 +285,7 @@ def test_symbols_must_agree_between_inputs() -> None:
         ("nowhere.npz", r"nowhere\.npz: there is no such file"),
         ("images:/nowhere", "/nowhere: there is no such file"),
         ("random?sed=1", "unknown option 'sed'; did you mean 'seed'"),
-        ("random?seed=x", "seed of calibration data is a number, not 'x'"),
+        ("random?seed=x", "seed of data is a number, not 'x'"),
         ("random?limit=0", "at least 1"),
         ("random?limit=1&limit=2", "the option 'limit=2' is not understood"),
         ("images:.?mean=a", "mean is one number or three, not 'a'"),

@@ -362,6 +362,7 @@ def test_the_json_keys_of_every_command(cli: Callable[..., Any], tmp_path: Path)
         "compile": (*compiling, "-o", path),
         "compile --dry-run": (*compiling, "--dry-run"),
         "run": ("run", path),
+        "generate": ("generate", tmp_path / "decoder.qc", "--prompt-tokens", "1,2", "--max-tokens", 2),
         "tune": ("tune", tmp_path / "cpu.qc", "--seconds", 0),
         "bench": ("bench", path, "--rounds", 1, "--calls", 1),
         "evaluate": ("evaluate", path, "--data", "random"),
@@ -373,6 +374,17 @@ def test_the_json_keys_of_every_command(cli: Callable[..., Any], tmp_path: Path)
     }
     assert {name.split()[0] for name in calls} == set(COMMANDS)
     assert cli("compile", model, "--calibrate", "random", "-o", tmp_path / "cpu.qc").code == 0  # the reference has no kernels to tune
+    decoder = (
+        "compile",
+        model.replace(":mlp", ":language_model"),
+        "--recipe",
+        "float",
+        "--target",
+        "reference",
+        "-o",
+        tmp_path / "decoder.qc",
+    )
+    assert cli(*decoder).code == 0
     rows = re.findall(r"^\| `([\w -]+)` \| ((?:`\w+`(?:, )?)+) \|$", (ROOT / "docs" / "cli.md").read_text(encoding="utf-8"), re.MULTILINE)
     documented = {name: re.findall(r"`(\w+)`", keys) for name, keys in rows}
     found = {}

@@ -93,7 +93,28 @@ def test_perplexity(words: tuple[Path, list[int]]) -> None:
     assert result.more["kl"] == pytest.approx(float((p * (p / q).log()).sum(-1).mean()), rel=1e-3)
     assert evaluate(artifact, "perplexity", f"text:{folder}/text.txt?length=7", reference, limit=2).samples == 12
     with pytest.raises(Refused, match="fills no window"):
+        evaluate(artifact, "perplexity", f"text:{folder}/text.txt?length=32", reference)
+    with pytest.raises(Refused, match="has none to judge"):
         evaluate(artifact, "perplexity", f"text:{folder}/text.txt?length=1", reference)
+
+
+def test_windows_that_overlap_judge_every_token_once(words: tuple[Path, list[int]]) -> None:
+    folder, ids = words
+    net = NextWord().eval()
+    made = capture(net, (torch.tensor([ids[:7]]),), [{0: "batch", 1: "seq"}])
+    artifact = qcompile.compile(net, made.example_inputs, recipe="float", target="reference", dynamic_shapes=[{0: "batch", 1: "seq"}])
+    result = evaluate(
+        artifact, "perplexity", f"text:{folder}/text.txt?length=9&stride=4", Captured(made.graph, made.example_inputs, folder)
+    )
+    nats = []
+    for place in range(1, 29):  # windows begin at 0, 4, .. 20; the last two tokens fill none
+        start = 0 if place < 9 else (place - 5) // 4 * 4
+        with torch.no_grad():
+            logits = net(torch.tensor([ids[start : start + 9]]))[0, place - start - 1].double()
+        nats.append(-float(logits.log_softmax(-1)[ids[place]]))
+    assert result.samples == len(nats)
+    assert result.more["nats_per_token"] == pytest.approx(sum(nats) / len(nats), rel=1e-5)
+    assert result.value == pytest.approx(float(np.exp(sum(nats) / len(nats))), rel=1e-5)
 
 
 def test_perplexity_of_what_is_no_language_model_is_refused(words: tuple[Path, list[int]]) -> None:

@@ -82,6 +82,26 @@ def two() -> tuple[nn.Module, tuple[torch.Tensor, ...], list[dict[int, str]]]:
     return _seeded(Two), (torch.arange(5).view(1, 5), _noise(1, 8)), [{0: "batch", 1: "seq"}, {0: "batch"}]
 
 
+class LanguageModel(nn.Module):
+    """One block of a decoder, learned positions for 32 tokens: i64[batch,seq] to f32[batch,seq,20]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.positions = nn.Embedding(20, 8), nn.Embedding(32, 8)
+        self.norm, self.mix, self.out, self.head = nn.LayerNorm(8), nn.Linear(8, 24), nn.Linear(8, 8), nn.Linear(8, 20)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        x = self.table(tokens) + self.positions(torch.arange(tokens.shape[1]))
+        q, k, v = (t.unflatten(-1, (2, 4)).transpose(1, 2) for t in self.mix(self.norm(x)).chunk(3, -1))
+        seen = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return self.head(x + self.out(seen.transpose(1, 2).flatten(2)))
+
+
+def language_model() -> tuple[nn.Module, tuple[torch.Tensor, ...], list[dict[int, str]]]:
+    """Return LanguageModel and a text of six tokens."""
+    return _seeded(LanguageModel), (torch.arange(6).view(1, 6),), [{0: "batch", 1: "seq"}]
+
+
 def damaged() -> tuple[nn.Module, tuple[torch.Tensor, ...]]:
     """Return Mlp with a weight that is not a number."""
     net, examples, _ = mlp()

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from qcompile.backends.lowering.arena import Arena
-from qcompile.backends.lowering.sequence import CONSTANT, INPUT, Sequence, View
+from qcompile.backends.lowering.sequence import CONSTANT, INPUT, VALUE, Sequence, View
 from qcompile.backends.lowering.shapes import Size
 from tvm import tirx
 from tvm.ir import StringImm
@@ -73,8 +73,8 @@ def layout_of(sequence: Sequence) -> Layout:
 
 
 def returned(sequence: Sequence) -> list[int]:
-    """Return the values behind the outputs, each once, in order."""
-    return list(dict.fromkeys(output.index for output in sequence.outputs))
+    """Return the values behind the outputs, each once, in order; inputs that are updated in place are none of them."""
+    return list(dict.fromkeys(output.index for output in sequence.outputs if output.kind == VALUE))
 
 
 def host_functions(sequence: Sequence, arena: Arena, program: str) -> dict[str, tirx.PrimFunc]:
@@ -88,8 +88,8 @@ def _calls(sequence: Sequence, arena: Arena) -> tirx.PrimFunc:
     addresses = _Addresses(sequence, arena, table)
     body += addresses.prologue
     for number, call in enumerate(sequence.calls):
-        arrays = [_array(view, addresses.of(view)) for view in call.arguments]
-        run = tirx.Evaluate(tirx.call_cpacked(call.kernel, *arrays, *(_long(size) for size in call.sizes)))
+        given = [_array(o, addresses.of(o)) if isinstance(o, View) else _long(o) for o in call.operands]
+        run = tirx.Evaluate(tirx.call_cpacked(call.kernel, *given))
         body.append(tirx.IfThenElse(tirx.all(first <= _long(number), _long(number) < last), run, None))
     return _function(CALLS, [table, first, last], body)
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from qcompile.backends.cpu.joined_layers import joined
 from qcompile.backends.cpu.kernels import attention, hadamard, matmul, normalization, pack, quantization, softmax
+from qcompile.backends.cpu.kernels import cache as cache_kernel
 from qcompile.backends.cpu.kernels.matmul_epilogue import Epilogue
 from qcompile.backends.cpu.kernels.matmul_spec import TERNARY_INPUTS, Linear, Part
 from qcompile.backends.cpu.kernels.quantization import code_dtype
@@ -213,16 +214,18 @@ def _rms_norm(walk: Walk, node: fx.Node, a: Arguments) -> Any:
 
 def _attention(walk: Walk, node: fx.Node, a: Arguments) -> Any:
     """qc.attention; writes codes where only a following qc.quantize reads the result."""
-    depth, masked = int(walk.fake(a.q).shape[-1]) // a.heads, a.key_mask is not None
+    depth, masked, cached = int(walk.fake(a.q).shape[-1]) // a.heads, a.key_mask is not None, a.past is not None
     quantize = first_quantize(node) if walk.is_inner(node) and len(node.users) == 1 else None
     grid = grid_of(quantize) if quantize is not None else None
     codes = code_dtype(grid.scheme) if grid else ""
     kernel = walk.kernel(
-        ("attention", a.heads, a.kv_heads, depth, a.scale, masked, a.causal, codes),
-        lambda: attention.attention(a.heads, a.kv_heads, depth, a.scale, key_mask=masked, causal=a.causal, codes=codes),
-        f"attention_{a.heads}x{depth}" + f"_{codes}" * (codes != ""),
+        ("attention", a.heads, a.kv_heads, depth, a.scale, masked, a.causal, codes, cached, a.window),
+        lambda: attention.attention(
+            a.heads, a.kv_heads, depth, a.scale, key_mask=masked, causal=a.causal, codes=codes, past=cached, window=a.window
+        ),
+        f"attention_{a.heads}x{depth}" + f"_{codes}" * (codes != "") + "_cached" * cached,
     )
-    inputs = [walk.plain(t) for t in (a.q, a.k, a.v)] + ([walk.plain(a.key_mask)] if masked else [])
+    inputs = [walk.plain(t) for t in (a.q, a.k, a.v, a.key_mask, a.past) if t is not None]
     inputs += grid.arguments(walk) if grid else []
     result = walk.call_kernel(kernel, inputs, (walk.shape(node), codes or "float32"))
     if quantize is None:
@@ -230,6 +233,21 @@ def _attention(walk: Walk, node: fx.Node, a: Arguments) -> Any:
     walk.bind(quantize, result)
     walk.bind(node, result)  # nobody else reads it: any value marks it as done
     return None
+
+
+def _cache_append(walk: Walk, node: fx.Node, a: Arguments) -> Any:
+    """qc.cache_append to an input of the model that nobody else reads: in place, the caller gets the same memory back."""
+    shape = walk.shape(a.new)
+    if a.cache.op != "placeholder" or len(a.cache.users) > 1:
+        return "the cache is no input, or something else reads it as it was: it is copied"
+    if not all(isinstance(size, int) for size in shape[2:]):
+        return "rows of the cache have no constant size"
+    cache, new, width = walk.plain(a.cache), walk.plain(a.new), product(shape[2:])
+    dtype = str(cache.ty.dtype)
+    kernel = walk.kernel(("cache_append", width, dtype), lambda: cache_kernel.cache_append(width, dtype), "cache_append")
+    flat_cache = walk.reshape(cache, [*walk.shape(a.cache)[:2], width])
+    updated = walk.update(kernel, flat_cache, walk.reshape(new, [*shape[:2], width]), walk.plain(a.past))
+    return walk.reshape(updated, walk.shape(node))
 
 
 def _softmax(walk: Walk, node: fx.Node, a: Arguments) -> Any:
@@ -306,12 +324,18 @@ def _dequantize(walk: Walk, node: fx.Node, a: Arguments) -> Any:
 
 
 def _quantize_dynamic(walk: Walk, node: fx.Node, a: Arguments) -> Any:
-    """qc.quantize_dynamic, one scale for each token."""
+    """qc.quantize_dynamic, one scale for each token, or for each of the equal runs of its elements."""
     scheme = parse_scheme(a.scheme)
-    width = walk.fake(a.x).shape[-1]
-    if not isinstance(scheme.granularity, Token) or not isinstance(scheme.format, Integer) or scheme.bits < 2 or not isinstance(width, int):
+    width, granularity = walk.fake(a.x).shape[-1], scheme.granularity
+    runs = isinstance(granularity, Token) or (isinstance(granularity, Group) and granularity.axis == -1)
+    if not runs or not isinstance(scheme.format, Integer) or scheme.bits < 2 or not isinstance(width, int):
         return f"no kernel quantizes to '{scheme}'"
     x, rows, _ = rows_of(walk, a.x)
+    if isinstance(granularity, Group):
+        if width % granularity.size:
+            return f"no kernel quantizes runs of {granularity.size} of {width} elements"
+        rows, width = rows * (width // granularity.size), granularity.size
+        x = walk.reshape(x, [rows, width])
     kernel = walk.kernel(("quantize_dynamic", width, scheme), lambda: quantization.quantize_dynamic(width, scheme), "quantize_dynamic")
     results = walk.call_kernel(kernel, [x], ([rows, width], code_dtype(scheme)), ([rows], "float32"), ([rows], "int32"))
     shapes = [walk.sizes.shape(fake.shape) for fake in walk.fake(node)]
@@ -356,6 +380,7 @@ def _gather(walk: Walk, node: fx.Node, indices: fx.Node, kernel: Any, table: lis
 
 LEGALIZE_LAYERS: dict[str, Legalizer] = {
     "qc.attention": _attention,
+    "qc.cache_append": _cache_append,
     "qc.hadamard": _hadamard,
     "aten.softmax": _softmax,
     "aten._softmax": _softmax,

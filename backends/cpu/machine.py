@@ -16,7 +16,7 @@ import numpy as np
 import torch
 import tvm_ffi
 from qcompile.backends.cpu.host import ARGUMENTS, CALLS, PROGRAM, SIZES, Layout, layout_of, returned
-from qcompile.backends.lowering.sequence import Sequence
+from qcompile.backends.lowering.sequence import VALUE, Sequence
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Program:
     Attributes:
         layout: of the table.
         symbols: names of the sizes that a call decides, in the table's order.
-        outputs: for each output which of the returned values it is a view of, and its dtype.
+        outputs: for each output which of the returned values it is a view of, and its dtype; -1 - i for the i-th input, updated in place.
         kernels: the name of the kernel of every call.
         arguments: dtype and rank of every argument of every call.
         literals: the constants that the model's function itself holds; in the table they follow the model's.
@@ -46,7 +46,7 @@ def describe(sequence: Sequence) -> str:
     described = {
         "layout": asdict(layout_of(sequence)),
         "symbols": [symbol.name for symbol in sequence.symbols],
-        "outputs": [(values.index(output.index), output.dtype) for output in sequence.outputs],
+        "outputs": [(values.index(o.index) if o.kind == VALUE else -1 - o.index, o.dtype) for o in sequence.outputs],
         "calls": [(call.kernel, [(view.dtype, len(view.shape)) for view in call.arguments]) for call in sequence.calls],
         "literals": [(str(a.dtype), a.shape, base64.b64encode(a.tobytes()).decode("ascii")) for a in sequence.literals],
     }
@@ -120,7 +120,10 @@ class Machine:
         self._calls(self._table, 0, len(self._program.kernels))
         if self._simple:
             return tuple(results)
-        return tuple(results[value].view(shape) for (value, _), shape in zip(self._program.outputs, self._shapes, strict=True))
+        return tuple(
+            (results[value] if value >= 0 else inputs[-1 - value]).view(shape)
+            for (value, _), shape in zip(self._program.outputs, self._shapes, strict=True)
+        )
 
     def steps(self, inputs: Many[torch.Tensor], sizes: tuple[int, ...]) -> list[Step]:
         """Run the model, one kernel after another with a clock between them."""

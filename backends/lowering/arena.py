@@ -57,7 +57,7 @@ def plan_arena(sequence: Sequence) -> Arena:
 
     A value that takes the place of another's shares its bytes, and counts as one with it.
     """
-    outputs = {output.index for output in sequence.outputs}
+    outputs = {output.index for output in sequence.outputs if output.kind == VALUE}
     lifetimes: dict[int, list[int]] = {}
     for number, call in enumerate(sequence.calls):
         for view in call.arguments:

@@ -6,6 +6,7 @@ Integers are exact (products and sums in int32); float parts follow the order of
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,7 +21,7 @@ from tvm.relax import op
 
 import qcompile.graph.dialect as dialect
 from qcompile.errors import Refused
-from qcompile.formats import Block, Channel, Group, Scheme, dequantize, parse_scheme
+from qcompile.formats import Block, Channel, Group, Scheme, Token, dequantize, parse_scheme
 from qcompile.formats.integer import Integer
 from qcompile.graph.hadamard import hadamard_matrix
 
@@ -105,15 +106,68 @@ def _quantize(walk: Walk, a: Arguments) -> Any:
 
 @converts("qc.dequantize")
 def _dequantize(walk: Walk, a: Arguments) -> Any:
-    if a.size is not None and parse_scheme(a.scheme).bits != 8:
-        raise Refused("only constants may be packed", node=walk.node.name, operator=str(walk.node.target))
-    return emit_dequantize(walk, a.codes, a.scale, a.zero_point, parse_scheme(a.scheme))
+    scheme = parse_scheme(a.scheme)
+    codes = a.codes
+    if a.size is not None and scheme.bits != 8:
+        if not isinstance(scheme.format, Integer):
+            raise Refused("only constants may be packed in this format", node=walk.node.name, operator=str(walk.node.target))
+        codes = _unpack(walk, codes, scheme, a.size)
+    return emit_dequantize(walk, codes, a.scale, a.zero_point, scheme)
+
+
+@converts("qc.pack")
+def _pack(walk: Walk, a: Arguments) -> Any:
+    bits, size = parse_scheme(a.scheme).bits, a.codes.ty.shape[-1]
+    if not isinstance(parse_scheme(a.scheme).format, Integer):
+        raise Refused("codes of this format are packed before they run", node=walk.node.name, operator=str(walk.node.target))
+
+    def pack(codes: Any) -> Any:
+        def byte(*index: Any) -> Any:
+            total: Any = tirx.const(0, "uint8")
+            for k in range(8):
+                place = index[-1] * 8 + k
+                code = codes[(*index[:-1], tirx.min(place // bits, size - 1))].astype("uint8")
+                bit = ((code >> (place % bits).astype("uint8")) & tirx.const(1, "uint8")) << tirx.const(k, "uint8")
+                total = total | tirx.Select(place < size * bits, bit, tirx.const(0, "uint8"))
+            return total
+
+        return te.compute((*codes.shape[:-1], (size * bits + 7) // 8), byte, name="pack")
+
+    return walk.builder.emit_te(pack, a.codes, primfunc_name_hint="pack")
+
+
+def _unpack(walk: Walk, packed: Any, scheme: Scheme, size: int) -> Any:
+    """Emit codes [.., size] of bytes as ``qcompile.formats.packing`` lays them out."""
+    bits, signed = scheme.bits, scheme.format.lowest < 0
+
+    def unpack(data: Any) -> Any:
+        def code(*index: Any) -> Any:
+            total: Any = tirx.const(0, "uint8")
+            for t in range(bits):
+                place = index[-1] * bits + t
+                bit = (data[(*index[:-1], place // 8)] >> (place % 8).astype("uint8")) & tirx.const(1, "uint8")
+                total = total | (bit << tirx.const(t, "uint8"))
+            if not signed:
+                return total
+            # Two's complement: the highest bit of a code fills the byte.
+            left = tirx.const(8 - bits, "int8")
+            return (total.astype("int8") << left) >> left
+
+        return te.compute((*data.shape[:-1], size), code, name="unpack")
+
+    return walk.builder.emit_te(unpack, packed, primfunc_name_hint="unpack")
 
 
 @converts("qc.quantize_dynamic")
 def _quantize_dynamic(walk: Walk, a: Arguments) -> list[Any]:
-    scheme = parse_scheme(a.scheme)
-    if str(scheme.granularity) not in ("token", "tensor") or not isinstance(scheme.format, Integer) or scheme.bits < 2:
+    scheme, granularity = parse_scheme(a.scheme), parse_scheme(a.scheme).granularity
+    sizes = list(a.x.ty.shape)
+    if isinstance(granularity, Group) and granularity.axis == -1 and int(sizes[-1]) % granularity.size == 0:
+        shape = [*sizes[:-1], int(sizes[-1]) // granularity.size]
+        by_run = replace(scheme, granularity=Token())
+        codes, scale, zero = _quantize_dynamic(walk, SimpleNamespace(x=walk.reshape(a.x, [*shape, granularity.size]), scheme=str(by_run)))
+        return [walk.reshape(codes, sizes), walk.reshape(scale, shape), walk.reshape(zero, shape)]
+    if str(granularity) not in ("token", "tensor") or not isinstance(scheme.format, Integer) or scheme.bits < 2:
         raise Refused(f"dynamic ranges of '{scheme}' cannot be lowered", node=walk.node.name, operator=str(walk.node.target))
     axes, keep = ([-1], True) if str(scheme.granularity) == "token" else (None, False)
     low, high = walk.emit(op.min(a.x, axes, keep)), walk.emit(op.max(a.x, axes, keep))
@@ -290,6 +344,21 @@ def _hadamard(walk: Walk, a: Arguments) -> Any:
     return op.reshape(walk.emit(op.matmul(runs, matrix)), shape)
 
 
+def _causal_mask(walk: Walk, a: Arguments, tokens: Any, keys: Any) -> Any:
+    """Emit bool, broadcast to [batch, heads, tokens, keys]: which keys stand at or before each query, and in its window."""
+    if a.past is None and not a.window:
+        return causal_mask(walk, tokens, keys, from_end=True)
+
+    def mask(*past: Any) -> Any:
+        def sees(b: Any, _: Any, i: Any, j: Any) -> Any:
+            last = (past[0][b] if past else keys - tokens) + i
+            return tirx.all(j <= last, j > last - a.window) if a.window else j <= last
+
+        return te.compute((past[0].shape[0] if past else 1, 1, tokens, keys), sees, name="causal_mask")
+
+    return walk.builder.emit_te(mask, *([a.past] if a.past is not None else []), primfunc_name_hint="causal_mask")
+
+
 @converts("qc.attention")
 def _attention(walk: Walk, a: Arguments) -> Any:
     batch, tokens, width = a.q.ty.shape
@@ -303,9 +372,26 @@ def _attention(walk: Walk, a: Arguments) -> Any:
     scores = walk.emit(op.matmul(q, walk.emit(op.permute_dims(k, [0, 1, 3, 2]))))
     scores = walk.emit(op.multiply(scores, _f32(a.scale)))
     masks = [] if a.key_mask is None else [walk.reshape(cast(walk, a.key_mask, "bool"), [batch, 1, 1, keys])]
-    masks += [causal_mask(walk, tokens, keys, from_end=True)] if a.causal else []
+    masks += [_causal_mask(walk, a, tokens, keys)] if a.causal else []
     for mask in masks:
         scores = walk.emit(op.where(mask, scores, _f32(-math.inf)))
     weights = masked_softmax(walk, scores, masks[0] if masks else None)
     joined = walk.emit(op.permute_dims(walk.emit(op.matmul(weights, v)), [0, 2, 1, 3]))
     return op.reshape(joined, [batch, tokens, width])
+
+
+@converts("qc.cache_append")
+def _cache_append(walk: Walk, a: Arguments) -> Any:
+    """A copy of the cache with the new rows; a target that may write to its inputs does it in place."""
+
+    def append(cache: Any, new: Any, past: Any) -> Any:
+        tokens = new.shape[1]
+
+        def element(b: Any, row: Any, *rest: Any) -> Any:
+            t = row - past[b]
+            fits = tirx.all(t >= 0, t < tokens)
+            return tirx.if_then_else(fits, new[(b, tirx.max(tirx.min(t, tokens - 1), 0), *rest)], cache[(b, row, *rest)])
+
+        return te.compute(cache.shape, element, name="cache_append")
+
+    return walk.builder.emit_te(append, a.cache, a.new, a.past, primfunc_name_hint="cache_append")

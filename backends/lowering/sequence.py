@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from qcompile.backends.lowering.shapes import Size
 from tvm import relax, tirx
-from tvm.ir import IRModule
+from tvm.ir import IRModule, PrimType
 from tvm.ir.expr import GenericConst
 
 INPUT, CONSTANT, VALUE = "input", "constant", "value"
@@ -39,15 +39,24 @@ class View:
 
 @dataclass(frozen=True)
 class Call:
-    """One call of a kernel: its buffers, results last, and the sizes it is given besides.
+    """One call of a kernel: what it is given, in order, buffers and sizes; results are the last buffers.
 
-    ``in_place`` is the argument that the last one may take the memory of, where the kernel allows it (``IN_PLACE``).
+    ``in_place`` is the buffer that the last one may take the memory of, where the kernel allows it (``IN_PLACE``).
     """
 
     kernel: str
-    arguments: tuple[View, ...]
-    sizes: tuple[Size, ...] = ()
+    operands: tuple[View | Size, ...]
     in_place: int | None = None
+
+    @property
+    def arguments(self) -> tuple[View, ...]:
+        """The buffers alone."""
+        return tuple(operand for operand in self.operands if isinstance(operand, View))
+
+    @property
+    def sizes(self) -> tuple[Size, ...]:
+        """The sizes alone."""
+        return tuple(operand for operand in self.operands if not isinstance(operand, View))
 
 
 @dataclass
@@ -61,7 +70,7 @@ class Sequence:
         literals: constants written in the function itself.
         values: what kernels write, each once, outputs among them.
         calls: in order.
-        outputs: in order; two may be views of one value.
+        outputs: in order; two may be views of one value. An input is an output where a kernel updates it in place.
     """
 
     symbols: list[tirx.Var] = field(default_factory=list)
@@ -88,6 +97,7 @@ class _Reader:
         self._found = Sequence()
         self._values: dict[relax.Var, Any] = {}  # a View, or a list of them for a tuple
         self._literals: dict[tuple[str, tuple[int, ...], bytes], View] = {}
+        self._updated: list[View] = []  # what kernels wrote in place
 
     def read(self, main: relax.Function) -> Sequence:
         count = int(main.attrs["num_input"])
@@ -104,7 +114,8 @@ class _Reader:
                 self._values[binding.var] = self._bound(binding.value)
         returned = self._value(main.body.body)
         self._found.outputs = returned if isinstance(returned, list) else [returned]
-        if any(output.kind != VALUE for output in self._found.outputs):
+        updated = {(view.kind, view.index) for view in self._updated if view.kind == INPUT}
+        if any(output.kind != VALUE and (output.kind, output.index) not in updated for output in self._found.outputs):
             raise NoSequence("an input or a constant is returned")
         self._check_sizes()
         return self._found
@@ -124,7 +135,7 @@ class _Reader:
         if not isinstance(value, relax.Call):
             return self._value(value)
         name = getattr(value.op, "name", "")
-        if name == "relax.call_tir":
+        if name in ("relax.call_tir", "relax.call_tir_inplace"):
             return self._call(value)
         if name == "relax.reshape":
             source = self._value(value.args[0])
@@ -132,19 +143,30 @@ class _Reader:
         raise NoSequence(f"it calls {name or value.op}")
 
     def _call(self, call: relax.Call) -> Any:
-        arguments = [self._value(argument) for argument in call.args[1].fields]
-        if not all(isinstance(argument, View) for argument in arguments):
-            raise NoSequence("a kernel is given a tuple")
+        arguments = [self._operand(argument) for argument in call.args[1].fields]
         types = list(call.ty.fields) if isinstance(call.ty, relax.TupleType) else [call.ty]
-        results = []
-        for kind in types:
-            results.append(View(VALUE, len(self._found.values), _shape(kind), _dtype(kind)))
-            self._found.values.append(results[-1])
+        places = [int(i) for i in call.attrs.inplace_indices] if call.op.name == "relax.call_tir_inplace" else [-1] * len(types)
+        results = [arguments[place] if place >= 0 else self._new(kind) for place, kind in zip(places, types, strict=True)]
+        made = [result for place, result in zip(places, results, strict=True) if place < 0]
         sizes = tuple(_size(size) for size in call.args[2]) if len(call.args) > 2 else ()
         allowed = (self._module[call.args[0]].attrs or {}).get(IN_PLACE)
         in_place = int(allowed) if allowed is not None else None
-        self._found.calls.append(Call(call.args[0].name_hint, (*arguments, *results), sizes, in_place))
+        self._found.calls.append(Call(call.args[0].name_hint, (*arguments, *made, *sizes), in_place))
+        self._updated += [arguments[place] for place in places if place >= 0]
         return results if isinstance(call.ty, relax.TupleType) else results[0]
+
+    def _operand(self, argument: Any) -> View | Size:
+        """Return what a kernel is given; fusion passes sizes that no buffer of the kernel shows as operands."""
+        if isinstance(argument.ty, PrimType):
+            return _size(argument)
+        value = self._value(argument)
+        if not isinstance(value, View):
+            raise NoSequence("a kernel is given a tuple")
+        return value
+
+    def _new(self, kind: Any) -> View:
+        self._found.values.append(View(VALUE, len(self._found.values), _shape(kind), _dtype(kind)))
+        return self._found.values[-1]
 
     def _value(self, value: relax.Expr) -> Any:
         if isinstance(value, relax.Var):

@@ -246,8 +246,11 @@ def safe_softmax(emitter: Emitter, scores: str) -> str:
     return str(emitter.op("Where", emitter.op("IsNaN", weights), emitter.constant(0.0), weights))
 
 
-def causal_mask(emitter: Emitter, q: str, k: str, q_axis: int, k_axis: int, *, aligned_at_end: bool) -> str:
-    """Return bool [tokens, keys], True where key j <= query i, or j <= i + keys - tokens for queries aligned at the end."""
+def causal_mask(emitter: Emitter, q: str, k: str, q_axis: int, k_axis: int, *, aligned_at_end: bool, window: int = 0) -> str:
+    """Return bool [tokens, keys], True where key j <= query i, or j <= i + keys - tokens for queries aligned at the end.
+
+    A window leaves of these keys the last so many.
+    """
     tokens, keys = (
         emitter.op("Squeeze", emitter.op("Shape", value, start=axis, end=axis + 1)) for value, axis in ((q, q_axis), (k, k_axis))
     )
@@ -255,7 +258,11 @@ def causal_mask(emitter: Emitter, q: str, k: str, q_axis: int, k_axis: int, *, a
     rows = emitter.op("Unsqueeze", emitter.op("Range", zero, tokens, one), emitter.constant([1], torch.int64))
     if aligned_at_end:
         rows = emitter.op("Add", rows, emitter.op("Sub", keys, tokens))
-    return str(emitter.op("LessOrEqual", emitter.op("Range", zero, keys, one), rows))
+    places = emitter.op("Range", zero, keys, one)
+    seen = emitter.op("LessOrEqual", places, rows)
+    if window:
+        seen = emitter.op("And", seen, emitter.op("Greater", places, emitter.op("Sub", rows, emitter.constant(window, torch.int64))))
+    return str(seen)
 
 
 @converts("aten.embedding")

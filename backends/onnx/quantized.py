@@ -381,6 +381,8 @@ def hadamard(emitter: Emitter, arguments: SimpleNamespace) -> Any:
 
 @converts("qc.attention")
 def attention(emitter: Emitter, arguments: SimpleNamespace) -> Any:
+    if arguments.past is not None:
+        raise emitter.refuse("attention to a cache has no ONNX export", "export the graph over whole texts")
     heads, kv_heads = arguments.heads, arguments.kv_heads
     d = int(emitter.fake(arguments.q).shape[-1]) // heads
     q = _heads(emitter, arguments.q, heads, d, [0, 2, 1, 3])
@@ -395,7 +397,8 @@ def attention(emitter: Emitter, arguments: SimpleNamespace) -> Any:
         seen = emitter.op("Unsqueeze", emitter.value(arguments.key_mask, torch.bool), emitter.constant([1, 2], torch.int64))
         scores = emitter.op("Where", seen, scores, hidden)
     if arguments.causal:
-        seen = causal_mask(emitter, emitter.value(arguments.q), emitter.value(arguments.k), 1, 1, aligned_at_end=True)
+        q_value, k_value = emitter.value(arguments.q), emitter.value(arguments.k)
+        seen = causal_mask(emitter, q_value, k_value, 1, 1, aligned_at_end=True, window=arguments.window)
         scores = emitter.op("Where", seen, scores, hidden)
     mixed = emitter.op("MatMul", safe_softmax(emitter, scores), values)
     joined = emitter.op("Transpose", mixed, perm=[0, 2, 1, 3])

@@ -29,11 +29,13 @@ class Captured:
         graph: its float graph (or an integer one, if the model was quantized already).
         example_inputs: one batch, in graph order.
         folder: where its tokenizer lies, if it has one.
+        end_tokens: tokens that end a text, for a language model that names them.
     """
 
     graph: Graph
     example_inputs: tuple[torch.Tensor, ...]
     folder: Path | None = None
+    end_tokens: tuple[int, ...] = ()
 
 
 def capture(model: Any, example_inputs: Examples | None = None, dynamic_shapes: DynamicShapes | None = None) -> Captured:
@@ -85,10 +87,10 @@ def _capture_path(path: str, examples: Examples | None, shapes: DynamicShapes | 
     if not place.exists():
         raise Refused("there is no such file or folder", node=path)
     if place.is_dir():
-        from qcompile.capture.huggingface import capture_folder
+        from qcompile.capture.huggingface import capture_folder, end_tokens
 
         graph, made = capture_folder(place)
-        return Captured(graph, _ordered(graph, examples) or made, place)
+        return Captured(graph, _ordered(graph, examples) or made, place, end_tokens(place))
     if place.suffix == ".onnx":
         graph = _capture_onnx(place)
         return Captured(

@@ -66,7 +66,11 @@ def capture_folder(folder: Path) -> tuple[Graph, tuple[torch.Tensor, ...]]:
         return capture_module(_ImageModel(model, output), (pixels,), [{0: "batch"}]), (pixels,)
     tokens = torch.randint(0, min(1000, config.get("vocab_size", 1000)), (1, EXAMPLE_TOKENS), generator=torch.Generator().manual_seed(0))
     if output == "logits" and _is_decoder(config):
-        return capture_module(_Decoder(model), (tokens,), [{0: "batch", 1: "seq"}]), (tokens,)
+        graph = capture_module(_Decoder(model), (tokens,), [{0: "batch", 1: "seq"}])
+        low, high = graph.symbols.ranges["seq"]
+        longest = getattr(model.config, "max_position_embeddings", None) or high
+        graph.symbols.ranges["seq"] = (low, min(high, longest))
+        return graph, (tokens,)
     examples: tuple[torch.Tensor, ...] = (tokens, torch.ones_like(tokens))
     kind = _TokenModel
     if output == "logits" and config.get("type_vocab_size", 0) > 1:  # sentence pairs
@@ -74,17 +78,34 @@ def capture_folder(folder: Path) -> tuple[Graph, tuple[torch.Tensor, ...]]:
     return capture_module(kind(model, output), examples, [{0: "batch", 1: "seq"}] * len(examples)), examples
 
 
+def end_tokens(folder: Path) -> tuple[int, ...]:
+    """Return the tokens that end a text, by ``generation_config.json``, else by ``config.json``; none where neither names any."""
+    for name in ("generation_config.json", "config.json"):
+        path = folder / name
+        found = _read_object(path).get("eos_token_id") if path.is_file() else None
+        if found is not None:
+            return tuple(int(token) for token in (found if isinstance(found, list) else [found]))
+    return ()
+
+
 def _read_config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     if not path.is_file():
         raise Refused("the folder holds no config.json", node=str(folder), way_out="give a Hugging Face model folder")
-    try:
-        config = json.loads(path.read_text())
-    except ValueError as error:
-        raise Refused(f"the file is no JSON: {error}", node=str(path)) from error
-    if not isinstance(config, dict) or "model_type" not in config:
+    config = _read_object(path)
+    if "model_type" not in config:
         raise Refused("the configuration names no model_type", node=str(path))
     return config
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    try:
+        read = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise Refused(f"the file is no JSON: {error}", node=str(path)) from error
+    if not isinstance(read, dict):
+        raise Refused("the file holds no JSON object", node=str(path))
+    return read
 
 
 def _is_decoder(config: dict[str, Any]) -> bool:

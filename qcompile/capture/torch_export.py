@@ -20,11 +20,9 @@ from qcompile.capture.model_lines import line_in_trace, place_of
 from qcompile.errors import Refused
 from qcompile.graph import Graph, TensorType
 from qcompile.graph.graph import build_module
+from qcompile.graph.types import LARGEST_SIZE
 
 DynamicShapes = Mapping[str, Mapping[int, str]] | Sequence[Mapping[int, str] | None]
-
-# Largest size of a dynamic dimension for which nothing else is known.
-LARGEST_SIZE = 1 << 20
 
 # Calls that say something to PyTorch and nothing about values.
 _DROPPED = {

@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from qcompile.cli.main import as_json, print_json, threads_option, trust_option
+from qcompile.errors import Refused
 
 
 @click.command()
@@ -16,8 +17,11 @@ from qcompile.cli.main import as_json, print_json, threads_option, trust_option
     "--data",
     metavar="DATA",
     help="sqnr, kl: as for compile; top1: images:FOLDER?..&labels=FILE.csv; sts: FILE.csv with a score and two sentences a row; "
-    "perplexity: text:FILE?length=512.",
+    "perplexity: text:FILE?length=512&stride=512.",
 )
+@click.option("--text", type=click.Path(path_type=Path), help="perplexity: the text, in place of --data.")
+@click.option("--context", type=click.IntRange(2), help="perplexity: tokens of a window [512].")
+@click.option("--stride", type=click.IntRange(1), help="perplexity: tokens from window to window [the context: no overlap].")
 @click.option("--model", metavar="MODEL", help="The float model [the one this file was compiled from on this machine].")
 @click.option("--limit", type=click.IntRange(1), help="The most samples.")
 @click.option("--target", help="Run on another target, such as reference.")
@@ -28,6 +32,9 @@ def evaluate(
     artifact: Path,
     task: str,
     data: str | None,
+    text: Path | None,
+    context: int | None,
+    stride: int | None,
     model: str | None,
     limit: int | None,
     target: str | None,
@@ -41,6 +48,8 @@ def evaluate(
     from qcompile.evaluation import evaluate as run
     from qcompile.source_notes import find_source
 
+    if text or context or stride:
+        data = _text_data(task, data, text, context, stride)
     loaded = load(artifact, target=target, threads=threads, trust_code=trust_code)
     place = model or find_source(artifact)
     result = run(loaded, task, data, capture(place) if place else None, limit)
@@ -62,3 +71,14 @@ def evaluate(
     for name, value in result.more.items():
         click.echo(f"{name}: {value:.5f}")
     return None
+
+
+def _text_data(task: str, data: str | None, text: Path | None, context: int | None, stride: int | None) -> str:
+    """Return the options of a text as the one text that tasks take."""
+    if task != "perplexity":
+        raise Refused("--text, --context and --stride are for --task perplexity")
+    if (data is None) == (text is None):
+        raise Refused("the text is given twice or not at all", way_out="give --text FILE")
+    options = [f"{name}={value}" for name, value in (("length", context), ("stride", stride)) if value]
+    head = data or f"text:{text}"
+    return "&".join([head if "?" in head else f"{head}?", *options]).replace("?&", "?")

@@ -23,6 +23,7 @@ from qcompile.nearest import nearest_name
 COMMANDS = {
     "compile": ("compile", "Compile a model to a quantized artifact."),
     "run": ("run", "Run an artifact on arrays from a file."),
+    "generate": ("generate", "Continue texts with a compiled language model."),
     "tune": ("tune", "Search for faster block sizes of an artifact's kernels on this machine."),
     "bench": ("bench", "Time an artifact side by side with other runtimes."),
     "evaluate": ("evaluate", "Measure an artifact's accuracy against data or its float model."),

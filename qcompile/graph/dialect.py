@@ -109,6 +109,18 @@ _define(
 )
 
 
+def _pack(codes, scheme):
+    """Return codes [.., size] as their format stores them, uint8; ``size`` of dequantize undoes it."""
+    return parse_scheme(scheme).format.pack(codes)
+
+
+_define(
+    "pack(Tensor codes, str scheme) -> Tensor",
+    _pack,
+    lambda codes, scheme: codes.new_empty((*codes.shape[:-1], parse_scheme(scheme).format.packed_size(codes.shape[-1])), dtype=torch.uint8),
+)
+
+
 # ---- products -------------------------------------------------------------------------------------------------------------
 
 
@@ -276,11 +288,13 @@ def _hadamard_type(x, block):
 _define("hadamard(Tensor x, int block) -> Tensor", _hadamard, _hadamard_type)
 
 
-def _attention(q, k, v, key_mask, heads, kv_heads, scale, causal):
+def _attention(q, k, v, key_mask, heads, kv_heads, scale, causal, past=None, window=0):
     """Multi-head attention over q [batch, tokens, heads * d], k and v [batch, keys, kv_heads * d].
 
-    ``key_mask`` [batch, keys] is True where a key may be seen. ``causal`` hides keys after the query, counted from the
-    end as for a cache: query i sees key j when ``j <= i + keys - tokens``. A query that sees no key gives zeros.
+    ``key_mask`` [batch, keys] is True where a key may be seen. ``causal`` hides keys after the query: query i sees key j when
+    ``j <= past + i``; with a ``window`` only the last so many of them, ``j > past + i - window``. ``past`` i64[batch] says for each row
+    how many tokens came before its queries, for keys and values that are caches with room for more; without it the queries are
+    the last of the keys, past = keys - tokens. A query that sees no key gives zeros.
     """
     batch, tokens, width = q.shape
     keys, d = k.shape[1], width // heads
@@ -291,13 +305,34 @@ def _attention(q, k, v, key_mask, heads, kv_heads, scale, causal):
     if key_mask is not None:
         seen = seen & key_mask.view(batch, 1, 1, keys)
     if causal:
-        seen = seen & (torch.arange(keys) <= torch.arange(tokens).unsqueeze(1) + keys - tokens)
+        before = torch.tensor(keys - tokens) if past is None else past.view(-1, 1, 1, 1)
+        last = before + torch.arange(tokens).unsqueeze(1)
+        seen = seen & (torch.arange(keys) <= last)
+        if window:
+            seen = seen & (torch.arange(keys) > last - window)
     weights = torch.softmax(scores.masked_fill(~seen, -torch.inf), -1).nan_to_num(0.0)
     return (weights @ v).transpose(1, 2).flatten(2)
 
 
 _define(
-    "attention(Tensor q, Tensor k, Tensor v, Tensor? key_mask, int heads, int kv_heads, float scale, bool causal) -> Tensor",
+    "attention(Tensor q, Tensor k, Tensor v, Tensor? key_mask, int heads, int kv_heads, float scale, bool causal, "
+    "Tensor? past=None, int window=0) -> Tensor",
     _attention,
-    lambda q, k, v, key_mask, heads, kv_heads, scale, causal: torch.empty_like(q),
+    lambda q, k, v, key_mask, heads, kv_heads, scale, causal, past=None, window=0: torch.empty_like(q),
 )
+
+
+def _cache_append(cache, new, past):
+    """Return ``cache`` [batch, capacity, ..] with ``new`` [batch, tokens, ..] in rows past[b], past[b] + 1, .. of batch row b.
+
+    ``past`` is i64[batch]. What goes beyond the capacity is dropped: callers check for room.
+    """
+    rows = past.unsqueeze(1) + torch.arange(new.shape[1])
+    result = cache.clone()
+    for b, places in enumerate(rows):
+        fits = (places >= 0) & (places < cache.shape[1])
+        result[b, places[fits]] = new[b, fits]
+    return result
+
+
+_define("cache_append(Tensor cache, Tensor new, Tensor past) -> Tensor", _cache_append, lambda cache, new, past: torch.empty_like(cache))

@@ -19,8 +19,8 @@ class Stage(StrEnum):
     INTEGER = "integer"
 
 
-# Rotation and attention recognition act on float graphs, so their two operators are legal from the start.
-_FLOAT_QC = frozenset({"qc.hadamard", "qc.attention"})
+# Rotation, attention recognition and the entries of decoders act on float graphs, so their operators are legal from the start.
+_FLOAT_QC = frozenset({"qc.hadamard", "qc.attention", "qc.cache_append"})
 
 LEGAL: dict[Stage, dict[str, Any]] = {
     Stage.FLOAT: {"quantizers": False, "qc": _FLOAT_QC},

@@ -16,6 +16,9 @@ _SHORT = {
     torch.int16: "i16", torch.int8: "i8", torch.uint8: "u8", torch.bool: "bool",
 }  # fmt: skip
 _DTYPES = {short: dtype for dtype, short in _SHORT.items()}
+# The largest size of a dynamic axis of which nothing else is known.
+LARGEST_SIZE = 1 << 20
+
 _TENSOR = re.compile(r"(\w+)\[([^\]]*)\]")
 
 # Sizes that stand for the symbols while types are inferred: odd primes, all different and none of them a usual layer size, so

@@ -349,6 +349,15 @@ QUANTIZED = [
     (qc.quantize_dynamic.default, (X, TOKEN)),
     (qc.quantize_dynamic.default, (X, "uint8 token affine dynamic")),
     (qc.quantize_dynamic.default, (X, "uint8 tensor affine dynamic")),
+    (qc.quantize_dynamic.default, (_normal(3, 5, 24), "uint4 group=8 affine dynamic")),
+    (qc.quantize_dynamic.default, (_normal(3, 5, 24), "int8 group=12 sym dynamic")),
+    (qc.pack.default, (_integers(8, 3, 5, 7).to(torch.uint8), "uint3 token affine dynamic")),
+    (qc.pack.default, (_integers(8, 3, 16, low=-8).to(torch.int8), "int4 token sym dynamic")),
+    (qc.dequantize.default, (_integers(256, 3, 5, 3).to(torch.uint8), _positive(3, 5, 1), None, "int3 token sym dynamic", 7)),
+    (
+        qc.dequantize.default,
+        (_integers(256, 2, 8).to(torch.uint8), _positive(2, 4), _integers(16, 2, 4).to(torch.int32), "uint4 group=4 affine dynamic", 16),
+    ),
     (qc.dequantize.default, _activation(UINT8, 3, 16)),
     (qc.dequantize.default, _activation("int8 channel=0 sym", 3, 16)),
     (qc.dequantize.default, _activation("uint8 block=2x8 affine", 3, 20)),
@@ -368,6 +377,12 @@ QUANTIZED = [
     (qc.hadamard.default, (X, 8)),
     (qc.attention.default, (_normal(2, 6, 32), _normal(2, 7, 16), _normal(2, 7, 16) + 1, _bools(2, 7), 4, 2, 0.3, True)),
     (qc.attention.default, (_normal(2, 6, 32), _normal(2, 7, 32), _normal(2, 7, 32) + 1, None, 4, 4, 0.3, False)),
+    (qc.attention.default, (_normal(2, 6, 32), _normal(2, 9, 16), _normal(2, 9, 16) + 1, None, 4, 2, 0.3, True, None, 3)),
+    (
+        qc.attention.default,
+        (_normal(2, 2, 32), _normal(2, 9, 16), _normal(2, 9, 16) + 1, None, 4, 2, 0.3, True, torch.tensor([7, 0]), 4),
+    ),
+    (qc.cache_append.default, (_normal(3, 9, 4), _normal(3, 2, 4), torch.tensor([0, 7, 8]))),
 ]
 
 CASES = [*POINTWISE, *REDUCTIONS, *STRUCTURE, *LAYERS, *QUANTIZED]

@@ -68,22 +68,26 @@ _WIDE_BLOCK, _BLOCK = _Block(2, 8, 128, 8), _Block(1, 4, 128, 4)
 
 def attention(
     heads: int, kv_heads: int, head_dim: int, scale: float, *, key_mask: bool, causal: bool, bias: bool = False, codes: str = "",
-    isa: str | None = None,
+    past: bool = False, window: int = 0, isa: str | None = None,
 ) -> tirx.PrimFunc:  # fmt: skip
-    """Build ``f(q, k, v[, key_mask][, bias][, scale, zero_point], out)``.
+    """Build ``f(q, k, v[, key_mask][, bias][, past][, scale, zero_point], out)``.
 
     q and out float32 [batch, tokens, heads * head_dim]; k and v float32 [batch, keys, kv_heads * head_dim]; key_mask bool [batch, keys],
     True where a key may be seen; bias float32 [bias_batch, bias_heads, tokens, keys], added to the scaled scores, either size 1 broadcasts.
-    ``causal`` counts from the end: query i sees key j when ``j <= i + keys - tokens``. A query that sees no key gives zeros.
+    ``causal`` counts from the end: query i sees key j when ``j <= before + i``, before = keys - tokens, and with a ``window`` only where
+    ``j > before + i - window``. With past, int64 [batch], before is past[b], and keys after the queries' own are not read: k and v are
+    caches with room for more. A query that sees no key gives zeros.
     ``codes`` is "", "int8" or "uint8": then out holds codes of that dtype, of scale float32 [1] and zero_point int32 [1].
 
     Raises:
-        ValueError: heads is no multiple of kv_heads.
+        ValueError: heads is no multiple of kv_heads; past or a window without causal.
     """
     if heads % kv_heads:
         raise ValueError(f"{heads} query heads do not divide among {kv_heads} key heads")
+    if (past or window) and not causal:
+        raise ValueError("past and a window are of causal attention")
     with function("attention") as builder:
-        shape = _Shape(heads, kv_heads, head_dim, scale, key_mask, causal, bias, codes, isa or detect())
+        shape = _Shape(heads, kv_heads, head_dim, scale, key_mask, causal, bias, codes, past, window, isa or detect())
         task = _Attention(shape)
         with T.If(task.tokens < T.int64(FEW_ROWS)):
             with T.Then():
@@ -106,6 +110,8 @@ class _Shape:
     causal: bool
     bias: bool
     codes: str
+    past: bool
+    window: int
     isa: str
 
 
@@ -123,6 +129,7 @@ class _Attention:
         self.key_mask = argument("key_mask", (self.batch, self.keys), "bool") if shape.key_mask else None
         self.bias_batch, self.bias_heads = size("bias_batch"), size("bias_heads")
         self.bias = argument("bias", (self.bias_batch, self.bias_heads, self.tokens, self.keys)) if shape.bias else None
+        self.past, self.window = argument("past", (self.batch,), "int64") if shape.past else None, shape.window
         self.codes = shape.codes
         self.out_scale = argument("scale", (1,)) if shape.codes else None
         self.out_zero = argument("zero_point", (1,), "int32") if shape.codes else None
@@ -131,7 +138,18 @@ class _Attention:
         together = self.heads // self.kv_heads
         fitting = (n for n in range(together, 0, -1) if together % n == 0 and self.heads // n >= thread_count())
         self.share = next(fitting, 1)
-        self.work = self.batch * self.heads * self.tokens * self.keys * self.d
+        self.work = self.batch * self.heads * self.tokens * (self._before(0) + self.tokens) * self.d
+
+    def _before(self, b: Index) -> Index:
+        """Return how many keys stand before the queries of a batch row."""
+        if self.past is None:
+            return self.keys - self.tokens
+        # Never beyond the cache, whatever the caller says.
+        return T.max(T.min(self.past[b], self.keys - self.tokens), long(0))
+
+    def _first_pass(self, before: Index, row: Index) -> Index:
+        """Return the first pass of keys of which a row or a later one sees any."""
+        return T.Bind(T.max(before + row + 1 - self.window, long(0)) // self.block.pass_keys) if self.window else long(0)
 
     def _rounding(self) -> CodeRounding | None:
         """Compute what all codes of a task share."""
@@ -162,16 +180,18 @@ class _Attention:
         self._load_queries(queries, b, h, first)
         with T.serial(d * block.vectors) as i:
             store(result, splat(0.0), ramp(i * LANES))
-        # Keys after the last row of the block are never seen.
-        seen = T.Bind(T.min(self.keys, first + block.rows + self.keys - self.tokens)) if self.causal else self.keys
-        with T.serial((seen + block.pass_keys - 1) // block.pass_keys) as p:
-            base = T.Bind(p * block.pass_keys)
+        before = T.Bind(self._before(b))
+        # Keys after the last row of the block are never seen, nor are those before the window of the first.
+        seen = T.Bind(before + T.min(self.tokens, first + block.rows)) if self.causal else self.keys
+        skipped = self._first_pass(before, first)
+        with T.serial((seen + block.pass_keys - 1) // block.pass_keys - skipped) as p:
+            base = T.Bind((p + skipped) * block.pass_keys)
             count = T.Bind(T.min(seen - base, long(block.pass_keys)))
             tiles = T.Bind((count + block.keys - 1) // block.keys)
             self._set_limits(limits, b, base, count, tiles)
             highest = self._each_vector(*(top[ramp(0)] for top in tops))
             with T.serial(tiles) as tile:
-                self._score_tile(queries, weights, limits, highest, (b, h, first, channel, base, count), T.Bind(tile * block.keys))
+                self._score_tile(queries, weights, limits, highest, (b, h, first, channel, base, count), T.Bind(tile * block.keys), before)
             factors = [T.Bind(exp2(top[ramp(0)] - new[ramp(0)])) for top, new in zip(tops, highest, strict=True)]
             with T.If(base > 0), T.Then(), T.serial(d) as c:
                 for v, factor in enumerate(factors):
@@ -222,7 +242,9 @@ class _Attention:
                 seen = tirx.all(seen, self.key_mask[b, base + T.min(j, count - 1)])
             store(limits, tirx.Select(seen, T.float32(math.inf), T.float32(-math.inf)), j)
 
-    def _score_tile(self, queries: Any, weights: Any, limits: Any, highest: list[Any], place: tuple[Index, ...], start: Index) -> None:
+    def _score_tile(
+        self, queries: Any, weights: Any, limits: Any, highest: list[Any], place: tuple[Index, ...], start: Index, before: Index
+    ) -> None:
         """Compute one register tile of scores [key][row] into ``weights``, hide what may not be seen, and raise the running maximum."""
         b, h, first, channel, base, count = place
         block = self.block
@@ -245,19 +267,28 @@ class _Attention:
                     score = score + self._bias_column(b, h, first + v * LANES, keys[j]) * splat(math.log2(math.e))
                 store(kept, T.min(score, splat(limits[start + j])), ramp(0))
         if self.causal:
-            self._hide_later_keys(dots, keys, first)
+            self._hide_later_keys(dots, keys, first, before)
+        if self.window:
+            self._hide_earlier_keys(dots, keys, first, before)
         for j, dot in enumerate(dots):
             for v, kept in enumerate(dot):
                 store(weights, kept[ramp(0)], ramp((start + j) * block.rows + v * LANES))
                 store(highest[v], T.max(highest[v][ramp(0)], kept[ramp(0)]), ramp(0))
 
-    def _hide_later_keys(self, dots: list[list[Any]], keys: list[Index], first: Index) -> None:
+    def _hide_later_keys(self, dots: list[list[Any]], keys: list[Index], first: Index, before: Index) -> None:
         """Hide the keys of a tile from the rows that stand before them; most tiles have none."""
-        past = self.keys - self.tokens
-        with T.If(keys[-1] - past > first), T.Then():
+        with T.If(keys[-1] - before > first), T.Then():
             for key, dot in zip(keys, dots, strict=True):
                 for v, kept in enumerate(dot):
-                    visible = splat(T.cast(key - past - (first + v * LANES), "int32")) <= ramp(T.int32(0))
+                    visible = splat(T.cast(key - before - (first + v * LANES), "int32")) <= ramp(T.int32(0))
+                    store(kept, tirx.Select(visible, kept[ramp(0)], splat(-math.inf)), ramp(0))
+
+    def _hide_earlier_keys(self, dots: list[list[Any]], keys: list[Index], first: Index, before: Index) -> None:
+        """Hide the keys of a tile from the rows whose window begins after them."""
+        with T.If(keys[0] - before + self.window < first + self.block.rows), T.Then():
+            for key, dot in zip(keys, dots, strict=True):
+                for v, kept in enumerate(dot):
+                    visible = splat(T.cast(key - before + self.window - (first + v * LANES), "int32")) > ramp(T.int32(0))
                     store(kept, tirx.Select(visible, kept[ramp(0)], splat(-math.inf)), ramp(0))
 
     def _bias_column(self, b: Index, h: Index, row: Index, key: Index) -> Any:
@@ -342,12 +373,15 @@ class _Attention:
             store(totals, T.float32(0.0), i)
             for c in range(0, padded, LANES):
                 store(sums, splat(0.0), ramp(i * padded + c))
-        with T.serial((self.keys + self.block.pass_keys - 1) // self.block.pass_keys) as p, T.serial(queries) as i:
-            row, h, base = T.Bind(i // self.share), T.Bind(head + i % self.share), T.Bind(p * self.block.pass_keys)
-            seen = row + 1 + self.keys - self.tokens if self.causal else self.keys
+        before = T.Bind(self._before(b))
+        passes, skipped = (before + self.tokens + self.block.pass_keys - 1) // self.block.pass_keys, self._first_pass(before, long(0))
+        with T.serial(passes - skipped) as p, T.serial(queries) as i:
+            row, h, base = T.Bind(i // self.share), T.Bind(head + i % self.share), T.Bind((p + skipped) * self.block.pass_keys)
+            seen = before + row + 1 if self.causal else self.keys
             count = T.Bind(T.min(seen - base, long(self.block.pass_keys)))
             with T.If(count > 0), T.Then():
-                factor = self._row_scores(weights, (tops, totals, i), (b, h, row, channel, base, count))
+                hidden = T.Bind(before + row + 1 - self.window - base) if self.window else None
+                factor = self._row_scores(weights, (tops, totals, i), (b, h, row, channel, base, count), hidden)
                 self._row_values(weights, factor, (sums, i * padded), (b, channel, base, count))
         with T.serial(queries) as i:
             total = T.Bind(totals[i])
@@ -359,8 +393,11 @@ class _Attention:
     def _vector(self, buffer: Any, b: Index, row: Index, channel: Index, width: int) -> Any:
         return buffer[b, row, ramp(channel)] if width == LANES else load_part(buffer, below(width), b, row, ramp(channel))
 
-    def _row_scores(self, weights: Any, state: tuple[Any, Any, Index], place: tuple[Index, ...]) -> Expression:
-        """Fill ``weights`` with exp2(score - maximum) of one pass of keys; update maximum and sum, return the earlier passes' factor."""
+    def _row_scores(self, weights: Any, state: tuple[Any, Any, Index], place: tuple[Index, ...], hidden: Index | None) -> Expression:
+        """Fill ``weights`` with exp2(score - maximum) of one pass of keys; update maximum and sum, return the earlier passes' factor.
+
+        The first ``hidden`` keys of the pass stand before the row's window.
+        """
         b, h, row, channel, base, count = place
         tops, totals, query_index = state
         top = T.Bind(tops[query_index])
@@ -378,6 +415,8 @@ class _Attention:
                 score = score + self.bias[where] * T.float32(math.log2(math.e))
             if self.key_mask is not None:
                 score = tirx.Select(self.key_mask[b, base + j], score, T.float32(-math.inf))
+            if hidden is not None:
+                score = tirx.Select(j >= hidden, score, T.float32(-math.inf))
             store(weights, score, j)
         kept = register("float32", LANES)
         store(kept, splat(top), ramp(0))

@@ -31,9 +31,7 @@ from qcompile.capture.onnx.sizes import compute_sizes
 from qcompile.errors import Refused
 from qcompile.graph import Graph, Stage, TensorType
 from qcompile.graph.graph import build_module
-
-# Largest size of a dynamic dimension; ONNX states none.
-LARGEST_SIZE = 1 << 20
+from qcompile.graph.types import LARGEST_SIZE
 
 
 def capture_onnx(source: str | os.PathLike[str] | bytes | onnx.ModelProto) -> Graph:

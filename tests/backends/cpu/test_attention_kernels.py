@@ -8,6 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from qcompile.backends.cpu.kernels.attention import attention
+from qcompile.backends.cpu.kernels.cache import cache_append
 from qcompile.backends.cpu.kernels.isa import PORTABLE, detect
 from qcompile.backends.cpu.kernels.softmax import softmax
 
@@ -63,6 +64,51 @@ def test_few_rows_of_heads_that_share_their_keys(compile_kernel: Build, monkeypa
         kernel(q, k, v, out)
         expected = torch.ops.qc.attention(q.double(), k.double(), v.double(), None, 8, 2, 0.3, True)
         assert float((out - expected).abs().max()) <= bound(q, k, v, 20, 0.3), (batch, tokens, keys)
+
+
+@pytest.mark.parametrize(("window", "isa"), [(0, ISAS[0]), (5, ISAS[0]), (150, ISAS[0]), (0, ISAS[-1]), (20, ISAS[-1])])
+def test_caches_with_room_for_more(compile_kernel: Build, window: int, isa: str) -> None:
+    """Queries of each row stand after ``past`` tokens of their own; what lies behind them in the cache is never read."""
+    kernel = compile_kernel(attention(4, 2, 20, 0.3, key_mask=False, causal=True, past=True, window=window, isa=isa), isa)
+    for tokens, capacity, past in ((1, 300, [0, 299, 128]), (3, 150, [147, 0, 5]), (40, 290, [250, 129, 0]), (17, 17, [0, 0, 0])):
+        q, k, v = tensors(4, 2, 20, 3, tokens, capacity)
+        past_tokens = torch.tensor(past)
+        expected = torch.ops.qc.attention(q.double(), k.double(), v.double(), None, 4, 2, 0.3, True, past_tokens, window)
+        for row, before in enumerate(past):
+            k[row, before + tokens :] = v[row, before + tokens :] = math.nan
+        out = untouched(q)
+        kernel(q, k, v, past_tokens, out)
+        assert float((out - expected).abs().max()) <= bound(q, k.nan_to_num(), v.nan_to_num(), 20, 0.3), (tokens, past)
+
+
+def test_a_window_without_a_cache(compile_kernel: Build) -> None:
+    kernel = compile_kernel(attention(2, 1, 16, 0.25, key_mask=True, causal=True, window=7))
+    for batch, tokens, keys in ((1, 2, 40), (2, 50, 50), (1, 33, 200)):
+        q, k, v = tensors(2, 1, 16, batch, tokens, keys)
+        mask = torch.rand(batch, keys) > 0.2
+        expected = torch.ops.qc.attention(q.double(), k.double(), v.double(), mask, 2, 1, 0.25, True, None, 7)
+        out = untouched(q)
+        kernel(q, k, v, mask, out)
+        assert float((out - expected).abs().max()) <= bound(q, k, v, 16, 0.25), (batch, tokens, keys)
+
+
+def test_a_past_beyond_the_cache_reads_nothing_outside(compile_kernel: Build) -> None:
+    kernel = compile_kernel(attention(1, 1, 16, 1.0, key_mask=False, causal=True, past=True))
+    q, k, v = tensors(1, 1, 16, 1, 2, 9)
+    last, far = untouched(q), untouched(q)
+    kernel(q, k, v, torch.tensor([7]), last)
+    kernel(q, k, v, torch.tensor([1 << 40]), far)
+    assert torch.equal(last, far)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int8])
+def test_cache_append_writes_in_place_and_never_outside(compile_kernel: Build, dtype: torch.dtype) -> None:
+    kernel = compile_kernel(cache_append(5, str(dtype).removeprefix("torch.")))
+    for tokens, past in ((1, [0, 8]), (4, [3, 7]), (4, [-2, 9]), (4, [1 << 40, -(1 << 40)])):
+        cache, new = torch.randn(2, 9, 5).mul(10).to(dtype), torch.randn(2, tokens, 5).mul(10).to(dtype)
+        expected = torch.ops.qc.cache_append(cache, new, torch.tensor(past))
+        kernel(cache, new, torch.tensor(past))
+        assert torch.equal(cache, expected)
 
 
 def test_a_row_without_keys_gives_zeros(compile_kernel: Build) -> None:

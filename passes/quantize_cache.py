@@ -1,0 +1,73 @@
+"""Quantize what a decoder keeps of its past: the keys and values of causal attention.
+
+    %attention = qc.attention(%q, %k, %v) {.., causal=true} : f32[batch,seq,256]
+
+    %k.quantizer = quantizer(%k) {scheme="int4 group=32 affine dynamic"} : f32[batch,seq,128]
+    %v.quantizer = quantizer(%v) {scheme="int4 group=32 affine dynamic"} : f32[batch,seq,128]
+    %attention = qc.attention(%q, %k.quantizer, %v.quantizer) {.., causal=true} : f32[batch,seq,256]
+
+Scales are found while the model runs, for each token and head (or for each token): a token's codes do not depend on the tokens after it,
+so the graph over whole texts computes what the entries with caches compute (``qcompile.generation.entries``), where the codes are stored.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch.fx as fx
+
+from qcompile.errors import Refused
+from qcompile.formats import Group, Integer, Scheme, Token
+from qcompile.graph import Graph, Quantizer, Stage
+from qcompile.graph.text import bound_arguments, operator_name
+from qcompile.pipeline import Context, Keeps, Pass, approximately
+
+
+@dataclass(frozen=True)
+class QuantizeCache(Pass):
+    """Insert quantizers on the keys and values of causal attention.
+
+    Attributes:
+        key: bits of keys, 2 to 8.
+        value: bits of values, 2 to 8.
+        per: ``head`` (a scale for each token and head) or ``token``.
+        symmetric: without zero points.
+    """
+
+    gives: ClassVar[Stage | None] = Stage.SIMULATED
+    keeps: ClassVar[Keeps] = approximately()
+    needs: ClassVar[tuple[str, ...]] = ("recognize-attention",)
+
+    key: int = 8
+    value: int = 8
+    per: str = "head"
+    symmetric: bool = False
+
+    def run(self, graph: Graph, context: Context) -> int:
+        for bits in (self.key, self.value):
+            if not 2 <= bits <= 8:
+                raise Refused(f"a cache has codes of 2 to 8 bits, not {bits}", node=self.name())
+        if self.per not in ("head", "token"):
+            raise Refused(f"scales of a cache are for each head or token, not '{self.per}'", node=self.name())
+        placed: dict[tuple[fx.Node, Scheme], fx.Node] = {}
+        for node in graph.nodes:
+            if node.op != "call_function" or operator_name(node.target) != "qc.attention" or not bound_arguments(node)["causal"]:
+                continue
+            a = bound_arguments(node)
+            operands = [a["q"], *(self._placed(graph, a[name], self._scheme(a, name), placed) for name in ("k", "v"))]
+            node.args = (*operands, *node.args[3:])
+        return len(placed)
+
+    def _scheme(self, a: dict[str, Any], name: str) -> Scheme:
+        bits, width = (self.key if name == "k" else self.value), int(a[name].meta["val"].shape[-1])
+        granularity = Group(width // a["kv_heads"], -1) if self.per == "head" else Token()
+        return Scheme(Integer(bits, self.symmetric), granularity, symmetric=self.symmetric, dynamic=True)
+
+    def _placed(self, graph: Graph, x: fx.Node, scheme: Scheme, placed: dict[tuple[fx.Node, Scheme], fx.Node]) -> fx.Node:
+        if graph.quantizer(x):
+            return x
+        if (x, scheme) not in placed:
+            first = min(x.users, key=graph.nodes.index)
+            placed[x, scheme] = graph.call_quantizer(Quantizer(scheme), x, before=first, name=f"{x.name}.cache_quantizer")
+        return placed[x, scheme]

@@ -1,0 +1,78 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from qcompile.backends.reference.target import ReferenceTarget
+from qcompile.passes.materialize import Materialize
+from qcompile.passes.quantize_cache import QuantizeCache
+
+from qcompile import Refused
+from qcompile.generation import decoder_entries
+from qcompile.graph import print_graph
+from qcompile.pipeline import Context, Pipeline
+
+TEXT = """graph @main float(%tokens: i64[batch,seq]) where batch in 1..8, seq in 1..32 {
+  %table = const @table
+  %wq = const @wq
+  %wk = const @wk
+  %wv = const @wv
+  %e = aten.embedding(%table, %tokens) : f32[batch,seq,16]
+  %q = aten.linear(%e, %wq) : f32[batch,seq,16]
+  %k = aten.linear(%e, %wk) : f32[batch,seq,8]
+  %v = aten.linear(%e, %wv) : f32[batch,seq,8]
+  %a = qc.attention(%q, %k, %v) {heads=4, kv_heads=2, scale=0.5, causal=true} : f32[batch,seq,16]
+  %y = aten.linear(%a, %table) : f32[batch,seq,11]
+  return %y as "y"
+}
+"""
+
+
+@pytest.fixture
+def graph(build: Callable[..., Any]) -> Any:
+    sizes = {"table": (11, 16), "wq": (16, 16), "wk": (8, 16), "wv": (8, 16)}
+    return build(TEXT, **{name: torch.randn(size) for name, size in sizes.items()})
+
+
+@pytest.mark.parametrize(
+    ("options", "key", "bytes_per_token"),
+    [
+        ({}, "uint8 group=4 affine dynamic", 2 * (8 + 2 * 4 + 2 * 4)),
+        ({"key": 4, "value": 2, "symmetric": True}, "int4 group=4 sym dynamic", 4 + 2 + 2 * 2 * 4),
+        ({"key": 8, "value": 3, "per": "token"}, "uint8 token affine dynamic", 8 + 3 + 2 * (4 + 4)),
+    ],
+)
+def test_entries_keep_codes_and_compute_what_the_whole_text_does(
+    graph: Any, options: dict[str, Any], key: str, bytes_per_token: int
+) -> None:
+    made, context = graph.copy(), Context(target=ReferenceTarget())
+    steps = Pipeline((QuantizeCache(**options), Materialize())).run(made, context)
+    assert steps[0].changes == 2
+    assert f'scheme="{key}"' in print_graph(made)
+    tokens = torch.randint(0, 11, (2, 12))
+    whole = made(tokens)[0]
+    assert not torch.equal(whole, graph(tokens)[0])
+    entries = decoder_entries(made, 32)
+    assert entries.bytes_per_token == bytes_per_token
+    caches = [torch.zeros(2, 12, *cache.type.shape[2:], dtype=cache.type.dtype) for cache in entries.caches]
+    past = torch.tensor([5, 3])
+    logits, *caches = entries.prefill(tokens[:, :5], torch.zeros_like(past), past, *caches)
+    for _ in range(6):
+        for row in range(2):
+            torch.testing.assert_close(logits[row], whole[row, int(past[row]) - 1], rtol=1e-5, atol=1e-5)
+        logits, *caches = entries.decode(tokens.gather(1, past.unsqueeze(1)), past, *caches)
+        past = past + 1
+
+
+def test_attention_that_sees_ahead_has_no_cache(build: Callable[..., Any]) -> None:
+    sizes = {"table": (11, 16), "wq": (16, 16), "wk": (8, 16), "wv": (8, 16)}
+    graph = build(TEXT.replace("causal=true", "causal=false"), **{name: torch.randn(size) for name, size in sizes.items()})
+    assert Pipeline((QuantizeCache(),)).run(graph, Context(target=ReferenceTarget()))[0].changes == 0
+
+
+@pytest.mark.parametrize("options", [{"key": 1}, {"value": 9}, {"per": "channel"}])
+def test_options_out_of_range_are_refused(graph: Any, options: dict[str, Any]) -> None:
+    with pytest.raises(Refused):
+        Pipeline((QuantizeCache(**options),)).run(graph, Context(target=ReferenceTarget()))
