@@ -12,6 +12,7 @@ from qcompile.backends.cpu.kernels import cache as cache_kernel
 from qcompile.backends.cpu.kernels.matmul_epilogue import Epilogue
 from qcompile.backends.cpu.kernels.matmul_spec import TERNARY_INPUTS, Linear, Part
 from qcompile.backends.cpu.kernels.quantization import code_dtype
+from qcompile.backends.cpu.kernels.stored_rows import Stored
 from qcompile.backends.cpu.legalize_arguments import (
     Arguments,
     Weight,
@@ -218,14 +219,17 @@ def _attention(walk: Walk, node: fx.Node, a: Arguments) -> Any:
     quantize = first_quantize(node) if walk.is_inner(node) and len(node.users) == 1 else None
     grid = grid_of(quantize) if quantize is not None else None
     codes = code_dtype(grid.scheme) if grid else ""
+    (k, stored_k), (v, stored_v) = (_stored_rows(walk, rows, a.kv_heads, depth) for rows in (a.k, a.v))
+    key = ("attention", a.heads, a.kv_heads, depth, a.scale, masked, a.causal, codes, cached, a.window, stored_k, stored_v)
     kernel = walk.kernel(
-        ("attention", a.heads, a.kv_heads, depth, a.scale, masked, a.causal, codes, cached, a.window),
+        key,
         lambda: attention.attention(
-            a.heads, a.kv_heads, depth, a.scale, key_mask=masked, causal=a.causal, codes=codes, past=cached, window=a.window
+            a.heads, a.kv_heads, depth, a.scale, key_mask=masked, causal=a.causal, codes=codes, past=cached, window=a.window,
+            stored_k=stored_k, stored_v=stored_v,
         ),
         f"attention_{a.heads}x{depth}" + f"_{codes}" * (codes != "") + "_cached" * cached,
-    )
-    inputs = [walk.plain(t) for t in (a.q, a.k, a.v, a.key_mask, a.past) if t is not None]
+    )  # fmt: skip
+    inputs = [walk.plain(a.q), k[0], v[0], *(walk.plain(t) for t in (a.key_mask, a.past) if t is not None), *k[1:], *v[1:]]
     inputs += grid.arguments(walk) if grid else []
     result = walk.call_kernel(kernel, inputs, (walk.shape(node), codes or "float32"))
     if quantize is None:
@@ -233,6 +237,23 @@ def _attention(walk: Walk, node: fx.Node, a: Arguments) -> Any:
     walk.bind(quantize, result)
     walk.bind(node, result)  # nobody else reads it: any value marks it as done
     return None
+
+
+def _stored_rows(walk: Walk, node: fx.Node, kv_heads: int, depth: int) -> tuple[list[Any], Stored | None]:
+    """Return keys or values as a kernel reads them: codes, scales and zero points where they are dequantized codes, else floats."""
+    floats: tuple[list[Any], Stored | None] = ([walk.plain(node)], None)
+    if node.target is not qc.dequantize.default or walk.constant(node) is not None:
+        return floats
+    a = Arguments(**bound_arguments(node))
+    scheme = parse_scheme(a.scheme)
+    per_head = isinstance(scheme.granularity, Group) and scheme.granularity == Group(depth, -1)
+    packed = a.size is not None
+    if not isinstance(scheme.format, Integer) or depth % 16 or scheme.bits != (4 if packed else 8) or a.table is not None:
+        return floats
+    if not per_head and not isinstance(scheme.granularity, Token):
+        return floats
+    parts = [walk.plain(part) for part in (a.codes, a.scale, a.zero_point) if part is not None]
+    return parts, Stored(scheme.bits, scheme.format.signed, per_head, a.zero_point is not None)
 
 
 def _cache_append(walk: Walk, node: fx.Node, a: Arguments) -> Any:

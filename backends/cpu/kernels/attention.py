@@ -39,11 +39,13 @@ from qcompile.backends.cpu.kernels.registers import (
     store_row,
     transpose,
 )  # fmt: skip
+from qcompile.backends.cpu.kernels.stored_rows import Rows, Stored
 from qcompile.backends.cpu.kernels.vector import register, rounded
 from tvm import tirx
 from tvm.tirx.script.builder import ir as T
 
 FEW_ROWS = 4  # below this a block of query rows would mostly compute padding
+Reader = Callable[[Index, Index], Expression]
 LOWEST = -1.0e30  # first running maximum: below every score, and finite, so that a row that sees no key gives zeros
 
 
@@ -68,26 +70,27 @@ _WIDE_BLOCK, _BLOCK = _Block(2, 8, 128, 8), _Block(1, 4, 128, 4)
 
 def attention(
     heads: int, kv_heads: int, head_dim: int, scale: float, *, key_mask: bool, causal: bool, bias: bool = False, codes: str = "",
-    past: bool = False, window: int = 0, isa: str | None = None,
+    past: bool = False, window: int = 0, stored_k: Stored | None = None, stored_v: Stored | None = None, isa: str | None = None,
 ) -> tirx.PrimFunc:  # fmt: skip
-    """Build ``f(q, k, v[, key_mask][, bias][, past][, scale, zero_point], out)``.
+    """Build ``f(q, k, v[, key_mask][, bias][, past][, scales of k][, scales of v][, scale, zero_point], out)``.
 
     q and out float32 [batch, tokens, heads * head_dim]; k and v float32 [batch, keys, kv_heads * head_dim]; key_mask bool [batch, keys],
     True where a key may be seen; bias float32 [bias_batch, bias_heads, tokens, keys], added to the scaled scores, either size 1 broadcasts.
     ``causal`` counts from the end: query i sees key j when ``j <= before + i``, before = keys - tokens, and with a ``window`` only where
     ``j > before + i - window``. With past, int64 [batch], before is past[b], and keys after the queries' own are not read: k and v are
     caches with room for more. A query that sees no key gives zeros.
+    ``stored_k`` and ``stored_v`` say that k or v hold codes; then scales (and zero points) of each row follow, ``stored_rows.Rows``.
     ``codes`` is "", "int8" or "uint8": then out holds codes of that dtype, of scale float32 [1] and zero_point int32 [1].
 
     Raises:
-        ValueError: heads is no multiple of kv_heads; past or a window without causal.
+        ValueError: heads is no multiple of kv_heads; past or a window without causal; codes of heads that are no whole vectors.
     """
     if heads % kv_heads:
         raise ValueError(f"{heads} query heads do not divide among {kv_heads} key heads")
     if (past or window) and not causal:
         raise ValueError("past and a window are of causal attention")
     with function("attention") as builder:
-        shape = _Shape(heads, kv_heads, head_dim, scale, key_mask, causal, bias, codes, past, window, isa or detect())
+        shape = _Shape(heads, kv_heads, head_dim, scale, key_mask, causal, bias, codes, past, window, stored_k, stored_v, isa or detect())
         task = _Attention(shape)
         with T.If(task.tokens < T.int64(FEW_ROWS)):
             with T.Then():
@@ -112,6 +115,8 @@ class _Shape:
     codes: str
     past: bool
     window: int
+    stored_k: Stored | None
+    stored_v: Stored | None
     isa: str
 
 
@@ -124,12 +129,14 @@ class _Attention:
         self.scale = shape.scale * math.log2(math.e)  # the softmax runs in powers of two
         self.batch, self.tokens, self.keys = size("batch"), size("tokens"), size("keys")
         self.q = argument("q", (self.batch, self.tokens, self.heads * self.d))
-        self.k = argument("k", (self.batch, self.keys, self.kv_heads * self.d))
-        self.v = argument("v", (self.batch, self.keys, self.kv_heads * self.d))
+        self.k = Rows("k", (self.batch, self.keys), self.kv_heads, self.d, shape.stored_k)
+        self.v = Rows("v", (self.batch, self.keys), self.kv_heads, self.d, shape.stored_v)
         self.key_mask = argument("key_mask", (self.batch, self.keys), "bool") if shape.key_mask else None
         self.bias_batch, self.bias_heads = size("bias_batch"), size("bias_heads")
         self.bias = argument("bias", (self.bias_batch, self.bias_heads, self.tokens, self.keys)) if shape.bias else None
         self.past, self.window = argument("past", (self.batch,), "int64") if shape.past else None, shape.window
+        self.k.declare_scales()
+        self.v.declare_scales()
         self.codes = shape.codes
         self.out_scale = argument("scale", (1,)) if shape.codes else None
         self.out_zero = argument("zero_point", (1,), "int32") if shape.codes else None
@@ -172,8 +179,9 @@ class _Attention:
         block, d = self.block, self.d
         b, h = T.Bind(index // (self.heads * blocks)), T.Bind(index // blocks % self.heads)
         first = T.Bind(index % blocks * block.rows)
-        channel = T.Bind(h // (self.heads // self.kv_heads) * d)
+        kv_head = T.Bind(h // (self.heads // self.kv_heads))
         queries, result = local(d * block.rows), local(d * block.rows)
+        decoded_k, decoded_v = (local(block.pass_keys * d) if rows.stored else None for rows in (self.k, self.v))
         weights, limits = local(block.pass_keys * block.rows), local(block.pass_keys)
         tops, totals = self._each_vector(splat(LOWEST)), self._each_vector(splat(0.0))
         rounding = self._rounding()
@@ -189,9 +197,10 @@ class _Attention:
             count = T.Bind(T.min(seen - base, long(block.pass_keys)))
             tiles = T.Bind((count + block.keys - 1) // block.keys)
             self._set_limits(limits, b, base, count, tiles)
+            read_k, read_v = (self._reader(*each, b, kv_head, base, count) for each in ((self.k, decoded_k), (self.v, decoded_v)))
             highest = self._each_vector(*(top[ramp(0)] for top in tops))
             with T.serial(tiles) as tile:
-                self._score_tile(queries, weights, limits, highest, (b, h, first, channel, base, count), T.Bind(tile * block.keys), before)
+                self._score_tile(queries, weights, limits, highest, read_k, (b, h, first, base, count), T.Bind(tile * block.keys), before)
             factors = [T.Bind(exp2(top[ramp(0)] - new[ramp(0)])) for top, new in zip(tops, highest, strict=True)]
             with T.If(base > 0), T.Then(), T.serial(d) as c:
                 for v, factor in enumerate(factors):
@@ -201,8 +210,19 @@ class _Attention:
                 store(totals[v], totals[v][ramp(0)] * factor, ramp(0))
                 store(tops[v], highest[v][ramp(0)], ramp(0))
             self._raise_powers(weights, tops, totals, tiles)
-            self._values(weights, result, b, channel, base, count)
+            self._values(weights, result, read_v, count)
         self._store_result(result, totals, rounding, (b, h, first))
+
+    def _reader(self, rows: Rows, decoded: Any, b: Index, kv_head: Index, base: Index, count: Index) -> Reader:
+        """Return how to read an element of a row, counted from ``base``; rows of codes are decoded first, once for all queries."""
+        if rows.stored is None:
+            return lambda key, c: rows.scalar(b, base + key, kv_head, c)
+        with T.serial(count) as j:
+            scale, zero = T.Bind(rows.scale(b, base + j, kv_head)), rows.zero(b, base + j, kv_head)
+            zero = T.Bind(zero) if zero is not None else None
+            for c, width in self.chunks():
+                store(decoded, _less(rows.vector(b, base + j, kv_head, c, width), zero) * splat(scale), ramp(j * self.d + c))
+        return lambda key, c: decoded[key * self.d + c]
 
     def _each_vector(self, *values: Expression) -> list[Any]:
         """Return a register for each vector of rows, with a value each or one for all."""
@@ -243,19 +263,21 @@ class _Attention:
             store(limits, tirx.Select(seen, T.float32(math.inf), T.float32(-math.inf)), j)
 
     def _score_tile(
-        self, queries: Any, weights: Any, limits: Any, highest: list[Any], place: tuple[Index, ...], start: Index, before: Index
-    ) -> None:
+        self, queries: Any, weights: Any, limits: Any, highest: list[Any], read_k: Reader, place: tuple[Index, ...], start: Index,
+        before: Index,
+    ) -> None:  # fmt: skip
         """Compute one register tile of scores [key][row] into ``weights``, hide what may not be seen, and raise the running maximum."""
-        b, h, first, channel, base, count = place
+        b, h, first, base, count = place
         block = self.block
         dots = [self._each_vector(splat(0.0)) for _ in range(block.keys)]
         # Keys after the last repeat it: every address is valid, the score is hidden below.
-        keys = [T.Bind(base + T.min(start + j, count - 1)) for j in range(block.keys)]
+        places = [T.Bind(T.min(start + j, count - 1)) for j in range(block.keys)]
+        keys = [T.Bind(base + place) for place in places]
 
         def channel_products(c: Index) -> None:
             rows = [T.Bind(queries[ramp(c * block.rows + v * LANES)]) for v in range(block.vectors)]
-            for key, dot in zip(keys, dots, strict=True):
-                scalar = T.Bind(splat(self.k[b, key, channel + c]))
+            for key, dot in zip(places, dots, strict=True):
+                scalar = T.Bind(splat(read_k(key, c)))
                 for row, kept in zip(rows, dot, strict=True):
                     store(kept, scalar * row + kept[ramp(0)], ramp(0))
 
@@ -310,17 +332,16 @@ class _Attention:
                     store(weights, weight, lanes)
                     store(totals[v], totals[v][ramp(0)] + weight, ramp(0))
 
-    def _values(self, weights: Any, result: Any, b: Index, channel: Index, base: Index, count: Index) -> None:
+    def _values(self, weights: Any, result: Any, read_v: Reader, count: Index) -> None:
         """Add weights x values of one pass to ``result`` [channel][row]."""
         block = self.block
         with T.serial(self.d // block.channels) as chunk:
-            self._value_tile(weights, result, (b, channel, base, count), chunk * block.channels, block.channels)
+            self._value_tile(weights, result, read_v, count, chunk * block.channels, block.channels)
         if self.d % block.channels:
             rest = self.d % block.channels
-            self._value_tile(weights, result, (b, channel, base, count), T.int64(self.d - rest), rest)
+            self._value_tile(weights, result, read_v, count, T.int64(self.d - rest), rest)
 
-    def _value_tile(self, weights: Any, result: Any, place: tuple[Index, ...], first: Index, channels: int) -> None:
-        b, channel, base, count = place
+    def _value_tile(self, weights: Any, result: Any, read_v: Reader, count: Index, first: Index, channels: int) -> None:
         block = self.block
         spots = [[ramp((first + c) * block.rows + v * LANES) for v in range(block.vectors)] for c in range(channels)]
         sums = [self._each_vector(*(result[spot] for spot in row)) for row in spots]
@@ -328,7 +349,7 @@ class _Attention:
         def key_products(j: Index) -> None:
             rows = [T.Bind(weights[ramp(j * block.rows + v * LANES)]) for v in range(block.vectors)]
             for c, kept in enumerate(sums):
-                scalar = T.Bind(splat(self.v[b, base + j, channel + first + c]))
+                scalar = T.Bind(splat(read_v(j, first + c)))
                 for row, total in zip(rows, kept, strict=True):
                     store(total, scalar * row + total[ramp(0)], ramp(0))
 
@@ -365,7 +386,7 @@ class _Attention:
         """
         groups, most, padded = self.heads // self.share, (FEW_ROWS - 1) * self.share, len(self.chunks()) * LANES
         b, head = T.Bind(index // groups), T.Bind(index % groups * self.share)
-        channel = T.Bind(head // (self.heads // self.kv_heads) * self.d)
+        kv_head = T.Bind(head // (self.heads // self.kv_heads))
         weights, sums, tops, totals = local(self.block.pass_keys), local(most * padded), local(most), local(most)
         rounding, queries = self._rounding(), T.Bind(self.tokens * self.share)
         with T.serial(queries) as i:
@@ -381,8 +402,8 @@ class _Attention:
             count = T.Bind(T.min(seen - base, long(self.block.pass_keys)))
             with T.If(count > 0), T.Then():
                 hidden = T.Bind(before + row + 1 - self.window - base) if self.window else None
-                factor = self._row_scores(weights, (tops, totals, i), (b, h, row, channel, base, count), hidden)
-                self._row_values(weights, factor, (sums, i * padded), (b, channel, base, count))
+                factor = self._row_scores(weights, (tops, totals, i), (b, h, row, kv_head, base, count), hidden)
+                self._row_values(weights, factor, (sums, i * padded), (b, kv_head, base, count))
         with T.serial(queries) as i:
             total = T.Bind(totals[i])
             inverse = T.Bind(tirx.Select(total > T.float32(0.0), T.float32(1.0) / total, T.float32(0.0)))
@@ -390,26 +411,30 @@ class _Attention:
                 value = sums[ramp(i * padded + c)] * splat(inverse)
                 self._store(rounding, value, (b, i // self.share, (head + i % self.share) * self.d + c), width)
 
-    def _vector(self, buffer: Any, b: Index, row: Index, channel: Index, width: int) -> Any:
-        return buffer[b, row, ramp(channel)] if width == LANES else load_part(buffer, below(width), b, row, ramp(channel))
+    def _query(self, b: Index, row: Index, channel: Index, width: int) -> Any:
+        return self.q[b, row, ramp(channel)] if width == LANES else load_part(self.q, below(width), b, row, ramp(channel))
 
     def _row_scores(self, weights: Any, state: tuple[Any, Any, Index], place: tuple[Index, ...], hidden: Index | None) -> Expression:
         """Fill ``weights`` with exp2(score - maximum) of one pass of keys; update maximum and sum, return the earlier passes' factor.
 
         The first ``hidden`` keys of the pass stand before the row's window.
         """
-        b, h, row, channel, base, count = place
+        b, h, row, kv_head, base, count = place
         tops, totals, query_index = state
         top = T.Bind(tops[query_index])
         vectors = T.Bind((count + LANES - 1) // LANES)
         store(weights, splat(-math.inf), ramp((vectors - 1) * LANES))
-        query = [T.Bind(self._vector(self.q, b, row, h * self.d + c, width) * splat(self.scale)) for c, width in self.chunks()]
+        query = [T.Bind(self._query(b, row, h * self.d + c, width) * splat(self.scale)) for c, width in self.chunks()]
         with T.serial(count) as j:
             dot: Any = None
+            zero = self.k.zero(b, base + j, kv_head)
+            zero = T.Bind(zero) if zero is not None else None
             for (c, width), part in zip(self.chunks(), query, strict=True):
-                product = part * self._vector(self.k, b, base + j, channel + c, width)
+                product = part * _less(self.k.vector(b, base + j, kv_head, c, width), zero)
                 dot = product if dot is None else dot + product
             score = fold(dot, operator.add)
+            if self.k.stored:
+                score = score * self.k.scale(b, base + j, kv_head)
             if self.bias is not None:
                 where = (T.min(b, self.bias_batch - 1), T.min(h, self.bias_heads - 1), row, base + j)
                 score = score + self.bias[where] * T.float32(math.log2(math.e))
@@ -436,7 +461,7 @@ class _Attention:
 
     def _row_values(self, weights: Any, factor: Expression, result: tuple[Any, Index], place: tuple[Index, ...]) -> None:
         """Add weights x values of one pass to the row's sums, two keys at a time to shorten the chain of dependent sums."""
-        b, channel, base, count = place
+        b, kv_head, base, count = place
         buffer, start = result
         even, odd = ([register("float32", LANES) for _ in self.chunks()] for _ in range(2))
         for (c, _), first, second in zip(self.chunks(), even, odd, strict=True):
@@ -446,11 +471,18 @@ class _Attention:
             second = T.Bind(T.min(pair * 2 + 1, count - 1))
             last = T.Bind(tirx.Select(pair * 2 + 1 < count, weights[second], T.float32(0.0)))
             for key, weight, totals in ((pair * 2, weights[pair * 2], even), (second, last, odd)):
+                zero = self.v.zero(b, base + key, kv_head)
+                zero = T.Bind(zero) if zero is not None else None
+                share = T.Bind(weight * self.v.scale(b, base + key, kv_head)) if self.v.stored else weight
                 for (c, width), kept in zip(self.chunks(), totals, strict=True):
-                    value = self._vector(self.v, b, base + key, channel + c, width)
-                    store(kept, value * splat(weight) + kept[ramp(0)], ramp(0))
+                    value = _less(self.v.vector(b, base + key, kv_head, c, width), zero)
+                    store(kept, value * splat(share) + kept[ramp(0)], ramp(0))
         for (c, _), first, other in zip(self.chunks(), even, odd, strict=True):
             store(buffer, first[ramp(0)] + other[ramp(0)], ramp(start + c))
+
+
+def _less(vector: Expression, zero: Expression | None) -> Expression:
+    return vector if zero is None else vector - splat(zero)
 
 
 def _unrolled(count: Index, body: Callable[[Index], None]) -> None:

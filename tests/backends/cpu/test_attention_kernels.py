@@ -11,8 +11,10 @@ from qcompile.backends.cpu.kernels.attention import attention
 from qcompile.backends.cpu.kernels.cache import cache_append
 from qcompile.backends.cpu.kernels.isa import PORTABLE, detect
 from qcompile.backends.cpu.kernels.softmax import softmax
+from qcompile.backends.cpu.kernels.stored_rows import Stored
 
 import qcompile.graph.dialect  # noqa: F401 - registers torch.ops.qc
+from qcompile.formats import parse_scheme
 
 Build = Callable[..., Callable[..., None]]
 ISAS = sorted({detect(), PORTABLE})  # the best instruction set of this machine, and the portable code
@@ -79,6 +81,42 @@ def test_caches_with_room_for_more(compile_kernel: Build, window: int, isa: str)
         out = untouched(q)
         kernel(q, k, v, past_tokens, out)
         assert float((out - expected).abs().max()) <= bound(q, k.nan_to_num(), v.nan_to_num(), 20, 0.3), (tokens, past)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "isa"),
+    [
+        ("int8 group=32 sym dynamic", "uint8 group=32 affine dynamic", ISAS[0]),
+        ("uint4 group=32 affine dynamic", "int4 group=32 sym dynamic", ISAS[0]),
+        ("int4 token sym dynamic", "uint4 token affine dynamic", ISAS[-1]),
+        ("uint8 token affine dynamic", "int8 token sym dynamic", ISAS[-1]),
+    ],
+)
+def test_caches_of_codes(compile_kernel: Build, key: str, value: str, isa: str) -> None:
+    """Codes of each row with scales for each token, or token and head; two 4-bit codes in a byte."""
+    heads, kv_heads, d = 4, 2, 32
+    schemes = [parse_scheme(text) for text in (key, value)]
+    stored = [Stored(s.bits, s.format.lowest < 0, "group" in str(s), not s.symmetric) for s in schemes]
+    kernel = compile_kernel(
+        attention(heads, kv_heads, d, 0.2, key_mask=False, causal=True, past=True, stored_k=stored[0], stored_v=stored[1], isa=isa), isa
+    )
+    for tokens, capacity, past in ((1, 300, [0, 299, 128]), (40, 190, [150, 129, 0])):
+        q, *floats = tensors(heads, kv_heads, d, 3, tokens, capacity)
+        memory, scales, meant = [], [], []
+        for x, scheme in zip(floats, schemes, strict=True):
+            codes, scale, zero = torch.ops.qc.quantize_dynamic(x * 3 + 1, str(scheme))
+            memory.append(scheme.format.pack(codes))
+            scales += [scale] if scheme.symmetric else [scale, zero]
+            meant.append(torch.ops.qc.dequantize(codes, scale, None if scheme.symmetric else zero, str(scheme)))
+        expected = torch.ops.qc.attention(q.double(), *(m.double() for m in meant), None, heads, kv_heads, 0.2, True, torch.tensor(past))
+        out = untouched(q)
+        kernel(q, *memory, torch.tensor(past), *scales, out)
+        assert float((out - expected).abs().max()) <= 2 * bound(q, meant[0], meant[1], d, 0.2), (tokens, past)
+
+
+def test_codes_of_heads_that_are_no_whole_vectors_are_refused() -> None:
+    with pytest.raises(ValueError, match="not whole vectors"):
+        attention(2, 2, 20, 1.0, key_mask=False, causal=True, past=True, stored_k=Stored())
 
 
 def test_a_window_without_a_cache(compile_kernel: Build) -> None:
