@@ -464,7 +464,8 @@ def test_every_qc_operator_is_exported() -> None:
 
     defined = {name.removeprefix("qc::").split("/")[0].split(".")[0] for name in LIBRARY._op_defs}
     assert defined
-    assert {f"qc.{name}" for name in defined} <= set(TABLE)
+    of_caches = {"qc.cache_append", "qc.pack"}  # entries of decoders have no export
+    assert {f"qc.{name}" for name in defined} - of_caches <= set(TABLE)
 
 
 def test_runner_takes_arrays_and_names() -> None:

@@ -159,16 +159,20 @@ def ticks():
 executable, x = build(_mlp().module, threads=int(sys.argv[2])), torch.randn(64, 512, 48)
 executable(x)
 before = ticks()
-while max(now - before.get(t, 0) for t, now in ticks().items()) < 40:
+busy, spent = 0, 0
+# On a busy machine the calling thread does most of the tasks: it gives the others longer.
+while spent < 40 or (busy < int(sys.argv[2]) and spent < 1000):
     executable(x)
-print(sum(now - before.get(t, 0) > 10 for t, now in ticks().items()))
+    used = [now - before.get(t, 0) for t, now in ticks().items()]
+    busy, spent = sum(u > 10 for u in used), max(used)
+print(busy)
 """
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").is_dir() or (os.cpu_count() or 1) < 2, reason="needs two processors and /proc")
 @pytest.mark.parametrize("threads", [1, 2])
 def test_a_call_uses_the_threads_it_is_given(threads: int) -> None:
-    """Left to itself TVM's pool takes half of the processors."""
+    """By ticks of the clock: a thread that only waits has none."""
     command = [sys.executable, "-c", _COUNT_THREADS, str(Path(__file__).parent), str(threads)]
     done = subprocess.run(command, check=True, timeout=300, capture_output=True, text=True)
     assert int(done.stdout) == threads
@@ -317,4 +321,4 @@ def test_sentence_model_agrees_with_torch(sentence_model: Any) -> None:
         torch.testing.assert_close(got[seen], want[seen], rtol=1e-4, atol=2e-5)
     kernels = [time for time in built.profile(ids, mask) if time.kernel.startswith("linear")]
     assert len(kernels) <= 4
-    assert sum(time.calls for time in kernels) == 36
+    assert sum(time.calls for time in kernels) == 24, "query, key and value are not one product"
