@@ -27,6 +27,7 @@ from qcompile.backends.cpu.kernels import isa
 from qcompile.backends.cpu.kernels.matmul import linear
 from qcompile.backends.cpu.kernels.matmul_spec import Linear
 from qcompile.backends.cpu.kernels.pack import pack_linear
+from qcompile.backends.cpu.pipeline import compile_kernel
 
 from qcompile.registry import find_target
 
@@ -159,8 +160,7 @@ def onnxruntime_call(bits: int, rows: int, rng: np.random.Generator) -> tuple[Ca
 def our_call(name: str, rows: int, rng: np.random.Generator) -> tuple[Call, int, int]:
     """Return a call of as many of our layers in turn, their number and the bytes of one."""
     spec = Linear(SIZE, SIZE, **OURS[name])
-    with tvm.target.Target(isa.target_description()) as target:
-        kernel = tvm.compile(tvm.IRModule({"linear": linear(spec)}), target)["linear"]
+    kernel = compile_kernel(linear(spec), isa.thread_count())
     highest = 1 << (spec.bits - 1)
     codes = rng.integers(-highest, highest, (SIZE, SIZE)).astype(np.int8)
     constants = pack_linear(spec, codes, np.full((SIZE, spec.groups) if spec.group else (SIZE,), 0.01, np.float32))

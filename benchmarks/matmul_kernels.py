@@ -26,6 +26,7 @@ from qcompile.backends.cpu.kernels.matmul_spec import Linear
 from qcompile.backends.cpu.kernels.matmul_stream import prefetch_turn
 from qcompile.backends.cpu.kernels.pack import pack_linear
 from qcompile.backends.cpu.kernels.vector import hold, register, spread
+from qcompile.backends.cpu.pipeline import compile_kernel
 from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as T
 
@@ -54,8 +55,7 @@ CALLS = 20  # of one kernel before the next one's turn, each on memory of its ow
 def _kernel_call(spec: Linear, m: int, rng: np.random.Generator, copies: int = 1) -> Callable[[], None]:
     """Return a call of one of our kernels, each time with the next copy of the weights."""
     k, n = spec.in_features, spec.out_features
-    target = tvm.target.Target(isa.target_description())
-    kernel = tvm.compile(tvm.IRModule({"linear": linear(spec)}), target)["linear"]
+    kernel = compile_kernel(linear(spec), isa.thread_count())
     scale = np.full((n, spec.groups) if spec.group else (n,), 0.01, np.float32)
     codes = rng.integers(-(1 << min(spec.bits - 1, 7)), 1 << min(spec.bits - 1, 7), (n, k))
     constants = pack_linear(spec, codes.astype(np.float32 if spec.bits == 32 else np.int8), scale)
@@ -94,7 +94,7 @@ def _read_call(*, ahead: bool) -> Callable[[], None]:
                 for line in range(lines):
                     T.buffer_store(total, total[lanes] + x[turn, line, lanes], [lanes])
             T.buffer_store(y, total[lanes], [thread, lanes])
-    kernel = tvm.compile(tvm.IRModule({"read": builder.get()}), tvm.target.Target(isa.target_description()))["read"]
+    kernel = compile_kernel(builder.get(), threads)
     parts = [tvm.runtime.tensor(np.ones((threads * turns, lines, 16), np.int32)) for _ in range(CALLS)]
     result, order = tvm.runtime.tensor(np.zeros((threads, 16), np.int32)), iter(range(1 << 60))
     return lambda: kernel(parts[next(order) % len(parts)], result)

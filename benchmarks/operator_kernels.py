@@ -31,6 +31,7 @@ from qcompile.backends.cpu.kernels.hadamard import hadamard
 from qcompile.backends.cpu.kernels.matmul_epilogue import Epilogue
 from qcompile.backends.cpu.kernels.normalization import layer_norm
 from qcompile.backends.cpu.kernels.softmax import softmax
+from qcompile.backends.cpu.pipeline import compile_kernel
 
 from qcompile.formats import parse_scheme
 
@@ -150,8 +151,7 @@ def measure(calls: list[Callable[[], Any]], rounds: int = 4, repeats: int = 14, 
 
 def run(case: Case) -> dict[str, Any]:
     """Compile, time and describe one case."""
-    name = case.function.attrs["global_symbol"]
-    kernel = tvm.compile(tvm.IRModule({name: case.function}), tvm.target.Target(isa.target_description()))[name]
+    kernel = compile_kernel(case.function, isa.thread_count())
     arguments = [tvm.runtime.tensor(a) for a in case.arguments]
     mine, theirs = measure([lambda: kernel(*arguments), case.torch_call])
     size = sum(a.nbytes for a in case.arguments)

@@ -12,11 +12,10 @@ from collections.abc import Callable
 
 import numpy as np
 import tvm
-from qcompile.backends.cpu import team
 from qcompile.backends.cpu.kernels import isa, tiles
 from qcompile.backends.cpu.kernels.registers import LANES, argument, function, ramp
 from qcompile.backends.cpu.kernels.vector import Expr, register, spread
-from qcompile.backends.cpu.pipeline import COMPILE_LOCK
+from qcompile.backends.cpu.pipeline import compile_kernel
 from tvm import tirx
 from tvm.tirx.script.builder import ir as T
 
@@ -48,12 +47,7 @@ def measure_limits(threads: int) -> Limits:
 
 def _seconds(kernel: tirx.PrimFunc, data: np.ndarray, threads: int, results: int = LANES) -> float:
     """Return the seconds of the fastest of some runs of ``kernel(data, out)``."""
-    name = str(kernel.attrs["global_symbol"])
-    with COMPILE_LOCK:
-        module = tvm.tirx.build(tvm.IRModule({name: kernel, team.CONNECT: team.connector()}), tvm.target.Target(isa.target_description()))
-    team.connect(module)
-    team.set_threads(threads)
-    run = module[name]
+    run = compile_kernel(kernel, threads)
     arguments = [tvm.runtime.tensor(data), tvm.runtime.tensor(np.zeros((threads, results), data.dtype))]
     times: list[float] = []
     stop = time.perf_counter() + SECONDS

@@ -11,11 +11,11 @@ from qcompile.backends.cpu.host import host_functions
 from qcompile.backends.cpu.kernels import isa
 from qcompile.backends.cpu.machine import describe
 from qcompile.backends.cpu.schedule import ScheduleRemaining
-from qcompile.backends.cpu.team import CONNECT, connector
+from qcompile.backends.cpu.team import CONNECT, connect, connector, set_threads
 from qcompile.backends.lowering.arena import plan_arena
 from qcompile.backends.lowering.sequence import NoSequence, read_sequence
 from qcompile.backends.lowering.share_shapes import OrderShapes, ShareShapes
-from tvm import relax
+from tvm import relax, tirx
 from tvm.relax import transform
 
 logger = logging.getLogger(__name__)
@@ -79,6 +79,18 @@ def compile_module(module: tvm.IRModule, threads: int | None = None, *, virtual_
         lowered = tvm.transform.Sequential(machine_passes())(lowered)
         lowered[CONNECT] = connector()
         return tvm.relax.build(lowered, target, relax_pipeline=None)
+
+
+def compile_kernel(kernel: tirx.PrimFunc, threads: int) -> Any:
+    """Return one kernel as a function for the machine this runs on, without a model; the calling thread's team runs its loops."""
+    name = str(kernel.attrs["global_symbol"])
+    with COMPILE_LOCK:
+        module = tvm.tirx.build(
+            tvm.IRModule({name: kernel, CONNECT: connector()}), tvm.target.Target(isa.target_description(threads=threads))
+        )
+    connect(module)
+    set_threads(threads)
+    return module[name]
 
 
 def _host_module(module: tvm.IRModule) -> tvm.IRModule:

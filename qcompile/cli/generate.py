@@ -68,7 +68,7 @@ def generate(
         tokens[piece.row].append(piece.token)
         ends[piece.row] = piece.end
         if alone:
-            click.echo(piece.text if generator.has_tokenizer else f" {piece.token}", nl=False)
+            click.echo(piece.text if generator.tokenizer is not None else f" {piece.token}", nl=False)
             sys.stdout.flush()
     speed = generator.speed
     figures = {

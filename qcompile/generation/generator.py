@@ -71,8 +71,13 @@ class Continuation:
 class Generator:
     """Continues texts with a compiled decoder.
 
+    Attributes:
+        tokenizer: of the package ``tokenizers``; None where the artifact holds none, and prompts are token numbers.
+        speed: tokens and seconds of the last generation.
+        cache_bytes: what its caches took.
+
     Args:
-        artifact: a compiled decoder; its tokenizer is used where prompts are texts.
+        artifact: a compiled decoder.
         context: the most tokens of a text, prompt included; by default what the model was made for.
 
     Raises:
@@ -83,13 +88,8 @@ class Generator:
         self.model = Model(artifact, context)
         self.speed = Speed()
         self.cache_bytes = 0
-        self._tokenizer: Any = read_tokenizer(artifact.tokenizer) if artifact.tokenizer else None
+        self.tokenizer: Any = read_tokenizer(artifact.tokenizer) if artifact.tokenizer else None
         self._vocabulary = int(self.model.decoder.prefill.outputs[0].meta["val"].shape[-1])
-
-    @property
-    def has_tokenizer(self) -> bool:
-        """Say whether prompts may be texts, and pieces have text."""
-        return self._tokenizer is not None
 
     def tokens_of(self, prompt: Prompt) -> list[int]:
         """Return a prompt's tokens.
@@ -97,9 +97,9 @@ class Generator:
         Raises:
             Refused: it is empty, a text without a tokenizer, or holds a token that the model does not have.
         """
-        if isinstance(prompt, str) and self._tokenizer is None:
+        if isinstance(prompt, str) and self.tokenizer is None:
             raise Refused("the artifact holds no tokenizer", way_out="give token numbers, or compile from a folder with tokenizer.json")
-        tokens = list(self._tokenizer.encode(prompt).ids if isinstance(prompt, str) else prompt)
+        tokens = list(self.tokenizer.encode(prompt).ids if isinstance(prompt, str) else prompt)
         if not tokens:
             raise Refused("the prompt is empty", way_out="give at least one token")
         if wrong := [token for token in tokens if not 0 <= token < self._vocabulary]:
@@ -131,7 +131,7 @@ class Generator:
         given = [self.tokens_of(prompt) for prompt in chosen]
         self._check_room(given, max_tokens)
         ends = frozenset() if ignore_end else frozenset(self.model.artifact.end_tokens)
-        rows = [_Row(tokens, TextStream(self._tokenizer, tokens), stop, ends, self._room(tokens, max_tokens)) for tokens in given]
+        rows = [_Row(tokens, TextStream(self.tokenizer, tokens), stop, ends, self._room(tokens, max_tokens)) for tokens in given]
         return self._run(rows, Sampler(sampling or Sampling(), len(rows)))
 
     def generate(self, prompts: Prompt | Sequence[Prompt], **options: Any) -> list[Continuation]:
