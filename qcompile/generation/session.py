@@ -10,10 +10,12 @@ import torch
 from qcompile.artifact import Artifact
 from qcompile.errors import Refused
 from qcompile.generation.entries import Decoder, decoder_entries, longest_text
+from qcompile.pipeline import sqnr_db
 from qcompile.registry import find_target
 from qcompile.target import Executable
 
 CHUNK = 512  # tokens of a prompt in one call: many enough for full speed, few enough that activations stay small
+AGREEMENT_DB = 20.0  # of logits from caches with those of the whole text: codes on ties may fall on other sides, mixed tokens share nothing
 GROWTH = 256  # a cache grows by this many tokens, or by half of what it has
 
 
@@ -41,8 +43,29 @@ class Model:
 
     @cached_property
     def executable(self) -> Executable:
+        """The entry ``prefill``, built.
+
+        Raises:
+            Refused: it does not continue the artifact's golden text as the graph over whole texts does.
+        """
         target = find_target(self.artifact.target).with_tiles(self.artifact.tiles)
-        return target.build(self.decoder.prefill, threads=self.artifact.threads)
+        built = target.build(self.decoder.prefill, threads=self.artifact.threads)
+        self._check(built)
+        return built
+
+    def _check(self, run: Executable) -> None:
+        """Read the golden text in two parts and compare with its golden logits: an operator that mixes tokens otherwise shows here."""
+        tokens = self.artifact.golden_inputs[0][:1, : self.context]
+        length = tokens.shape[1]
+        if length < 2:
+            return
+        caches = [torch.zeros(1, length, *map(int, cache.type.shape[2:]), dtype=cache.type.dtype) for cache in self.decoder.caches]
+        past, one = torch.zeros(1, dtype=torch.int64), torch.ones(1, dtype=torch.int64)
+        _, *caches = run([tokens[:, :-1].contiguous(), past, past + length - 1, *caches])
+        logits = run([tokens[:, -1:].contiguous(), past + length - 1, one, *caches])[0][0]
+        expected = self.artifact.golden_outputs[0][0, length - 1]
+        if torch.isfinite(logits).all() and sqnr_db(expected, logits) < AGREEMENT_DB:
+            raise Refused("an operator beside attention mixes tokens: no cache can stand for that", way_out="run it over whole texts")
 
 
 class Session:

@@ -120,6 +120,25 @@ def test_logits_that_are_no_numbers_are_refused(compiled: Compiled) -> None:
         Generator(artifact).generate([1, 2], max_tokens=2)
 
 
+class Rolling(torch.nn.Module):
+    """Reads the token before in a way that is no attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.head = torch.nn.Embedding(20, 8), torch.nn.Linear(8, 20)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        vectors = self.table(tokens)
+        return self.head(vectors + vectors.roll(1, 1))
+
+
+def test_tokens_mixed_beside_attention_are_refused() -> None:
+    tokens = torch.arange(6).view(1, 6)
+    artifact = qcompile.compile(Rolling(), (tokens,), recipe="float", target="reference", dynamic_shapes=[{0: "batch", 1: "seq"}])
+    with pytest.raises(Refused, match="mixes tokens"):
+        Generator(artifact).generate([1, 2, 3], max_tokens=2)
+
+
 # ---- sampling -------------------------------------------------------------------------------------------------------------
 
 
