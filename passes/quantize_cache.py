@@ -6,6 +6,9 @@
     %v.quantizer = quantizer(%v) {scheme="int4 group=32 affine dynamic"} : f32[batch,seq,128]
     %attention = qc.attention(%q, %k.quantizer, %v.quantizer) {.., causal=true} : f32[batch,seq,256]
 
+Keys before rotary positions vary less from token to token (KVQuant, Hooper et al. 2024, arXiv 2401.18079, section 3.2): with
+``rotary=before`` their quantizer stands before ``qc.rotary``, the cache holds the codes, and keys are turned when attention reads them.
+
 Scales are found while the model runs, for each token and head (or for each token): a token's codes do not depend on the tokens after it,
 so the graph over whole texts computes what the entries with caches compute (``qcompile.generation.entries``), where the codes are stored.
 """
@@ -33,6 +36,7 @@ class QuantizeCache(Pass):
         value: bits of values, 2 to 8.
         per: ``head`` (a scale for each token and head) or ``token``.
         symmetric: without zero points.
+        rotary: quantize keys ``after`` rotary positions, or ``before``, where ``recognize-rotary`` found them.
     """
 
     gives: ClassVar[Stage | None] = Stage.SIMULATED
@@ -43,6 +47,7 @@ class QuantizeCache(Pass):
     value: int = 8
     per: str = "head"
     symmetric: bool = False
+    rotary: str = "after"
 
     def run(self, graph: Graph, context: Context) -> int:
         for bits in (self.key, self.value):
@@ -50,13 +55,22 @@ class QuantizeCache(Pass):
                 raise Refused(f"a cache has codes of 2 to 8 bits, not {bits}", node=self.name())
         if self.per not in ("head", "token"):
             raise Refused(f"scales of a cache are for each head or token, not '{self.per}'", node=self.name())
+        if self.rotary not in ("after", "before"):
+            raise Refused(f"keys are quantized before or after rotary positions, not '{self.rotary}'", node=self.name())
         placed: dict[tuple[fx.Node, Scheme], fx.Node] = {}
+        found = False
         for node in graph.nodes:
             if node.op != "call_function" or operator_name(node.target) != "qc.attention" or not bound_arguments(node)["causal"]:
                 continue
             a = bound_arguments(node)
-            operands = [a["q"], *(self._placed(graph, a[name], self._scheme(a, name), placed) for name in ("k", "v"))]
-            node.args = (*operands, *node.args[3:])
+            turned = self.rotary == "before" and _is_rotary(a["k"])
+            for name, reader, place in (("k", a["k"], 0) if turned else ("k", node, 1), ("v", node, 2)):
+                quantizer = self._placed(graph, reader.args[place], self._scheme(a, name), placed)
+                reader.args = (*reader.args[:place], quantizer, *reader.args[place + 1 :])
+            found = found or turned
+        if placed and self.rotary == "before" and not found:
+            way_out = "put recognize-rotary before it, or choose rotary=after"
+            raise Refused("no keys have rotary positions", node=self.name(), way_out=way_out)
         return len(placed)
 
     def _scheme(self, a: dict[str, Any], name: str) -> Scheme:
@@ -71,3 +85,7 @@ class QuantizeCache(Pass):
             first = min(x.users, key=graph.nodes.index)
             placed[x, scheme] = graph.call_quantizer(Quantizer(scheme), x, before=first, name=f"{x.name}.cache_quantizer")
         return placed[x, scheme]
+
+
+def _is_rotary(node: fx.Node) -> bool:
+    return node.op == "call_function" and operator_name(node.target) == "qc.rotary"

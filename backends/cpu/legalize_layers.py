@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from qcompile.backends.cpu.joined_layers import joined
-from qcompile.backends.cpu.kernels import attention, hadamard, matmul, normalization, pack, quantization, softmax
+from qcompile.backends.cpu.kernels import attention, hadamard, matmul, normalization, pack, quantization, rotary, softmax
 from qcompile.backends.cpu.kernels import cache as cache_kernel
 from qcompile.backends.cpu.kernels.matmul_epilogue import Epilogue
 from qcompile.backends.cpu.kernels.matmul_spec import TERNARY_INPUTS, Linear, Part
@@ -240,20 +240,24 @@ def _attention(walk: Walk, node: fx.Node, a: Arguments) -> Any:
 
 
 def _stored_rows(walk: Walk, node: fx.Node, kv_heads: int, depth: int) -> tuple[list[Any], Stored | None]:
-    """Return keys or values as a kernel reads them: codes, scales and zero points where they are dequantized codes, else floats."""
+    """Return keys or values as a kernel reads them: codes, scales, zero points and angles where they are dequantized codes, else floats."""
     floats: tuple[list[Any], Stored | None] = ([walk.plain(node)], None)
-    if node.target is not qc.dequantize.default or walk.constant(node) is not None:
+    rotary = Arguments(**bound_arguments(node)) if node.target is qc.rotary.default else None
+    source = rotary.x if rotary else node
+    if source.target is not qc.dequantize.default or walk.constant(source) is not None:
         return floats
-    a = Arguments(**bound_arguments(node))
+    a = Arguments(**bound_arguments(source))
     scheme = parse_scheme(a.scheme)
     per_head = isinstance(scheme.granularity, Group) and scheme.granularity == Group(depth, -1)
-    packed = a.size is not None
-    if not isinstance(scheme.format, Integer) or depth % 16 or scheme.bits != (4 if packed else 8) or a.table is not None:
+    stored_as_such = isinstance(scheme.format, Integer) and a.table is None and (scheme.bits == 8 or a.size is not None)
+    if not stored_as_such or not (per_head or isinstance(scheme.granularity, Token)):
         return floats
-    if not per_head and not isinstance(scheme.granularity, Token):
+    turned = int(walk.fake(rotary.cos).shape[-1]) if rotary else 0
+    stored = Stored(scheme.bits, scheme.format.signed, per_head, a.zero_point is not None, turned)
+    if stored.why_not(depth) or (rotary and walk.shape(rotary.cos)[0] != 1):
         return floats
-    parts = [walk.plain(part) for part in (a.codes, a.scale, a.zero_point) if part is not None]
-    return parts, Stored(scheme.bits, scheme.format.signed, per_head, a.zero_point is not None)
+    parts = [a.codes, a.scale, a.zero_point, *((rotary.cos, rotary.sin) if rotary else ())]
+    return [walk.plain(part) for part in parts if part is not None], stored
 
 
 def _cache_append(walk: Walk, node: fx.Node, a: Arguments) -> Any:
@@ -280,6 +284,13 @@ def _softmax(walk: Walk, node: fx.Node, a: Arguments) -> Any:
     x, rows, _ = rows_of(walk, a.self)
     kernel = walk.kernel(("softmax", width), lambda: softmax.softmax(width), "softmax")
     return walk.reshape(walk.call_kernel(kernel, [x], ([rows, width], "float32")), walk.shape(node))
+
+
+def _rotary(walk: Walk, node: fx.Node, a: Arguments) -> Any:
+    """qc.rotary."""
+    width, turned = int(walk.fake(a.x).shape[-1]), int(walk.fake(a.cos).shape[-1])
+    kernel = walk.kernel(("rotary", a.heads, width // a.heads, turned), lambda: rotary.rotary(a.heads, width // a.heads, turned), "rotary")
+    return walk.call_kernel(kernel, [walk.plain(t) for t in (a.x, a.cos, a.sin)], (walk.shape(node), "float32"))
 
 
 def _hadamard(walk: Walk, node: fx.Node, a: Arguments) -> Any:
@@ -403,6 +414,7 @@ LEGALIZE_LAYERS: dict[str, Legalizer] = {
     "qc.attention": _attention,
     "qc.cache_append": _cache_append,
     "qc.hadamard": _hadamard,
+    "qc.rotary": _rotary,
     "aten.softmax": _softmax,
     "aten._softmax": _softmax,
     "qc.quantize": _quantize,

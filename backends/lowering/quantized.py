@@ -344,6 +344,24 @@ def _hadamard(walk: Walk, a: Arguments) -> Any:
     return op.reshape(walk.emit(op.matmul(runs, matrix)), shape)
 
 
+@converts("qc.rotary")
+def _rotary(walk: Walk, a: Arguments) -> Any:
+    width = a.x.ty.shape[2]
+    depth, turned = int(width) // a.heads, int(a.cos.ty.shape[-1])
+    half = turned // 2
+
+    def rotate(x: Any, cos: Any, sin: Any) -> Any:
+        def element(b: Any, t: Any, i: Any) -> Any:
+            c = i % depth
+            angle = (b if cos.shape[0] == x.shape[0] else 0, t, tirx.min(c, turned - 1))
+            other = tirx.if_then_else(c < half, -x[b, t, tirx.min(i + half, width - 1)], x[b, t, tirx.max(i - half, 0)])
+            return tirx.if_then_else(c < turned, x[b, t, i] * cos[angle] + other * sin[angle], x[b, t, i])
+
+        return te.compute(x.shape, element, name="rotary")
+
+    return walk.builder.emit_te(rotate, a.x, a.cos, a.sin, primfunc_name_hint="rotary")
+
+
 def _causal_mask(walk: Walk, a: Arguments, tokens: Any, keys: Any) -> Any:
     """Emit bool, broadcast to [batch, heads, tokens, keys]: which keys stand at or before each query, and in its window."""
     if a.past is None and not a.window:

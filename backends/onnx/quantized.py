@@ -379,6 +379,24 @@ def hadamard(emitter: Emitter, arguments: SimpleNamespace) -> Any:
     return emitter.op("Reshape", turned, emitter.constant([0] * (rank - 1) + [-1], torch.int64))
 
 
+@converts("qc.rotary")
+def rotary(emitter: Emitter, arguments: SimpleNamespace) -> Any:
+    r = int(emitter.fake(arguments.cos).shape[-1])
+    d = int(emitter.fake(arguments.x).shape[-1]) // arguments.heads
+    x = emitter.op("Reshape", emitter.value(arguments.x), emitter.constant([0, 0, arguments.heads, d], torch.int64))
+
+    def channels(start: int, end: int) -> str:
+        bounds = (emitter.constant([bound], torch.int64) for bound in (start, end, -1))
+        return str(emitter.op("Slice", x, *bounds))
+
+    head_axis = emitter.constant([2], torch.int64)
+    cos, sin = (emitter.op("Unsqueeze", emitter.value(angle), head_axis) for angle in (arguments.cos, arguments.sin))
+    turned = emitter.op("Concat", emitter.op("Neg", channels(r // 2, r)), channels(0, r // 2), axis=-1)
+    y = emitter.op("Add", emitter.op("Mul", channels(0, r), cos), emitter.op("Mul", turned, sin))
+    y = y if r == d else emitter.op("Concat", y, channels(r, d), axis=-1)
+    return emitter.op("Reshape", y, emitter.constant([0, 0, arguments.heads * d], torch.int64))
+
+
 @converts("qc.attention")
 def attention(emitter: Emitter, arguments: SimpleNamespace) -> Any:
     if arguments.past is not None:

@@ -12,6 +12,7 @@ Nothing is read from names. Three things tie a token to others, and each is foun
 
 - causal attention: its keys and values become caches ``[batch, capacity, width]``, new ones are appended. Where they come from
   ``qc.dequantize``, the codes and those of its parameters that depend on the text are cached, so a cache is as small as its scheme.
+  Where keys are quantized before rotary positions, those codes are cached, and turned when attention reads them.
 - positions: whatever depends on the number of tokens only, and on no token. It is computed once for ``context`` positions, checked to give
   every position the same value for texts of any length, and becomes a table from which rows are gathered.
 - the end: the rows of the last tokens are picked as early as what follows works on each token by itself.
@@ -120,6 +121,7 @@ class _Step:
         self._inputs: list[TensorType] = []
         self._caches: list[Cache] = []
         self._appended: list[fx.Node] = []
+        self._tables: dict[fx.Node, fx.Node] = {}  # rows gathered for the new tokens -> the table of all positions
 
     def build(self) -> tuple[Graph, tuple[Cache, ...]]:
         (tokens,) = self._copy.inputs
@@ -167,6 +169,7 @@ class _Step:
                 rows = self._call(aten.embedding.default, holder, places)
                 shape = [self._call(aten.sym_size.int, places, 0), *[1] * max(lead - 1, 0), self._call(aten.sym_size.int, places, 1)]
                 rows = self._call(aten.view.default, rows, [*shape, *table.shape[1:]])
+            self._tables[rows] = holder
             node.replace_all_uses_with(rows, delete_user_cb=lambda user: user in by_text)
 
     def has_positions(self, length: int) -> bool:
@@ -244,6 +247,8 @@ class _Step:
 
     def _cached(self, name: str, node: fx.Node, by_text: set[fx.Node]) -> fx.Node:
         """Return what stands for a node over the whole text: a cache of it, or of the codes it is dequantized from."""
+        if _name(node) == "qc.rotary" and _name(node.args[0]) == "qc.dequantize":
+            return self._turned(node, self._cached(name, node.args[0], by_text), by_text)
         if _name(node) != "qc.dequantize":
             return self._cache(name, node)
         a = bound_arguments(node)
@@ -257,6 +262,21 @@ class _Step:
         rest = [self._cache(f"{name}_{part}", a[part]) if a[part] in by_text else a[part] for part in ("scale", "zero_point")]
         with self._nodes.inserting_before(node):
             new = self._call(qc.dequantize.default, cached, *rest, a["scheme"], size, like=node)
+        by_text.add(new)
+        return new
+
+    def _turned(self, node: fx.Node, cached: fx.Node, by_text: set[fx.Node]) -> fx.Node:
+        """Return rotary positions of all rows of a cache, in place of those of the new tokens."""
+        a = bound_arguments(node)
+        if any(angle not in self._tables for angle in (a["cos"], a["sin"])):
+            raise Refused("its angles depend on more than the position: keys cannot be turned when they are read", node=node.name)
+        with self._nodes.inserting_before(node):
+            capacity = self._call(aten.sym_size.int, cached, 1)
+            angles = [
+                self._call(aten.unsqueeze.default, self._call(aten.slice.Tensor, self._tables[angle], 0, 0, capacity), 0)
+                for angle in (a["cos"], a["sin"])
+            ]
+            new = self._call(qc.rotary.default, cached, *angles, a["heads"], like=node)
         by_text.add(new)
         return new
 

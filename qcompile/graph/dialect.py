@@ -288,6 +288,21 @@ def _hadamard_type(x, block):
 _define("hadamard(Tensor x, int block) -> Tensor", _hadamard, _hadamard_type)
 
 
+def _rotary(x, cos, sin, heads):
+    """Rotate pairs of channels of each head by an angle for each token (Su et al. 2021, arXiv 2104.09864, as Llama pairs them).
+
+    x [batch, tokens, heads * d]; cos and sin [1 or batch, tokens, r], r even. Channels i and i + r/2 of the first r of a head are a pair:
+    ``x * cos + turned * sin``, two rounded products and their sum, where turned is ``(-x[r/2:r], x[:r/2])``. The others stay as they are.
+    """
+    x, r = x.unflatten(-1, (heads, -1)), cos.shape[-1]
+    first, second = x[..., : r // 2], x[..., r // 2 : r]
+    turned = torch.cat([-second, first], -1) * sin.unsqueeze(2)
+    return torch.cat([x[..., :r] * cos.unsqueeze(2) + turned, x[..., r:]], -1).flatten(2)
+
+
+_define("rotary(Tensor x, Tensor cos, Tensor sin, int heads) -> Tensor", _rotary, lambda x, cos, sin, heads: torch.empty_like(x))
+
+
 def _attention(q, k, v, key_mask, heads, kv_heads, scale, causal, past=None, window=0):
     """Multi-head attention over q [batch, tokens, heads * d], k and v [batch, keys, kv_heads * d].
 

@@ -19,8 +19,8 @@ class Stage(StrEnum):
     INTEGER = "integer"
 
 
-# Rotation, attention recognition and the entries of decoders act on float graphs, so their operators are legal from the start.
-_FLOAT_QC = frozenset({"qc.hadamard", "qc.attention", "qc.cache_append"})
+# Rotations, attention recognition and the entries of decoders act on float graphs, so their operators are legal from the start.
+_FLOAT_QC = frozenset({"qc.hadamard", "qc.rotary", "qc.attention", "qc.cache_append"})
 
 LEGAL: dict[Stage, dict[str, Any]] = {
     Stage.FLOAT: {"quantizers": False, "qc": _FLOAT_QC},

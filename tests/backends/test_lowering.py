@@ -375,6 +375,8 @@ QUANTIZED = [
     (qc.embedding.default, (_integers(12, 5), *_weight("uint8 channel=0 affine", 12, 20))),
     (qc.add.default, (*_activation(UINT8, 3, 16)[:3], *_activation(INT8, 3, 16)[:3], *OUT, UINT8, INT8, UINT8, "relu")),
     (qc.hadamard.default, (X, 8)),
+    (qc.rotary.default, (_normal(2, 5, 30), _normal(1, 5, 6), _normal(1, 5, 6), 3)),
+    (qc.rotary.default, (_normal(2, 5, 30), _normal(2, 5, 10), _normal(2, 5, 10), 3)),
     (qc.attention.default, (_normal(2, 6, 32), _normal(2, 7, 16), _normal(2, 7, 16) + 1, _bools(2, 7), 4, 2, 0.3, True)),
     (qc.attention.default, (_normal(2, 6, 32), _normal(2, 7, 32), _normal(2, 7, 32) + 1, None, 4, 4, 0.3, False)),
     (qc.attention.default, (_normal(2, 6, 32), _normal(2, 9, 16), _normal(2, 9, 16) + 1, None, 4, 2, 0.3, True, None, 3)),

@@ -331,6 +331,12 @@ def test_hadamard() -> None:
     assert_close(make_graph(lambda call, x: call(qc.hadamard.default, x, 8), [x], {}), x)
 
 
+@pytest.mark.parametrize("turned", [4, 6])
+def test_rotary(turned: int) -> None:
+    x, cos, sin = torch_random(2, 5, 18), torch_random(1, 5, turned, seed=1), torch_random(1, 5, turned, seed=2)
+    assert_close(make_graph(lambda call, *inputs: call(qc.rotary.default, *inputs, 3), [x, cos, sin], {}), x, cos, sin)
+
+
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("kv_heads", [4, 2])
 @pytest.mark.parametrize("masked", [False, True])

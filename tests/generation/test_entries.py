@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +14,7 @@ from qcompile import Graph, Refused
 from qcompile.generation import Decoder, decoder_entries
 from qcompile.graph import parse_graph, print_graph
 from qcompile.graph.graph import tensor_digest
-from qcompile.graph.text import DIGEST_LENGTH
+from qcompile.graph.text import DIGEST_LENGTH, operator_name
 from qcompile.registry import find_target
 
 from .conftest import KINDS
@@ -72,6 +73,14 @@ def test_the_cpu_computes_the_entries_and_updates_caches_in_place(decoder: Calla
     for a, b in zip(found, expected, strict=True):
         assert float((a - b).abs().max()) < TOLERANCE
     assert len(places) == 1
+
+
+@pytest.mark.parametrize("kind", ["llama", "phi", "gpt_neox", "gemma", "qwen3", "gpt2"])
+def test_rotary_positions_are_one_operator(decoder: Callable[..., Any], kind: str) -> None:
+    """Two layers, queries and keys; whole heads and parts of heads; GPT-2 has learned positions."""
+    names = Counter(operator_name(node.target) for node in float_graph(decoder(kind)[0]).nodes if node.op == "call_function")
+    assert names["qc.rotary"] == (0 if kind == "gpt2" else 4)
+    assert not names["aten.neg"]
 
 
 def test_entries_have_a_text_form(decoder: Callable[..., Any]) -> None:

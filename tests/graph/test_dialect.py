@@ -218,6 +218,17 @@ def test_hadamard(block) -> None:
     check_meta(qc.hadamard, x, block)
 
 
+@pytest.mark.parametrize("turned", [4, 6])
+def test_rotary(turned) -> None:
+    """Pairs are complex numbers, and turning is a product with exp(i angle)."""
+    x, angle = torch.randn(2, 5, 3, 6), torch.randn(1, 5, turned // 2)
+    twice = torch.cat([angle, angle], -1)
+    pairs = torch.complex(x[..., : turned // 2], x[..., turned // 2 : turned]) * torch.polar(torch.ones_like(angle), angle).unsqueeze(2)
+    expected = torch.cat([pairs.real, pairs.imag, x[..., turned:]], -1).flatten(2)
+    assert torch.allclose(qc.rotary(x.flatten(2), twice.cos(), twice.sin(), 3), expected, atol=1e-6)
+    check_meta(qc.rotary, x.flatten(2), twice.cos(), twice.sin(), 3)
+
+
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
 @pytest.mark.parametrize("masked", [False, True])

@@ -66,13 +66,52 @@ def test_entries_keep_codes_and_compute_what_the_whole_text_does(
         past = past + 1
 
 
+TURNED = (
+    TEXT.replace("  %q =", """  %angle = const @angle
+  %t = aten.sym_size.int(%tokens) {dim=1} : int seq
+  %rows = aten.slice.Tensor(%angle) {dim=0, start=0, end=%t} : f32[seq,4]
+  %angles = aten.unsqueeze(%rows) {dim=0} : f32[1,seq,4]
+  %cos = aten.cos(%angles) : f32[1,seq,4]
+  %sin = aten.sin(%angles) : f32[1,seq,4]
+  %q =""")
+    .replace("  %a = qc.attention(%q, %k,", """  %tq = qc.rotary(%q, %cos, %sin) {heads=4} : f32[batch,seq,16]
+  %tk = qc.rotary(%k, %cos, %sin) {heads=2} : f32[batch,seq,8]
+  %a = qc.attention(%tq, %tk,""")
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("rotary", ["before", "after"])
+def test_keys_before_or_after_rotary_positions(build: Callable[..., Any], rotary: str) -> None:
+    sizes = {"table": (11, 16), "wq": (16, 16), "wk": (8, 16), "wv": (8, 16), "angle": (32, 4)}
+    graph = build(TURNED, **{name: torch.randn(size) for name, size in sizes.items()})
+    Pipeline((QuantizeCache(key=4, rotary=rotary), Materialize())).run(graph, Context(target=ReferenceTarget()))
+    names = {node.name: node for node in graph.nodes}
+    quantized = names["quantize_dynamic"].args[0]
+    assert quantized is (names["k"] if rotary == "before" else names["tk"])
+    tokens = torch.randint(0, 11, (2, 12))
+    whole, entries = graph(tokens)[0], decoder_entries(graph, 32)
+    caches = [torch.zeros(2, 12, *cache.type.shape[2:], dtype=cache.type.dtype) for cache in entries.caches]
+    past = torch.tensor([5, 3])
+    logits, *caches = entries.prefill(tokens[:, :5], torch.zeros_like(past), past, *caches)
+    for _ in range(6):
+        for row in range(2):
+            torch.testing.assert_close(logits[row], whole[row, int(past[row]) - 1], rtol=1e-5, atol=1e-5)
+        logits, *caches = entries.decode(tokens.gather(1, past.unsqueeze(1)), past, *caches)
+        past = past + 1
+
+
+def test_keys_without_rotary_positions_are_refused(graph: Any) -> None:
+    with pytest.raises(Refused, match="no keys have rotary positions"):
+        Pipeline((QuantizeCache(rotary="before"),)).run(graph, Context(target=ReferenceTarget()))
+
+
 def test_attention_that_sees_ahead_has_no_cache(build: Callable[..., Any]) -> None:
     sizes = {"table": (11, 16), "wq": (16, 16), "wk": (8, 16), "wv": (8, 16)}
     graph = build(TEXT.replace("causal=true", "causal=false"), **{name: torch.randn(size) for name, size in sizes.items()})
     assert Pipeline((QuantizeCache(),)).run(graph, Context(target=ReferenceTarget()))[0].changes == 0
 
 
-@pytest.mark.parametrize("options", [{"key": 1}, {"value": 9}, {"per": "channel"}])
+@pytest.mark.parametrize("options", [{"key": 1}, {"value": 9}, {"per": "channel"}, {"rotary": "during"}])
 def test_options_out_of_range_are_refused(graph: Any, options: dict[str, Any]) -> None:
     with pytest.raises(Refused):
         Pipeline((QuantizeCache(**options),)).run(graph, Context(target=ReferenceTarget()))

@@ -10,6 +10,7 @@ import torch
 from qcompile.backends.cpu.kernels.attention import attention
 from qcompile.backends.cpu.kernels.cache import cache_append
 from qcompile.backends.cpu.kernels.isa import PORTABLE, detect
+from qcompile.backends.cpu.kernels.rotary import rotary
 from qcompile.backends.cpu.kernels.softmax import softmax
 from qcompile.backends.cpu.kernels.stored_rows import Stored
 
@@ -90,13 +91,20 @@ def test_caches_with_room_for_more(compile_kernel: Build, window: int, isa: str)
         ("uint4 group=32 affine dynamic", "int4 group=32 sym dynamic", ISAS[0]),
         ("int4 token sym dynamic", "uint4 token affine dynamic", ISAS[-1]),
         ("uint8 token affine dynamic", "int8 token sym dynamic", ISAS[-1]),
+        ("uint2 group=32 affine dynamic", "int3 group=32 sym dynamic", ISAS[0]),
+        ("int5 token sym dynamic", "uint6 token affine dynamic", ISAS[0]),
+        ("int2 group=32 sym dynamic", "uint7 group=32 affine dynamic", ISAS[-1]),
     ],
 )
-def test_caches_of_codes(compile_kernel: Build, key: str, value: str, isa: str) -> None:
-    """Codes of each row with scales for each token, or token and head; two 4-bit codes in a byte."""
-    heads, kv_heads, d = 4, 2, 32
+@pytest.mark.parametrize("turned", [0, 32])
+def test_caches_of_codes(compile_kernel: Build, key: str, value: str, isa: str, turned: int) -> None:
+    """Codes of each row, end to end, with scales for each token, or token and head; keys may be turned when they are read."""
+    heads, kv_heads, d = 4, 2, 48 if turned and isa == ISAS[0] and "group" not in key else 32
     schemes = [parse_scheme(text) for text in (key, value)]
-    stored = [Stored(s.bits, s.format.lowest < 0, "group" in str(s), not s.symmetric) for s in schemes]
+    stored = [
+        Stored(s.bits, s.format.lowest < 0, "group" in str(s), not s.symmetric, turns)
+        for s, turns in zip(schemes, (turned, 0), strict=True)
+    ]
     kernel = compile_kernel(
         attention(heads, kv_heads, d, 0.2, key_mask=False, causal=True, past=True, stored_k=stored[0], stored_v=stored[1], isa=isa), isa
     )
@@ -108,15 +116,34 @@ def test_caches_of_codes(compile_kernel: Build, key: str, value: str, isa: str) 
             memory.append(scheme.format.pack(codes))
             scales += [scale] if scheme.symmetric else [scale, zero]
             meant.append(torch.ops.qc.dequantize(codes, scale, None if scheme.symmetric else zero, str(scheme)))
+        if turned:
+            angles = torch.randn(1, capacity, turned)
+            cos, sin = angles.cos(), angles.sin()
+            meant[0] = torch.ops.qc.rotary(meant[0], cos, sin, kv_heads)
+            after_key = 1 if schemes[0].symmetric else 2
+            scales = [*scales[:after_key], cos, sin, *scales[after_key:]]
         expected = torch.ops.qc.attention(q.double(), *(m.double() for m in meant), None, heads, kv_heads, 0.2, True, torch.tensor(past))
         out = untouched(q)
         kernel(q, *memory, torch.tensor(past), *scales, out)
         assert float((out - expected).abs().max()) <= 2 * bound(q, meant[0], meant[1], d, 0.2), (tokens, past)
 
 
-def test_codes_of_heads_that_are_no_whole_vectors_are_refused() -> None:
+@pytest.mark.parametrize(("d", "stored"), [(20, Stored()), (32, Stored(turned=16))])
+def test_codes_of_heads_that_are_no_whole_vectors_are_refused(d: int, stored: Stored) -> None:
     with pytest.raises(ValueError, match="not whole vectors"):
-        attention(2, 2, 20, 1.0, key_mask=False, causal=True, past=True, stored_k=Stored())
+        attention(2, 2, d, 1.0, key_mask=False, causal=True, past=True, stored_k=stored)
+
+
+@pytest.mark.parametrize(("heads", "d", "turned"), [(3, 10, 6), (2, 64, 64), (2, 48, 32), (1, 40, 40)])
+@pytest.mark.parametrize("isa", ISAS)
+def test_rotary_positions_bit_for_bit(compile_kernel: Build, heads: int, d: int, turned: int, isa: str) -> None:
+    kernel = compile_kernel(rotary(heads, d, turned), isa)
+    for batch, tokens, angles in ((2, 5, 1), (3, 1, 3), (1, 700, 1)):
+        x = torch.randn(batch, tokens, heads * d)
+        cos, sin = (torch.randn(angles, tokens, turned) for _ in range(2))
+        out = untouched(x)
+        kernel(x, cos, sin, out)
+        assert torch.equal(out, torch.ops.qc.rotary(x, cos, sin, heads)), (batch, tokens)
 
 
 def test_a_window_without_a_cache(compile_kernel: Build) -> None:
