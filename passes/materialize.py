@@ -100,6 +100,20 @@ def _rules(context: Context) -> tuple[Rule, ...]:
 
         return guard
 
+    def guard_computed(operator: str) -> Any:
+        def guard(graph: Graph, m: Match) -> str | None:
+            for side in [m[side] for side in ("q", "k", "v", "a", "b") if side in m.values]:
+                scheme = _scheme(side)
+                if scheme.dynamic or str(scheme.granularity) != "tensor" or bound_arguments(side)["size"] is not None:
+                    return f"{side.name} is not on a static grid"
+                if "q" in m.values and (not scheme.symmetric or side.args[0].meta["val"].dtype != torch.int8):
+                    return f"{side.name} has a zero point"
+                if reason := context.target.supports(operator, LayerScheme(None, scheme)):
+                    return reason
+            return None
+
+        return guard
+
     rules = []
     weight = Op("qc.dequantize", name="weight", shared=True)
     for source, target, replace in (("aten.linear", "qc.linear", _linear), ("aten.conv2d", "qc.conv2d", _conv2d)):
@@ -109,6 +123,11 @@ def _rules(context: Context) -> tuple[Rule, ...]:
         rules.append(Rule(f"{target}-weight-only", weight_only, replace, guard_product(target)))
     rules.append(Rule("qc.embedding", Op("aten.embedding", name="layer", weight=weight), _embedding,
                       lambda graph, m: supported("qc.embedding", None, m["weight"])))  # fmt: skip
+    sides = {side: Op("qc.dequantize", name=side, shared=True) for side in "qkv"}
+    rules.append(Rule("qc.attention_codes", Op("qc.attention", name="layer", **sides), _attention, guard_computed("qc.attention_codes")))
+    for source, other in (("aten.matmul", "other"), ("aten.bmm", "mat2")):
+        operands = {"self": Op("qc.dequantize", name="a", shared=True), other: Op("qc.dequantize", name="b", shared=True)}
+        rules.append(Rule(f"qc.matmul-{other}", Op(source, name="layer", **operands), _matmul, guard_computed("qc.matmul")))
     add = Op(
         "aten.add.Tensor", name="add", self=Op("qc.dequantize", name="a", shared=True), other=Op("qc.dequantize", name="b", shared=True)
     )
@@ -170,6 +189,18 @@ def _embedding(graph: Graph, m: Match) -> fx.Node:
     w = bound_arguments(m["weight"])
     indices, size = m.arguments("layer")["indices"], m["weight"].meta["val"].shape[-1]
     return graph.call(_qc.embedding.default, indices, w["codes"], w["scale"], w["zero_point"], w["scheme"], size, before=m.root)
+
+
+def _attention(graph: Graph, m: Match) -> fx.Node:
+    operands = [part for side in "qkv" for part in (bound_arguments(m[side])["codes"], bound_arguments(m[side])["scale"])]
+    rest = [value for name, value in m.arguments("layer").items() if name not in ("q", "k", "v")]
+    return graph.call(_qc.attention_codes.default, *operands, *rest, before=m.root)
+
+
+def _matmul(graph: Graph, m: Match) -> fx.Node:
+    a, b = bound_arguments(m["a"]), bound_arguments(m["b"])
+    operands = [side[key] for side in (a, b) for key in ("codes", "scale", "zero_point")]
+    return graph.call(_qc.matmul.default, *operands, None, None, a["scheme"], b["scheme"], before=m.root)
 
 
 def _guard_add(graph: Graph, m: Match) -> str | None:

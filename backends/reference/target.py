@@ -23,7 +23,7 @@ class ReferenceTarget(Target):
         Kernel(operator, _ALL_BITS, ("tensor", "channel", "group", "block"), activation, "meaning in PyTorch", _FORMATS)
         for operator in ("qc.linear", "qc.conv2d", "qc.embedding", "qc.matmul")
         for activation in ("static", "dynamic", "float")
-    )
+    ) + (Kernel("qc.attention_codes", (), (), "static", "meaning in PyTorch"),)
 
     def supports(self, operator: str, scheme: LayerScheme) -> str | None:
         return None
