@@ -118,9 +118,7 @@ class AssignBits(Pass):
             _warn(context, f"{reason}; {nearest}")
 
 
-def _by_pattern(
-    node: fx.Node, weight: str, context: Context, kind: str, may: Callable[[str], bool] = lambda text: True
-) -> tuple[str, str]:
+def _by_pattern(node: fx.Node, weight: str, context: Context, kind: str, may: Callable[[str], bool] = lambda text: True) -> tuple[str, str]:
     """Return the text of a scheme in the recipe and where it was written; the last pattern that fits, and whose scheme may be, wins."""
     assert context.recipe is not None
     schemes = context.recipe.schemes
@@ -134,7 +132,13 @@ def _by_pattern(
 def _products(graph: Graph) -> list[fx.Node]:
     """Return the products of values that are both computed."""
     found = [node for node in graph.nodes if node.op == "call_function" and operator_name(node.target) in PRODUCTS]
-    return [node for node in found if all(graph.constant(bound_arguments(node)[x]) is None for x in PRODUCTS[operator_name(node.target)][2])]
+    return [node for node in found if all(graph.constant(x) is None for x in operands(node))]
+
+
+def operands(node: fx.Node) -> list[fx.Node]:
+    """Return the operands of a product of ``PRODUCTS``."""
+    arguments = bound_arguments(node)
+    return [arguments[name] for name in PRODUCTS[operator_name(node.target)][2]]
 
 
 def _why_no_product(kind: str, scheme: LayerScheme) -> str | None:

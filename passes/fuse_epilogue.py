@@ -117,7 +117,7 @@ def _concat_codes(graph: Graph, m: Match) -> fx.Node:
 
 @dataclass(frozen=True)
 class FuseEpilogue(Pass):
-    """Fuse activations, residual sums and requantization into qc.linear and qc.conv2d, requantization into qc.matmul; on one grid, move codes instead of values."""
+    """Fuse activations, residual sums and requantization into qc.linear and qc.conv2d; on one grid, move codes instead of values."""
 
     stage: ClassVar[Stage] = Stage.INTEGER
     keeps: ClassVar[Keeps] = BITS
@@ -130,7 +130,12 @@ class FuseEpilogue(Pass):
             lambda graph, m: _with(graph, m, residual=m["residual"]),
             _guard_residual,
         ),
-        Rule("requantize", Op("qc.quantize", name="quantize", x=Op(f"{_PRODUCTS}|qc.matmul", name="product")), _fuse_requantize, _guard_requantize),
+        Rule(
+            "requantize",
+            Op("qc.quantize", name="quantize", x=Op(f"{_PRODUCTS}|qc.matmul", name="product")),
+            _fuse_requantize,
+            _guard_requantize,
+        ),
         Rule(
             "same-grid",
             Op("qc.quantize", name="quantize", x=Op("qc.dequantize", name="dequantize", shared=True)),

@@ -12,6 +12,9 @@ rules turn operators
 over dequantized values into integer operators where the target has the kernel. What no rule takes stays a float operator between the
 two and is correct so.
 
+Attention over dequantized int8 queries, keys and values becomes ``qc.attention_codes``. Its weights are rounded to eight bits there and
+nowhere before: they are no value of the graph, so the simulation has them in float.
+
 A convolution's bias becomes int32 at scale ``x_scale * weight_scale`` (Krishnamoorthi 2018, section 3.1): at most half of one
 accumulator step from the float bias.
 """
@@ -123,11 +126,11 @@ def _rules(context: Context) -> tuple[Rule, ...]:
         rules.append(Rule(f"{target}-weight-only", weight_only, replace, guard_product(target)))
     rules.append(Rule("qc.embedding", Op("aten.embedding", name="layer", weight=weight), _embedding,
                       lambda graph, m: supported("qc.embedding", None, m["weight"])))  # fmt: skip
-    sides = {side: Op("qc.dequantize", name=side, shared=True) for side in "qkv"}
-    rules.append(Rule("qc.attention_codes", Op("qc.attention", name="layer", **sides), _attention, guard_computed("qc.attention_codes")))
-    for source, other in (("aten.matmul", "other"), ("aten.bmm", "mat2")):
-        operands = {"self": Op("qc.dequantize", name="a", shared=True), other: Op("qc.dequantize", name="b", shared=True)}
-        rules.append(Rule(f"qc.matmul-{other}", Op(source, name="layer", **operands), _matmul, guard_computed("qc.matmul")))
+    q, k, v, a, b = (Op("qc.dequantize", name=side, shared=True) for side in "qkvab")
+    attention = Op("qc.attention", name="layer", q=q, k=k, v=v)
+    rules.append(Rule("qc.attention_codes", attention, _attention, guard_computed("qc.attention_codes")))
+    products = (Op("aten.matmul", name="layer", self=a, other=b), Op("aten.bmm", name="layer", self=a, mat2=b))
+    rules += [Rule("qc.matmul", product, _matmul, guard_computed("qc.matmul")) for product in products]
     add = Op(
         "aten.add.Tensor", name="add", self=Op("qc.dequantize", name="a", shared=True), other=Op("qc.dequantize", name="b", shared=True)
     )

@@ -355,7 +355,8 @@ def _attention_codes(q, q_scale, k, k_scale, v, v_scale, key_mask, heads, kv_hea
     ``greatest`` is the greatest score that the query sees, so its weight is 255: weights have the fixed scale 1/255 before they are
     divided by their sum, and their sum is that of the codes, so rounded weights add up to 1. 2**x is a polynomial, ``_power_codes``.
     """
-    scores, v, seen = _heads_apart(*(t.to(torch.float64) for t in (q, k, v)), key_mask, heads, kv_heads, causal, past, window)
+    q, k, v = (t.to(torch.float64) for t in (q, k, v))
+    scores, v, seen = _heads_apart(q, k, v, key_mask, heads, kv_heads, causal, past, window)
     greatest = scores.masked_fill(~seen, -torch.inf).amax(-1, keepdim=True).nan_to_num(neginf=0.0)
     step = (q_scale * k_scale) * torch.tensor(scale * math.log2(math.e), dtype=torch.float32)
     weights = _power_codes((scores - greatest).clamp(max=0.0).to(torch.float32) * step) * seen

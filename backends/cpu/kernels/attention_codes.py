@@ -1,7 +1,7 @@
-"""Multi-head attention over int8 codes (dialect ``qc.attention_codes``), bit for bit: scores, softmax and values of a block of rows together.
+"""Multi-head attention over int8 codes (dialect ``qc.attention_codes``), bit for bit: scores, softmax and values in one kernel.
 
-A task owns some query rows of one (batch, head). Keys come in passes of ``PASS`` rows, which are packed once for all of the task's rows into
-panels of sixteen columns of words of four codes, as products of bytes read them (``byte_products``, ``tiles``):
+A task owns some query rows of one (batch, head). Keys come in passes of ``PASS`` rows, which are packed once for all of the task's rows
+into panels of sixteen columns of words of four codes, as products of bytes read them (``byte_products``, ``tiles``):
 
     keys    [block of 16 keys][word of channels][16 keys]           scores[row][key] += query word * panel word
     values  [block of 16 channels][word of keys][16 channels]       sums[row][channel] += weight word * panel word
@@ -12,8 +12,8 @@ channels, so weights are written as bytes in the order in which the second produ
 A weight needs the greatest score of its row. Where the keys are one pass it is found on the way; more passes go over the keys twice, first
 for the greatest alone. Products cost little beside powers of two, which are computed once either way.
 
-Where a product takes its first operand without sign, queries are raised by 128; where with sign, weights are lowered by 128. Either is taken
-back by the value that sums start with, 128 times the sum of the panel's column.
+Where a product takes its first operand without sign, queries are raised by 128; where with sign, weights are lowered by 128. Either is
+taken back by the value that sums start with, 128 times the sum of the panel's column.
 """
 
 from __future__ import annotations
@@ -190,7 +190,7 @@ class _Attention:
         passes = hold((seen + PASS - 1) // PASS - skipped)
         with T.If(passes > 1), T.Then(), T.serial(passes) as p:
             self._open_pass(hold((p + skipped) * PASS), seen)
-            self._each_block(lambda row, count: self._find_greatest(row, count))
+            self._each_block(self._find_greatest)
         with T.serial(passes) as p:
             self._open_pass(hold((p + skipped) * PASS), seen)
             self._pack_values()

@@ -32,7 +32,7 @@ def _check(spec: CodeAttention, kernel: Callable[..., None], sizes: tuple[int, i
         return found.to(torch.int8)
 
     q, k, v = codes(tokens, spec.heads), codes(keys, spec.kv_heads), codes(keys, spec.kv_heads)
-    scales = list(torch.rand(3, 1) * 0.02 + 0.001) if kind != "fine" else [torch.tensor([1e-12]), torch.tensor([1e-12]), torch.tensor([0.1])]
+    scales = list(torch.tensor([[1e-12], [1e-12], [0.1]]) if kind == "fine" else torch.rand(3, 1) * 0.02 + 0.001)
     mask = torch.rand(batch, keys) > 0.3 if spec.key_mask else None
     if mask is not None:
         mask[0, : keys // 2] = False  # under causal, the first rows then see nothing
