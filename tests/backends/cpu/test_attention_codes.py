@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -15,6 +16,7 @@ from qcompile.backends.cpu.kernels.attention_codes import PASS, TASK_ROWS, CodeA
 from qcompile.backends.cpu.target import TARGET
 
 from qcompile.capture.torch_export import capture_module
+from qcompile.graph.dialect import POWER, _power_codes
 
 Build = Callable[[Any, str], Callable[..., None]]
 ALL = [pytest.param(name, marks=[pytest.mark.edge] if found.machine == "aarch64" else []) for name, found in instruction_sets.SETS.items()]
@@ -23,7 +25,11 @@ MANY = [(1, 40, PASS + 90), (1, TASK_ROWS + 5, PASS + 1)]  # keys of several pas
 
 
 def _check(spec: CodeAttention, kernel: Callable[..., None], sizes: tuple[int, int, int], kind: str) -> None:
-    """Compare one call with the dialect: random codes, all codes at an end of their range, or steps too fine to tell scores apart."""
+    """Compare one call with the dialect: random codes, all codes at an end of their range, or steps too fine to tell scores apart.
+
+    Random scores are spread over the weights' whole range: enough different powers for some to lie beside a tie, where a rounding that
+    the dialect does not have, or one less, would show.
+    """
     batch, tokens, keys = sizes
 
     def codes(rows: int, heads: int) -> torch.Tensor:
@@ -32,7 +38,9 @@ def _check(spec: CodeAttention, kernel: Callable[..., None], sizes: tuple[int, i
         return found.to(torch.int8)
 
     q, k, v = codes(tokens, spec.heads), codes(keys, spec.kv_heads), codes(keys, spec.kv_heads)
-    scales = list(torch.tensor([[1e-12], [1e-12], [0.1]]) if kind == "fine" else torch.rand(3, 1) * 0.02 + 0.001)
+    spread = (spec.scale * spec.head_dim**0.5 * 74**2 / 2) ** -0.5  # codes deviate by 74: scores by twice the unit of the softmax
+    fine = {"random": spread, "extreme": 0.01, "fine": 1e-12}[kind] * (0.8 + 0.4 * torch.rand(2, 1))
+    scales = [*fine, torch.tensor([0.1])]
     mask = torch.rand(batch, keys) > 0.3 if spec.key_mask else None
     if mask is not None:
         mask[0, : keys // 2] = False  # under causal, the first rows then see nothing
@@ -66,6 +74,27 @@ def test_codes_agree_with_the_dialect(compile_for: Build, name: str) -> None:
     for sizes, kind in itertools.product([*SIZES, *MANY], ("random", "extreme", "fine")):
         if not spec.causal or sizes[2] >= sizes[1]:
             _check(spec, kernel, sizes, kind)
+
+
+def test_powers_beside_a_tie(compile_for: Build) -> None:
+    """Steps between scores at which a fused multiply-add would round a weight otherwise; a query of one sees scores 0 to -255."""
+    scores, steps = torch.arange(-255.0, 1.0), torch.linspace(0.02, 0.04, 20_000)
+    x = (scores * steps.unsqueeze(1)).clamp(min=-10.0)
+    y = torch.full_like(x, POWER[0])
+    for coefficient in POWER[1:]:
+        y = (y.double() * (x - x.round()).double() + coefficient).float()
+    beside = ((y * torch.exp2(x.round())).round() != _power_codes(x)).any(1)
+    spec = CodeAttention(1, 1, 4, math.log(2))  # a step of q_scale
+    kernel = compile_for(attention_codes(spec), spec.isa)
+    q, k = torch.tensor([[[1, 0, 0, 0]]], dtype=torch.int8), torch.zeros(1, 256, 4, dtype=torch.int8)
+    k[0, :, 0], one = torch.arange(-128, 128), torch.ones(1)
+    v = torch.randint(-128, 128, (1, 256, 4)).to(torch.int8)
+    assert beside.any()
+    for step in steps[beside]:
+        expected = torch.ops.qc.attention_codes(q, step, k, one[0], v, one[0], None, 1, 1, spec.scale, False)
+        found = torch.full_like(expected, 77)
+        kernel(q, k, v, step.reshape(1).clone(), one, one.clone(), found)
+        assert torch.equal(found, expected)
 
 
 @pytest.mark.parametrize("window", [0, 60])
