@@ -130,7 +130,12 @@ class FuseEpilogue(Pass):
             lambda graph, m: _with(graph, m, residual=m["residual"]),
             _guard_residual,
         ),
-        Rule("requantize", Op("qc.quantize", name="quantize", x=Op(_PRODUCTS, name="product")), _fuse_requantize, _guard_requantize),
+        Rule(
+            "requantize",
+            Op("qc.quantize", name="quantize", x=Op(f"{_PRODUCTS}|qc.matmul", name="product")),
+            _fuse_requantize,
+            _guard_requantize,
+        ),
         Rule(
             "same-grid",
             Op("qc.quantize", name="quantize", x=Op("qc.dequantize", name="dequantize", shared=True)),

@@ -6,7 +6,8 @@
     %w.quantizer = quantizer(%w) {scheme="int8 channel=0 sym"} : f32[8,16]
     %linear = aten.linear(%x.quantizer, %w.quantizer, %b) : f32[4,8]
 
-A value has one quantizer for each scheme, however many layers read it. Image-shaped sums and concatenations between quantized
+A value has one quantizer for each scheme, however many layers read it. Attention reads its queries, keys and values so, and a product of
+two computed values both of them. Image-shaped sums and concatenations between quantized
 convolutions are
 integer too (Krishnamoorthi 2018, section 2): their operands and results get quantizers, and the operands of a concatenation share the
 grid of its result, so that it only moves codes.
@@ -23,6 +24,7 @@ from typing import ClassVar
 
 import torch
 import torch.fx as fx
+from qcompile.passes.assign_bits import PRODUCTS
 
 from qcompile.errors import Refused
 from qcompile.formats import Scheme, choose_scale, parse_layer_scheme
@@ -33,7 +35,8 @@ from qcompile.statistics import Request, range_request
 from qcompile.statistics.model_ranges import DEVIATIONS, ModelRanges
 from qcompile.statistics.ranges import find_range
 
-_INPUT_ARGUMENT = {"aten.linear": "input", "aten.conv2d": "input"}
+# The arguments that a layer reads in its activation scheme.
+_INPUT_ARGUMENTS = {"aten.linear": ("input",), "aten.conv2d": ("input",)} | {name: product[2] for name, product in PRODUCTS.items()}
 _JOINS = ("aten.add.Tensor", "aten.cat")
 
 
@@ -79,8 +82,9 @@ class InsertQuantizers(Pass):
                 _read_quantized(node, placed)
             if scheme is None:
                 continue
-            if scheme.activation and (x := bound_arguments(node)[_INPUT_ARGUMENT[operator_name(node.target)]]) in placed:
-                node.replace_input_with(x, placed[x])
+            for x in _inputs(node) if scheme.activation else ():
+                if x in placed:
+                    node.replace_input_with(x, placed[x])
             if scheme.weight:
                 weight = bound_arguments(node)["weight"]
                 quantizer = graph.call_quantizer(Quantizer(scheme.weight), weight, before=node, name=f"{weight.target}_quantizer")
@@ -94,6 +98,12 @@ def _scheme(node: fx.Node):  # type: ignore[no-untyped-def]
     return parse_layer_scheme(text) if text and node.op == "call_function" else None
 
 
+def _inputs(node: fx.Node) -> dict[fx.Node, None]:
+    """Return the values that a layer reads in its activation scheme, each once."""
+    arguments = bound_arguments(node)
+    return dict.fromkeys(arguments[name] for name in _INPUT_ARGUMENTS[operator_name(node.target)])
+
+
 def _activations(graph: Graph) -> dict[fx.Node, Scheme]:
     """Return the values that get a quantizer, in graph order, with their scheme.
 
@@ -103,8 +113,7 @@ def _activations(graph: Graph) -> dict[fx.Node, Scheme]:
     wanted: dict[fx.Node, Scheme] = {}
     for node in graph.nodes:
         scheme = _scheme(node)
-        if scheme and scheme.activation:
-            x = bound_arguments(node)[_INPUT_ARGUMENT[operator_name(node.target)]]
+        for x in _inputs(node) if scheme and scheme.activation else ():
             if wanted.setdefault(x, scheme.activation) != scheme.activation:
                 raise Refused(
                     f"two layers want it as '{wanted[x]}' and as '{scheme.activation}'", node=x.name, way_out="give both one scheme"

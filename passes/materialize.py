@@ -12,6 +12,9 @@ rules turn operators
 over dequantized values into integer operators where the target has the kernel. What no rule takes stays a float operator between the
 two and is correct so.
 
+Attention over dequantized int8 queries, keys and values becomes ``qc.attention_codes``. Its weights are rounded to eight bits there and
+nowhere before: they are no value of the graph, so the simulation has them in float.
+
 A convolution's bias becomes int32 at scale ``x_scale * weight_scale`` (Krishnamoorthi 2018, section 3.1): at most half of one
 accumulator step from the float bias.
 """
@@ -100,6 +103,20 @@ def _rules(context: Context) -> tuple[Rule, ...]:
 
         return guard
 
+    def guard_computed(operator: str) -> Any:
+        def guard(graph: Graph, m: Match) -> str | None:
+            for side in [m[side] for side in ("q", "k", "v", "a", "b") if side in m.values]:
+                scheme = _scheme(side)
+                if scheme.dynamic or str(scheme.granularity) != "tensor" or bound_arguments(side)["size"] is not None:
+                    return f"{side.name} is not on a static grid"
+                if "q" in m.values and (not scheme.symmetric or side.args[0].meta["val"].dtype != torch.int8):
+                    return f"{side.name} has a zero point"
+                if reason := context.target.supports(operator, LayerScheme(None, scheme)):
+                    return reason
+            return None
+
+        return guard
+
     rules = []
     weight = Op("qc.dequantize", name="weight", shared=True)
     for source, target, replace in (("aten.linear", "qc.linear", _linear), ("aten.conv2d", "qc.conv2d", _conv2d)):
@@ -109,6 +126,11 @@ def _rules(context: Context) -> tuple[Rule, ...]:
         rules.append(Rule(f"{target}-weight-only", weight_only, replace, guard_product(target)))
     rules.append(Rule("qc.embedding", Op("aten.embedding", name="layer", weight=weight), _embedding,
                       lambda graph, m: supported("qc.embedding", None, m["weight"])))  # fmt: skip
+    q, k, v, a, b = (Op("qc.dequantize", name=side, shared=True) for side in "qkvab")
+    attention = Op("qc.attention", name="layer", q=q, k=k, v=v)
+    rules.append(Rule("qc.attention_codes", attention, _attention, guard_computed("qc.attention_codes")))
+    products = (Op("aten.matmul", name="layer", self=a, other=b), Op("aten.bmm", name="layer", self=a, mat2=b))
+    rules += [Rule("qc.matmul", product, _matmul, guard_computed("qc.matmul")) for product in products]
     add = Op(
         "aten.add.Tensor", name="add", self=Op("qc.dequantize", name="a", shared=True), other=Op("qc.dequantize", name="b", shared=True)
     )
@@ -170,6 +192,18 @@ def _embedding(graph: Graph, m: Match) -> fx.Node:
     w = bound_arguments(m["weight"])
     indices, size = m.arguments("layer")["indices"], m["weight"].meta["val"].shape[-1]
     return graph.call(_qc.embedding.default, indices, w["codes"], w["scale"], w["zero_point"], w["scheme"], size, before=m.root)
+
+
+def _attention(graph: Graph, m: Match) -> fx.Node:
+    operands = [part for side in "qkv" for part in (bound_arguments(m[side])["codes"], bound_arguments(m[side])["scale"])]
+    rest = [value for name, value in m.arguments("layer").items() if name not in ("q", "k", "v")]
+    return graph.call(_qc.attention_codes.default, *operands, *rest, before=m.root)
+
+
+def _matmul(graph: Graph, m: Match) -> fx.Node:
+    a, b = bound_arguments(m["a"]), bound_arguments(m["b"])
+    operands = [side[key] for side in (a, b) for key in ("codes", "scale", "zero_point")]
+    return graph.call(_qc.matmul.default, *operands, None, None, a["scheme"], b["scheme"], before=m.root)
 
 
 def _guard_add(graph: Graph, m: Match) -> str | None:

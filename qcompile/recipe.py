@@ -16,16 +16,21 @@ from qcompile.registry import find_pass
 
 
 class Schemes(BaseModel):
-    """Schemes by kind of layer, as ``parse_layer_scheme`` reads them, and by pattern over names of weights, nodes and modules."""
+    """Schemes by kind of layer, as ``parse_layer_scheme`` reads them, and by pattern over names of weights, nodes and modules.
+
+    ``attention`` and ``matmul`` (of two values that are both computed) have no weight: what they name is the scheme of their operands.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     linear: str = "float"
     conv2d: str = "float"
     embedding: str = "float"
+    attention: str = "float"
+    matmul: str = "float"
     layers: dict[str, str] = Field(default_factory=dict)
 
-    @field_validator("linear", "conv2d", "embedding")
+    @field_validator("linear", "conv2d", "embedding", "attention", "matmul")
     @classmethod
     def _known(cls, value: str) -> str:
         from qcompile.formats import parse_layer_scheme

@@ -146,6 +146,8 @@ class Target(ABC):
                 min(abs(b - (scheme.weight.bits if scheme.weight else 8)) for b in row.weight_bits or (8,)),
             ),
         )
+        if not near.weight_bits:
+            return f"{self.name} has no kernel for {operator} with {scheme}; the nearest that runs: {near.activation} activations"
         return (
             f"{self.name} has no kernel for {operator} with {scheme}; the nearest that runs: weights of "
             f"{_words(near)}{'/'.join(map(str, near.weight_bits))} bits by {'/'.join(near.weight_granularity)}, "

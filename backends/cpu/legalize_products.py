@@ -1,4 +1,4 @@
-"""Legalizers of products of two activations: of codes (``qc.matmul``), and of floats."""
+"""Legalizers of products of two activations: of codes (``qc.matmul``, ``qc.attention_codes``), and of floats."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from qcompile.backends.cpu.kernels.attention_codes import CodeAttention, attention_codes
 from qcompile.backends.cpu.kernels.matmul_batched import BatchedMatmul, batched_matmul
 from qcompile.backends.cpu.kernels.matmul_codes import CodeMatmul, code_matmul
 from qcompile.backends.cpu.kernels.quantization import code_dtype, code_range
-from qcompile.backends.cpu.legalize_arguments import Arguments, flat, is_plain_tensor, product, zero_or
+from qcompile.backends.cpu.legalize_arguments import Arguments, first_quantize, flat, grid_of, is_plain_tensor, product, zero_or
 from qcompile.backends.lowering.shapes import Size
 from qcompile.backends.lowering.translate import Legalizer, Walk
 from torch import fx
@@ -36,6 +37,27 @@ def _code_matmul(walk: Walk, node: fx.Node, a: Arguments) -> Any:
         inputs += [flat(walk, a.out_scale), zero_or(walk, a.out_zero_point)]
     kernel = walk.kernel(spec, lambda: code_matmul(spec), f"matmul_{spec.a}_{spec.b}")
     return _call(walk, node, kernel, inputs, spec.codes or "float32")
+
+
+def _code_attention(walk: Walk, node: fx.Node, a: Arguments) -> Any:
+    """qc.attention_codes; writes codes where only a following qc.quantize reads the result."""
+    depth = int(walk.fake(a.q).shape[-1]) // a.heads
+    quantize = first_quantize(node) if walk.is_inner(node) and len(node.users) == 1 else None
+    grid = grid_of(quantize) if quantize is not None else None
+    codes = code_dtype(grid.scheme) if grid else ""
+    spec = CodeAttention(
+        a.heads, a.kv_heads, depth, a.scale, a.key_mask is not None, a.causal, a.past is not None, a.window, codes
+    )  # fmt: skip
+    name = f"attention_codes_{a.heads}x{depth}" + f"_{codes}" * (codes != "") + "_cached" * spec.past
+    kernel = walk.kernel(spec, lambda: attention_codes(spec), name)
+    inputs = [walk.plain(codes) for codes in (a.q, a.k, a.v)] + [flat(walk, scale) for scale in (a.q_scale, a.k_scale, a.v_scale)]
+    inputs += [walk.plain(t) for t in (a.key_mask, a.past) if t is not None] + (grid.arguments(walk) if grid else [])
+    result = walk.call_kernel(kernel, inputs, (walk.shape(node), codes or "float32"))
+    if quantize is None:
+        return result
+    for done in (quantize, node):  # nobody else reads the node itself
+        walk.bind(done, result)
+    return None
 
 
 def _float_matmul(walk: Walk, node: fx.Node, a: Arguments) -> Any:
@@ -74,6 +96,7 @@ def _call(walk: Walk, node: fx.Node, kernel: Any, inputs: list[Any], dtype: str)
 
 LEGALIZE_PRODUCTS: dict[str, Legalizer] = {
     "qc.matmul": _code_matmul,
+    "qc.attention_codes": _code_attention,
     "aten.bmm": _float_matmul,
     "aten.mm": _float_matmul,
     "aten.matmul": _float_matmul,

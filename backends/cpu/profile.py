@@ -42,7 +42,7 @@ def _row(steps: list[Step], milliseconds: float) -> OperatorTime:
     name = steps[0].kernel
     counts = [operations(name, list(step.shapes)) for step in steps]
     known = [count for count in counts if count is not None]
-    integer = re.match(r"(linear_u?int8|(convolution|depthwise)_[ui])", name) is not None
+    integer = re.match(r"(linear_u?int8|matmul_u?int8|attention_codes|(convolution|depthwise)_[ui])", name) is not None
     total = sum(known) if len(known) == len(counts) else None
     return OperatorTime(name, len(steps), milliseconds, total, sum(step.bytes for step in steps), integer)
 

@@ -60,6 +60,8 @@ class CpuTarget(Target):
             "dense, 1x1, depthwise and grouped; weights widened to int8 when packed",
         ),
         Kernel("qc.embedding", (4, 8), ("channel", "tensor"), "float", "rows dequantized while they are gathered"),
+        Kernel("qc.matmul", (), (), "static", "batched product of two computed values, int32 accumulators", ()),
+        Kernel("qc.attention_codes", (), (), "static", "int8 queries, keys and values: scores, softmax and values in one kernel", ()),
     )
 
     def __init__(self, tiles: KernelTiles | None = None) -> None:

@@ -19,10 +19,13 @@ class ReferenceTarget(Target):
 
     name = "reference"
     summary = "PyTorch interpreter of the operators' meanings; slow, defines correctness"
-    kernels = tuple(
-        Kernel(operator, _ALL_BITS, ("tensor", "channel", "group", "block"), activation, "meaning in PyTorch", _FORMATS)
-        for operator in ("qc.linear", "qc.conv2d", "qc.embedding", "qc.matmul")
-        for activation in ("static", "dynamic", "float")
+    kernels = (
+        *(
+            Kernel(operator, _ALL_BITS, ("tensor", "channel", "group", "block"), activation, "meaning in PyTorch", _FORMATS)
+            for operator in ("qc.linear", "qc.conv2d", "qc.embedding", "qc.matmul")
+            for activation in ("static", "dynamic", "float")
+        ),
+        Kernel("qc.attention_codes", (), (), "static", "meaning in PyTorch", ()),
     )
 
     def supports(self, operator: str, scheme: LayerScheme) -> str | None:

@@ -44,6 +44,7 @@ _BY_TOKEN = frozenset({
     "aten.linear", "aten.rms_norm", "aten.layer_norm", "aten.mul.Tensor", "aten.div.Tensor", "aten.tanh", "aten._to_copy",
     "qc.linear", "qc.quantize", "qc.quantize_dynamic", "qc.dequantize", "qc.hadamard", "py.getitem",
 })  # fmt: skip
+_ATTENTION = frozenset({"qc.attention", "qc.attention_codes"})
 _PAST, _COUNTS = "past", "counts"
 UNBOUNDED_CONTEXT = 4096  # tokens, for a model that names no limit: caches and tables of positions must have some size
 
@@ -130,7 +131,7 @@ class _Step:
         counts = None if self._one else self._input(_COUNTS, TensorType(torch.int64, (self._batch,)))
         by_text = _nodes_of_text(self._nodes, tokens)
         self._use_positions(tokens, by_text)
-        for number, node in enumerate(n for n in self._copy.nodes if _name(n) == "qc.attention"):
+        for number, node in enumerate(n for n in self._copy.nodes if _name(n) in _ATTENTION):
             self._use_caches(number, node, by_text)
         self._pick_last(counts, by_text)
         logits = self._copy.outputs[0]
@@ -228,20 +229,7 @@ class _Step:
             raise Refused("this attention sees more than the tokens before: no cache can stand for that", node=node.name)
         key, value = (self._cached(f"{word}_{number}", a[name], by_text) for word, name in (("key", "k"), ("value", "v")))
         with self._nodes.inserting_before(node):
-            new = self._call(
-                qc.attention.default,
-                a["q"],
-                key,
-                value,
-                None,
-                a["heads"],
-                a["kv_heads"],
-                a["scale"],
-                True,
-                self._past,
-                a["window"],
-                like=node,
-            )
+            new = self._call(node.target, *(a | {"k": key, "v": value, "past": self._past}).values(), like=node)
         node.replace_all_uses_with(new)
         by_text.add(new)
 

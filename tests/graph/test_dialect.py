@@ -10,7 +10,7 @@ import torch
 
 from qcompile.formats import pack, parse_scheme
 from qcompile.graph import parse_graph
-from qcompile.graph.dialect import ACTIVATIONS
+from qcompile.graph.dialect import ACTIVATIONS, _power_codes
 from qcompile.graph.hadamard import hadamard_matrix
 
 qc = torch.ops.qc
@@ -245,6 +245,42 @@ def test_attention_one_query_at_a_time(causal, kv_heads, masked) -> None:
             expected[b, i, own] = sum(s * v[b, j, shared].numpy() for s, j in zip(scores / scores.sum(), seen, strict=True))
     assert np.allclose(result.numpy(), expected, atol=1e-6)
     check_meta(qc.attention, q, k, v, mask, 4, kv_heads, 0.5, causal)
+
+
+def test_weights_of_attention_are_powers_of_two_within_three_hundredths_of_a_code() -> None:
+    x = torch.linspace(-14, 0, 100_001)
+    codes = _power_codes(x)
+    assert float((codes - 255 * torch.exp2(x.double())).abs().max()) <= 0.5 + 0.03
+    assert codes[-1] == 255
+    assert codes[x < -9.1].max() == 0
+    whole = torch.arange(-10.0, 1.0)
+    assert _power_codes(whole).tolist() == [round(math.ldexp(255, int(n))) for n in whole.tolist()]
+
+
+@pytest.mark.parametrize(("causal", "past", "window"), [(False, None, 0), (True, None, 0), (True, [1, 0], 0), (True, [1, 2], 2)])
+@pytest.mark.parametrize("masked", [False, True])
+def test_attention_codes_one_query_at_a_time(causal, past, window, masked) -> None:
+    """Integers of Python and floats of NumPy, one operation after another."""
+    q, k, v = (codes((2, n, width), "int8 tensor sym") for n, width in ((3, 16), (5, 8), (5, 8)))
+    q_scale, k_scale, v_scale = torch.tensor(0.013), torch.tensor(0.021), torch.tensor(0.5)
+    mask = torch.tensor([[True, False, True, True, False], [False] * 5]) if masked else None
+    before = None if past is None else torch.tensor(past)
+    arguments = (q, q_scale, k, k_scale, v, v_scale, mask, 4, 2, 0.7, causal, before, window)
+    found = qc.attention_codes(*arguments)
+    step = (q_scale.numpy() * k_scale.numpy()) * np.float32(0.7 * math.log2(math.e))
+    expected = np.zeros((2, 3, 16), np.float32)
+    for b, i, h in np.ndindex(2, 3, 4):
+        own, shared = slice(4 * h, 4 * h + 4), slice(4 * (h // 2), 4 * (h // 2) + 4)
+        last = i + (2 if past is None else past[b])
+        seen = [j for j in range(5) if (mask is None or mask[b, j]) and (not causal or last - (window or 9) < j <= last)]
+        scores = {j: sum(x * y for x, y in zip(q[b, i, own].tolist(), k[b, j, shared].tolist(), strict=True)) for j in seen}
+        steps = {j: np.float32(score - max(scores.values())) * step for j, score in scores.items()}
+        weights = {j: int(_power_codes(torch.tensor([x])).item()) for j, x in steps.items()}
+        sums = [sum(weights[j] * int(v[b, j, c]) for j in seen) for c in range(shared.start, shared.stop)]
+        scale = v_scale.numpy() / np.float32(max(sum(weights.values()), 1))
+        expected[b, i, own] = np.array(sums, np.float32) * scale
+    assert np.array_equal(found.numpy(), expected)
+    check_meta(qc.attention_codes, *arguments)
 
 
 def test_activations() -> None:
