@@ -23,6 +23,10 @@ class ReferenceTarget(Target):
         Kernel(operator, _ALL_BITS, ("tensor", "channel", "group", "block"), activation, "meaning in PyTorch", _FORMATS)
         for operator in ("qc.linear", "qc.conv2d", "qc.embedding", "qc.matmul")
         for activation in ("static", "dynamic", "float")
+    ) + tuple(
+        Kernel(operator, (16,), ("none",), activation, "meaning in PyTorch", ("bf16",))
+        for operator in ("qc.linear", "qc.conv2d", "qc.embedding")
+        for activation in ("bf16", "float")
     )
 
     def supports(self, operator: str, scheme: LayerScheme) -> str | None:
