@@ -10,10 +10,13 @@ import pytest
 import torch
 import tvm
 from qcompile.backends.cpu.kernels import isa as instruction_sets
+from qcompile.backends.cpu.kernels.attention import attention
 from qcompile.backends.cpu.kernels.matmul import linear
 from qcompile.backends.cpu.kernels.matmul_epilogue import Epilogue
 from qcompile.backends.cpu.kernels.matmul_spec import Linear, Part
+from qcompile.backends.cpu.kernels.normalization import layer_norm
 from qcompile.backends.cpu.kernels.pack import pack_layers, pack_linear
+from qcompile.backends.cpu.kernels.quantization import embedding, round_to_bfloat16, widen_bfloat16
 
 import qcompile.graph.dialect as dialect
 from qcompile.formats import BFloat16
@@ -113,6 +116,39 @@ def test_extreme_values(compile_for: Build, instruction_set: str) -> None:
         expected = torch.ops.qc.linear(BF16.encode(x), None, None, BF16.encode(weight), *[None] * 6, "bf16", "bf16", 5)
         flushed = torch.where(expected.abs() < 2.0**-126, 0.0, expected)
         assert torch.equal(torch.where(found.abs() < 2.0**-126, 0.0, found).nan_to_num(7, 8, 9), flushed.nan_to_num(7, 8, 9))
+
+
+# ---- rounding -------------------------------------------------------------------------------------------------------------
+
+
+@ALL
+def test_rounding_gives_the_bits_of_the_format(compile_for: Build, instruction_set: str) -> None:
+    """Every upper half with ties and their neighbours below it: denormal numbers, infinities and NaNs among them."""
+    upper = torch.arange(-(2**15), 2**15, 1 if instruction_set == "portable" else 7, dtype=torch.int32)
+    x = torch.cat([(upper << 16 | lower).view(torch.float32) for lower in (0, 1, 0x7FFF, 0x8000, 0x8001)])
+    codes = torch.full(x.shape, 77, dtype=torch.int16)
+    compile_for(round_to_bfloat16(), instruction_set)(x, codes)
+    assert torch.equal(codes, BF16.encode(x))
+    out = torch.full(x.shape, 77.0)
+    compile_for(widen_bfloat16(), instruction_set)(codes, out)
+    assert torch.equal(out.view(torch.int32), BF16.decode(codes).view(torch.int32))
+
+
+def test_other_kernels_round_what_they_return(compile_kernel: Build) -> None:
+    x, weight, bias = torch.randn(21, 37) * 3 + 1, torch.rand(37), torch.randn(37)
+    out, codes = torch.full((21, 37), 77.0), torch.full((21, 37), 77, dtype=torch.int16)
+    compile_kernel(layer_norm(37, 1e-5, codes="bfloat16"))(x, weight, bias, out, codes)
+    assert torch.equal(codes, BF16.encode(out))
+    for tokens in (1, 33):
+        q, k, v = torch.randn(2, tokens, 40), torch.randn(2, 50, 40), torch.randn(2, 50, 40)
+        out, codes = torch.full(q.shape, 77.0), torch.full(q.shape, 77, dtype=torch.int16)
+        compile_kernel(attention(2, 2, 20, 0.2, key_mask=False, causal=False))(q, k, v, out)
+        compile_kernel(attention(2, 2, 20, 0.2, key_mask=False, causal=False, codes="bfloat16"))(q, k, v, codes)
+        assert torch.equal(codes, BF16.encode(out))
+    table, indices = BF16.encode(torch.randn(9, 37)), torch.tensor([3, -1, 8, 0])
+    out = torch.full((4, 37), 77.0)
+    compile_kernel(embedding(37, 16))(indices, table, out)
+    assert torch.equal(out, BF16.decode(table[indices]))
 
 
 def test_layers_of_one_input_give_the_bits_of_each_alone(compile_for: Build) -> None:
