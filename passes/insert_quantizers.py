@@ -61,8 +61,7 @@ class InsertQuantizers(Pass):
     def requests(self, graph: Graph, context: Context) -> Sequence[Request]:
         if self.range == "model":
             return ()
-        static = [node for node, scheme in _activations(graph).items() if not scheme.dynamic]
-        return [range_request(self.range, node.name) for node in static]
+        return [range_request(self.range, node.name) for node, scheme in _activations(graph).items() if scheme.calibrated]
 
     def run(self, graph: Graph, context: Context) -> int:
         activations = _activations(graph)
@@ -70,7 +69,7 @@ class InsertQuantizers(Pass):
         placed: dict[fx.Node, fx.Node] = {}
         shared = _shared_grids(activations)
         for node, scheme in activations.items():
-            scale, zero_point = (None, None) if scheme.dynamic else grids.find(shared.get(node, node), scheme)
+            scale, zero_point = (None, None) if not scheme.calibrated else grids.find(shared.get(node, node), scheme)
             first_user = _first(graph, node.users)
             placed[node] = graph.call_quantizer(
                 Quantizer(scheme, scale, zero_point), node, before=first_user, name=f"{node.name}.quantizer"
@@ -153,7 +152,7 @@ def _joined_scheme(node: fx.Node, wanted: dict[fx.Node, Scheme]) -> Scheme | Non
         node,
         *(user for user in node.users if user.op == "call_function" and operator_name(user.target) in ("aten.relu", "aten.hardtanh")),
     ]
-    schemes = [wanted[reader] for reader in readers if reader in wanted and not wanted[reader].dynamic]
+    schemes = [wanted[reader] for reader in readers if reader in wanted and wanted[reader].calibrated]
     return schemes[0] if schemes else None
 
 

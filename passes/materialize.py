@@ -58,15 +58,16 @@ class Materialize(Pass):
 
 def _quantize_activation(graph: Graph, node: fx.Node, quantizer: Quantizer) -> fx.Node:
     x, scheme, name = node.args[0], str(quantizer.scheme), str(node.target)
+    scale: fx.Node | None
     zero_point: fx.Node | None
-    if quantizer.scale is None:
+    if quantizer.scheme.dynamic:
         parts = graph.call(_qc.quantize_dynamic.default, x, scheme, before=node)
         # Names of their own: "getitem" may be taken by nodes already erased, which a resumed compile does not know of.
         names = (f"{parts.name}_{part}" for part in ("codes", "scale", "zero_point"))
         codes, scale, zero_point = (graph.call(operator.getitem, parts, i, before=node, name=part) for i, part in enumerate(names))
         zero_point = None if quantizer.scheme.symmetric else zero_point
     else:
-        scale = graph.add_constant(f"{name}_scale", quantizer.scale, like=node)
+        scale = None if quantizer.scale is None else graph.add_constant(f"{name}_scale", quantizer.scale, like=node)
         zero_point = None if quantizer.zero_point is None else graph.add_constant(f"{name}_zero_point", quantizer.zero_point, like=node)
         codes = graph.call(_qc.quantize.default, x, scale, zero_point, scheme, before=node)
     return graph.call(_qc.dequantize.default, codes, scale, zero_point, scheme, before=node)
@@ -78,7 +79,7 @@ def _store_weight(graph: Graph, node: fx.Node, quantizer: Quantizer) -> fx.Node:
     assert weight is not None
     stored = quantizer.quantized(weight)
     codes = graph.add_constant(f"{name}_codes", stored.packed(), like=node)
-    scale = graph.add_constant(f"{name}_scale", stored.scale, like=node)
+    scale = None if stored.scale is None else graph.add_constant(f"{name}_scale", stored.scale, like=node)
     zero_point = None if stored.zero_point is None else graph.add_constant(f"{name}_zero_point", stored.zero_point, like=node)
     table = None if stored.table is None else graph.add_constant(f"{name}_table", stored.table, like=node)
     size = None if stored.scheme.bits == 8 else weight.shape[-1]
@@ -99,7 +100,7 @@ def _rules(context: Context) -> tuple[Rule, ...]:
         def guard(graph: Graph, m: Match) -> str | None:
             if graph.constant(bound_arguments(m["weight"])["codes"]) is None:
                 return "the weight is not stored codes"
-            return _wrong_activation(m.values.get("x")) or supported(operator, m.values.get("x"), m["weight"])
+            return _wrong_activation(m.values.get("x")) or _one_without_scale(m) or supported(operator, m.values.get("x"), m["weight"])
 
         return guard
 
@@ -148,6 +149,12 @@ def _wrong_activation(dequantize: fx.Node | None) -> str | None:
         return None
     text = str(_scheme(dequantize).granularity)
     return None if text in ("tensor", "token") else f"activations by {text} have no integer product"
+
+
+def _one_without_scale(m: Match) -> str | None:
+    if "x" not in m.values or _scheme(m["x"]).format.scaled == _scheme(m["weight"]).format.scaled:
+        return None
+    return f"'{_scheme(m['x'])}' and '{_scheme(m['weight'])}' have no product: one has a scale, the other has none"
 
 
 def _operands(m: Match) -> tuple[list[Any], dict[str, Any], dict[str, Any]]:

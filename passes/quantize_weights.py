@@ -146,6 +146,7 @@ def _describe(graph: Graph, node: fx.Node, takes_gram: bool) -> _Weight:
         return _Weight(
             layer, quantizer, value, None, (), f"its scales ({quantizer.scheme.granularity}) do not lie along the kernel's inputs"
         )
+    takes_gram = takes_gram and quantizer.scheme.format.scaled
     found = [_gram_request(user, node) for user in users] if takes_gram else []
     requests = tuple(dict.fromkeys(request for request in found if isinstance(request, Gram)))
     obstacle = next((reason for reason in found if isinstance(reason, str)), "nothing reads it" if takes_gram else "")
@@ -214,6 +215,8 @@ class _Solver:
 
     def _solve(self, weight: _Weight, statistics: Result, context: Context) -> Quantized:
         scheme = weight.quantizer.scheme
+        if not scheme.format.scaled:  # codes are values: the nearest are all there is to choose
+            return quantize_tensor(weight.value, scheme)
         if weight.matrix is None:
             context.notes.append((weight.layer, f"weight rounded to nearest, not by {self.name}: {weight.obstacle}"))
             return quantize_tensor(weight.value, scheme)

@@ -3,6 +3,9 @@
 A probe runs the layer's own weights and scales without its float epilogue (no activation, residual or float bias), so its float32
 result is determined to the bit by the dialect: ``(float32(acc) * weight_scale) * x_scale``. Scales and zero points that a layer would
 be given by the values before it (dynamic schemes) are drawn too.
+
+Where codes are values without a scale (bfloat16), a kernel may sum in any order: there each row has one element that is not zero, and so
+one product, which is exact.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ from qcompile.graph.text import bound_arguments, operator_name
 from qcompile.graph.types import TensorType
 
 ROWS = 5  # odd, so that no kernel's row block divides it
+VALUE_ROWS = 37  # each meets the weights of one input, so there are more
 
 
 def probe_graph(graph: Graph) -> tuple[Graph | None, list[torch.Tensor], list[str]]:
@@ -78,7 +82,7 @@ def _draw(graph: Graph, node: fx.Node) -> dict[str, torch.Tensor]:
     format = parse_scheme(arguments["x_scheme"]).format
     seed = int.from_bytes(hashlib.sha256(node.name.encode()).digest()[:8], "little")
     if operator_name(node.target) == "qc.linear":
-        shape: tuple[int, ...] = (ROWS, arguments["in_features"])
+        shape: tuple[int, ...] = (ROWS if format.scaled else VALUE_ROWS, arguments["in_features"])
     else:
         weight = arguments["weight"].meta["val"]
         kernel = (weight.shape[2], arguments["kernel_width"])
@@ -88,6 +92,13 @@ def _draw(graph: Graph, node: fx.Node) -> dict[str, torch.Tensor]:
         ]
         shape = (1, int(weight.shape[1]) * arguments["groups"], *side)
     generator = np.random.Generator(np.random.PCG64(seed))
+    if not format.scaled:
+        values = torch.zeros(shape).flatten(1)
+        places = generator.integers(0, values.shape[1], len(values))
+        values[torch.arange(len(values)), torch.from_numpy(places)] = torch.from_numpy(
+            generator.uniform(-8, 8, len(values)).astype(np.float32)
+        )
+        return {"x": format.encode(values.reshape(shape))}
     drawn = generator.integers(int(format.lowest), int(format.highest) + 1, shape)
     found = {"x": torch.from_numpy(drawn).to(format.storage)}
     if graph.constant(arguments["x_scale"]) is None:

@@ -22,10 +22,10 @@ class Kernel:
     Attributes:
         operator: the integer-stage operator, such as ``qc.linear``.
         weight_bits: bit widths of the weight, empty for operators without one.
-        weight_granularity: names of granularities (``tensor``, ``channel``, ``group``) of the weight.
-        activation: ``static``, ``dynamic`` or ``float``.
+        weight_granularity: names of granularities (``tensor``, ``channel``, ``group``) of the weight, ``none`` where it has no scale.
+        activation: ``static``, ``dynamic`` or ``float``, or the name of a format without a scale (``bf16``).
         summary: one line for the docs' table.
-        formats: families of the weight's format: ``int``, ``ternary``, ``nf``, ``codebook``.
+        formats: families of the weight's format: ``int``, ``ternary``, ``nf``, ``codebook``, ``bf16``.
     """
 
     operator: str
@@ -82,8 +82,15 @@ class OperatorTime:
 
 
 def activation_kind(scheme: Scheme | None) -> str:
-    """Return ``float``, ``static`` or ``dynamic``."""
+    """Return ``float``, ``static`` or ``dynamic``, or the name of a format without a scale."""
+    if scheme is not None and not scheme.format.scaled:
+        return str(scheme.format)
     return "float" if scheme is None else "dynamic" if scheme.dynamic else "static"
+
+
+def scale_kind(scheme: Scheme) -> str:
+    """Return the name of a weight's granularity, ``none`` where its format has no scale."""
+    return str(scheme.granularity).split("=")[0] if scheme.format.scaled else "none"
 
 
 def _holds(row: Kernel, weight: Scheme) -> bool:
@@ -127,10 +134,10 @@ class Target(ABC):
         rows = [kernel for kernel in self.kernels if kernel.operator == operator]
         if not rows:
             return f"{self.name} has no low-bit kernel for {operator}"
-        if scheme.activation and not isinstance(scheme.activation.format, Integer):
+        if scheme.activation and scheme.activation.format.scaled and not isinstance(scheme.activation.format, Integer):
             return f"{self.name} rounds activations to integers, not to {scheme.activation.format}"
         kind = activation_kind(scheme.activation)
-        granularity = str(scheme.weight.granularity).split("=")[0] if scheme.weight else ""
+        granularity = scale_kind(scheme.weight) if scheme.weight else ""
         fits = [
             row
             for row in rows

@@ -10,7 +10,7 @@ from qcompile import Recipe, Refused, load_recipe
 from qcompile.formats import parse_layer_scheme
 from qcompile.recipe import recipe_names
 
-SHIPPED = ["dfq", "float", "w4a16", "w4a8", "w8a8", "w8a8-dynamic"]
+SHIPPED = ["bf16", "dfq", "float", "w4a16", "w4a8", "w8a8", "w8a8-dynamic"]
 
 
 def test_the_recipes_that_ship() -> None:
@@ -23,7 +23,7 @@ def test_a_shipped_recipe_is_whole(name: str) -> None:
     assert recipe.name == name
     assert recipe.summary
     texts = {item.name() for item in recipe.parsed_pipeline().passes}
-    assert recipe.needs_data == (name not in ("float", "dfq", "w8a8-dynamic"))
+    assert recipe.needs_data == (name not in ("float", "bf16", "dfq", "w8a8-dynamic"))
     assert name == "float" or {"assign-bits", "insert-quantizers", "quantize-weights", "materialize", "fuse-epilogue"} <= texts
     for text in (recipe.schemes.linear, recipe.schemes.conv2d, recipe.schemes.embedding):
         parse_layer_scheme(text)
@@ -82,7 +82,7 @@ def test_a_file_that_is_missing_or_no_text_is_refused(tmp_path: Path) -> None:
 def test_names_are_refused_with_the_nearest() -> None:
     with pytest.raises(Refused, match=r"unknown recipe 'w8a'; did you mean 'w8a8'\?"):
         load_recipe("w8a")
-    with pytest.raises(Refused, match="unknown recipe 'zzzz'; known are dfq, "):
+    with pytest.raises(Refused, match="unknown recipe 'zzzz'; known are bf16, dfq, "):
         load_recipe("zzzz")
 
 

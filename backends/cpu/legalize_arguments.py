@@ -18,7 +18,7 @@ from qcompile.backends.lowering.translate import Walk
 from torch import fx
 
 from qcompile.errors import Refused
-from qcompile.formats import Integer, Scheme, Tensor, parse_scheme
+from qcompile.formats import BFloat16, Integer, Scheme, Tensor, parse_scheme
 from qcompile.graph.text import bound_arguments
 
 aten, qc = torch.ops.aten, torch.ops.qc
@@ -113,16 +113,23 @@ def quantized_epilogue(walk: Walk, a: Arguments) -> Epilogue | str:
     if not a.out_scheme:
         return Epilogue(bias, a.activation, a.residual is not None)
     out = parse_scheme(a.out_scheme)
+    if isinstance(out.format, BFloat16):
+        return Epilogue(bias, a.activation, a.residual is not None, code_dtype(out))
     if not is_plain_tensor(out):
         return f"no kernel writes codes as '{out}'"
     return Epilogue(bias, a.activation, a.residual is not None, code_dtype(out), *code_range(out))
 
 
-def first_quantize(node: fx.Node) -> fx.Node | None:
-    """Return the first user that makes 8-bit codes with constant scales, which the producer's kernel can write itself."""
+def first_quantize(node: fx.Node, *, bfloat16: bool = False) -> fx.Node | None:
+    """Return the first user that makes codes which the producer's kernel can write itself: of 8 bits with constant scales.
+
+    ``bfloat16``: the producer can also round to that.
+    """
     for user in node.users:
         if user.target is qc.quantize.default and bound_arguments(user)["x"] is node:
             grid = grid_of(user)
+            if bfloat16 and isinstance(grid.scheme.format, BFloat16):
+                return user
             constant = all(p is None or p.op == "get_attr" for p in (grid.scale, grid.zero_point))
             if is_plain_tensor(grid.scheme) and grid.scheme.bits == 8 and constant:
                 return user
@@ -131,18 +138,18 @@ def first_quantize(node: fx.Node) -> fx.Node | None:
 
 @dataclass(frozen=True)
 class Grid:
-    """A scale, a zero point (None: 0) and the scheme of codes."""
+    """A scale (None where the format has none), a zero point (None: 0) and the scheme of codes."""
 
-    scale: fx.Node
+    scale: fx.Node | None
     zero_point: fx.Node | None
     scheme: Scheme
 
     def arguments(self, walk: Walk) -> list[Any]:
         """Return scale and zero point as a kernel's arguments."""
-        return [flat(walk, self.scale), zero_or(walk, self.zero_point)]
+        return [] if self.scale is None else [flat(walk, self.scale), zero_or(walk, self.zero_point)]
 
     def is_bound(self, walk: Walk) -> bool:
-        return walk.is_bound(self.scale) and (self.zero_point is None or walk.is_bound(self.zero_point))
+        return self.scale is not None and walk.is_bound(self.scale) and (self.zero_point is None or walk.is_bound(self.zero_point))
 
 
 def grid_of(quantize: fx.Node) -> Grid:

@@ -41,13 +41,15 @@ def _conv2d(walk: Walk, node: fx.Node, a: Arguments) -> Any:
     scheme = parse_scheme(a.weight_scheme)
     if isinstance(epilogue, str):
         return epilogue
+    if epilogue.output == "bfloat16":
+        return "no kernel of a convolution rounds to bfloat16"
     if not isinstance(scheme.format, Integer) or scheme.granularity not in (Tensor(), Channel(0)):
         return f"no kernel reads weights as '{scheme}'"
     packed, scale, zero_point = (constant_array(walk, t) for t in (a.weight, a.weight_scale, a.weight_zero_point))
     codes = scheme.format.unpack(torch.from_numpy(packed), a.kernel_width)
     if not a.x_scheme:
         walk.report(f"'{scheme}' with a float input runs with its weight dequantized to float32")
-        weight = dequantize(codes, walk.constant(a.weight_scale), walk.constant(a.weight_zero_point), scheme)  # type: ignore[arg-type]
+        weight = dequantize(codes, walk.constant(a.weight_scale), walk.constant(a.weight_zero_point), scheme)
         spec = _spec(walk, a.x, weight, a, "float32", False, False, epilogue)
         return spec if isinstance(spec, str) else _call(walk, node, spec, a, (weight.numpy(), None, None))
     x = parse_scheme(a.x_scheme)

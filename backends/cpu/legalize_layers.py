@@ -9,6 +9,7 @@ import torch
 from qcompile.backends.cpu.joined_layers import joined
 from qcompile.backends.cpu.kernels import attention, hadamard, matmul, normalization, pack, quantization, rotary, softmax
 from qcompile.backends.cpu.kernels import cache as cache_kernel
+from qcompile.backends.cpu.kernels.bfloat16 import stored_dtype
 from qcompile.backends.cpu.kernels.matmul_epilogue import Epilogue
 from qcompile.backends.cpu.kernels.matmul_spec import TERNARY_INPUTS, Linear, Part
 from qcompile.backends.cpu.kernels.quantization import code_dtype
@@ -33,7 +34,7 @@ from qcompile.backends.cpu.tiling import cut, note
 from qcompile.backends.lowering.translate import Legalizer, Walk
 from torch import fx
 
-from qcompile.formats import Channel, Group, Integer, Scheme, Tensor, Ternary, Token, parse_scheme
+from qcompile.formats import BFloat16, Channel, Group, Integer, Scheme, Tensor, Ternary, Token, parse_scheme
 from qcompile.graph.text import bound_arguments
 
 qc = torch.ops.qc
@@ -46,7 +47,7 @@ _TERNARY_CODES = 4 << 20
 
 
 def linear(walk: Walk, node: fx.Node, a: Arguments) -> Any:
-    """qc.linear: integer or float input, packed weight of integers, the whole epilogue in the kernel."""
+    """qc.linear: integer or float input, packed weight of integers or bfloat16, the whole epilogue in the kernel."""
     epilogue = quantized_epilogue(walk, a)
     if isinstance(epilogue, str):
         return epilogue
@@ -82,6 +83,8 @@ def _weight_codes(walk: Walk, a: Arguments, scheme: Scheme) -> Weight | str:
     8-bit codes are stored less their zero points: then they must fit in int8, as almost all do.
     """
     granularity = scheme.granularity
+    if isinstance(scheme.format, BFloat16):
+        return constant_array(walk, a.weight), None, None
     grouped = isinstance(granularity, Group) and granularity.axis in (-1, 1)
     if not isinstance(scheme.format, Integer) or not (grouped or granularity in (Tensor(), Channel(0))):
         return f"no kernel reads weights as '{scheme}'"
@@ -98,7 +101,7 @@ def _weight_codes(walk: Walk, a: Arguments, scheme: Scheme) -> Weight | str:
 def linear_spec(a: Arguments, scheme: Scheme, weight: Weight, epilogue: Epilogue, *, codebook: bool = False) -> Linear | str:
     """Return the kernel of a layer with such a weight, or why there is none; ``codebook``: its codes are places in a table."""
     x = parse_scheme(a.x_scheme) if a.x_scheme else None
-    if x is not None and not (isinstance(x.format, Integer) and isinstance(x.granularity, Tensor | Token)):
+    if x is not None and not (isinstance(x.format, Integer | BFloat16) and isinstance(x.granularity, Tensor | Token)):
         return f"no kernel reads an input as '{x}'"
     codes, _, zero_point = weight
     group = scheme.granularity.size if isinstance(scheme.granularity, Group) else 0
@@ -139,7 +142,7 @@ def call_linear(walk: Walk, spec: Linear, layers: list[Layer], table: Any = None
     easy = spec.epilogue.codes and has_easy_scale(walk, a.out_scale)
     kernel = walk.kernel((spec, easy), lambda: matmul.linear(spec, easy=easy), _linear_name(spec))
     note(walk, node, kernel)
-    made = walk.call_kernel(kernel, inputs, *(([rows, part.columns], spec.epilogue.output) for part in spec.results))
+    made = walk.call_kernel(kernel, inputs, *(([rows, part.columns], spec.epilogue.dtype) for part in spec.results))
     shaped = [walk.reshape(y, walk.shape(layer.node)) for y, layer in zip(made if spec.parts else [made], layers, strict=True)]
     if len(layers) == 1:
         return shaped[0]
@@ -186,7 +189,7 @@ def _layer_norm(walk: Walk, node: fx.Node, a: Arguments) -> Any:
         return "no kernel for this layer norm: it runs over one axis of float32 with weight and bias, or neither"
     x, rows, _ = rows_of(walk, a.input)
     inputs = [x, *([walk.plain(a.weight), walk.plain(a.bias)] if affine else [])]
-    quantize = first_quantize(node)
+    quantize = first_quantize(node, bfloat16=True)
     grid = grid_of(quantize) if quantize is not None else None
     dtype = code_dtype(grid.scheme) if grid else ""
     kernel = walk.kernel(
@@ -197,7 +200,7 @@ def _layer_norm(walk: Walk, node: fx.Node, a: Arguments) -> Any:
     if quantize is None or grid is None:
         return walk.reshape(walk.call_kernel(kernel, inputs, ([rows, width], "float32")), walk.shape(node))
     inputs += grid.arguments(walk)
-    y, codes = walk.call_kernel(kernel, inputs, ([rows, width], "float32"), ([rows, width], dtype))
+    y, codes = walk.call_kernel(kernel, inputs, ([rows, width], "float32"), ([rows, width], stored_dtype(dtype)))
     walk.bind(node, walk.reshape(y, walk.shape(node)))
     walk.bind(quantize, walk.reshape(codes, walk.shape(node)))
     return None
@@ -216,7 +219,7 @@ def _rms_norm(walk: Walk, node: fx.Node, a: Arguments) -> Any:
 def _attention(walk: Walk, node: fx.Node, a: Arguments) -> Any:
     """qc.attention; writes codes where only a following qc.quantize reads the result."""
     depth, masked, cached = int(walk.fake(a.q).shape[-1]) // a.heads, a.key_mask is not None, a.past is not None
-    quantize = first_quantize(node) if walk.is_inner(node) and len(node.users) == 1 else None
+    quantize = first_quantize(node, bfloat16=True) if walk.is_inner(node) and len(node.users) == 1 else None
     grid = grid_of(quantize) if quantize is not None else None
     codes = code_dtype(grid.scheme) if grid else ""
     (k, stored_k), (v, stored_v) = (_stored_rows(walk, rows, a.kv_heads, depth) for rows in (a.k, a.v))
@@ -231,7 +234,7 @@ def _attention(walk: Walk, node: fx.Node, a: Arguments) -> Any:
     )  # fmt: skip
     inputs = [walk.plain(a.q), k[0], v[0], *(walk.plain(t) for t in (a.key_mask, a.past) if t is not None), *k[1:], *v[1:]]
     inputs += grid.arguments(walk) if grid else []
-    result = walk.call_kernel(kernel, inputs, (walk.shape(node), codes or "float32"))
+    result = walk.call_kernel(kernel, inputs, (walk.shape(node), stored_dtype(codes or "float32")))
     if quantize is None:
         return result
     walk.bind(quantize, result)
@@ -308,6 +311,8 @@ def _hadamard(walk: Walk, node: fx.Node, a: Arguments) -> Any:
 def _quantize(walk: Walk, node: fx.Node, a: Arguments) -> Any:
     """qc.quantize with one scale, in whichever order of memory the value has."""
     scheme = parse_scheme(a.scheme)
+    if isinstance(scheme.format, BFloat16):
+        return _elementwise(walk, node, a.x, walk.kernel("round", quantization.round_to_bfloat16, "quantize_bfloat16"), [], "int16")
     if not is_plain_tensor(scheme):
         return f"no kernel quantizes to '{scheme}'"
     if _is_image(walk, node, a.x):
@@ -349,6 +354,8 @@ def _elementwise(walk: Walk, node: fx.Node, source: fx.Node, kernel: Any, parame
 def _dequantize(walk: Walk, node: fx.Node, a: Arguments) -> Any:
     """qc.dequantize with one scale, of codes that are not packed."""
     scheme = parse_scheme(a.scheme)
+    if isinstance(scheme.format, BFloat16):
+        return _elementwise(walk, node, a.codes, walk.kernel("widen", quantization.widen_bfloat16, "dequantize_bfloat16"), [], "float32")
     if not is_plain_tensor(scheme) or (a.size is not None and scheme.bits != 8):
         return f"no kernel dequantizes '{scheme}'"
     kernel = walk.kernel(("dequantize", scheme), lambda: quantization.dequantize(scheme), f"dequantize_{code_dtype(scheme)}")
@@ -380,7 +387,7 @@ def _embedding(walk: Walk, node: fx.Node, a: Arguments) -> Any:
     granularity = scheme.granularity
     kinds = {Tensor(): "tensor", Channel(0): "row"}
     group = granularity.size if isinstance(granularity, Group) and granularity.axis in (-1, 1) else 0
-    if not isinstance(scheme.format, Integer) or (granularity not in kinds and not group) or group % 16:
+    if not isinstance(scheme.format, Integer | BFloat16) or (granularity not in kinds and not group) or group % 16:
         return f"no kernel gathers from a table in '{scheme}'"
     scales = kinds.get(granularity, "group")
     affine = a.zero_point is not None

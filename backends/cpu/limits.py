@@ -91,7 +91,7 @@ def tile_kernel(threads: int) -> tirx.PrimFunc:
         x, out = argument("x", (threads, _TILE), "int32"), argument("out", (threads, _TILE), "int32")
         with T.parallel(threads) as thread:
             tiles.configure()
-            block, start = tiles.Block(2, 2, signed=False), T.address_of(x[thread, 0])
+            block, start = tiles.Block(2, 2, "uint8"), T.address_of(x[thread, 0])
             block.multiply_add([start] * 2, tiles.DEPTH, [start] * 2, tiles.DEPTH)
             block.zero()
             with T.serial(TILE_ROUNDS):

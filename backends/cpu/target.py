@@ -53,6 +53,15 @@ class CpuTarget(Target):
             for kind, formats in (("static", ("codebook",)), ("dynamic", ("codebook",)), ("float", ("nf", "codebook")))
         ),
         Kernel(
+            "qc.linear",
+            (16,),
+            ("none",),
+            "bf16",
+            "products exact, sums float32, fused epilogue; tdpbf16ps, vdpbf16ps or widened",
+            ("bf16",),
+        ),
+        Kernel("qc.linear", (16,), ("none",), "float", "weights widened in registers, float32 product", ("bf16",)),
+        Kernel(
             "qc.conv2d",
             _LOW_BITS,
             ("tensor", "channel"),
@@ -62,6 +71,7 @@ class CpuTarget(Target):
         Kernel("qc.embedding", (4, 8), ("channel", "tensor"), "float", "rows dequantized while they are gathered"),
         Kernel("qc.matmul", (), (), "static", "batched product of two computed values, int32 accumulators", ()),
         Kernel("qc.attention_codes", (), (), "static", "int8 queries, keys and values: scores, softmax and values in one kernel", ()),
+        Kernel("qc.embedding", (16,), ("none",), "float", "rows widened while they are gathered", ("bf16",)),
     )
 
     def __init__(self, tiles: KernelTiles | None = None) -> None:

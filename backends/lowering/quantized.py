@@ -21,7 +21,8 @@ from tvm.relax import op
 
 import qcompile.graph.dialect as dialect
 from qcompile.errors import Refused
-from qcompile.formats import Block, Channel, Group, Scheme, Token, dequantize, parse_scheme
+from qcompile.formats import BFloat16, Block, Channel, Group, Scheme, Token, dequantize, parse_scheme
+from qcompile.formats.bfloat16 import NAN
 from qcompile.formats.integer import Integer
 from qcompile.graph.hadamard import hadamard_matrix
 
@@ -67,6 +68,8 @@ def _encode(walk: Walk, value: Any, scheme: Scheme) -> Any:
 
 def emit_quantize(walk: Walk, x: Any, scale: Any, zero_point: Any, scheme: Scheme) -> Any:
     """Emit the codes of x."""
+    if isinstance(scheme.format, BFloat16):
+        return walk.builder.emit_te(_to_bfloat16, x, primfunc_name_hint="round_to_bfloat16")
     shape = list(x.ty.shape)
     rounded = round_half_even(walk, walk.emit(op.divide(x, expand_scale(walk, scale, scheme, shape))))
     if zero_point is not None:
@@ -92,11 +95,31 @@ def _centered(walk: Walk, codes: Any, zero_point: Any, scheme: Scheme) -> Any:
 
 def emit_dequantize(walk: Walk, codes: Any, scale: Any, zero_point: Any, scheme: Scheme) -> Any:
     """Emit scale * (code - zero_point) for codes that are not packed."""
+    if isinstance(scheme.format, BFloat16):
+        return walk.builder.emit_te(_from_bfloat16, codes, primfunc_name_hint="widen_bfloat16")
     shape = list(codes.ty.shape)
     values = _decode(walk, codes, scheme, "float32")
     if zero_point is not None:
         values = walk.emit(op.subtract(values, cast(walk, expand_scale(walk, zero_point, scheme, shape), "float32")))
     return walk.emit(op.multiply(values, expand_scale(walk, scale, scheme, shape)))
+
+
+def _to_bfloat16(x: Any) -> Any:
+    def bits(*index: Any) -> Any:
+        word = tirx.reinterpret("int32", x(*index))
+        upper = (word + 0x7FFF + ((word >> 16) & 1)) >> 16
+        upper = tirx.Select((upper & 0x7F80) == 0, upper & -0x8000, upper)
+        return tirx.Select((word & 0x7FFFFFFF) > 0x7F800000, tirx.const(NAN, "int32"), upper).astype("int16")
+
+    return te.compute(x.shape, bits, name="round_to_bfloat16")
+
+
+def _from_bfloat16(codes: Any) -> Any:
+    def value(*index: Any) -> Any:
+        upper = codes(*index).astype("int32")
+        return tirx.reinterpret("float32", tirx.Select((upper & 0x7F80) == 0, upper & -0x8000, upper) << 16)
+
+    return te.compute(codes.shape, value, name="widen_bfloat16")
 
 
 @converts("qc.quantize")
@@ -108,7 +131,7 @@ def _quantize(walk: Walk, a: Arguments) -> Any:
 def _dequantize(walk: Walk, a: Arguments) -> Any:
     scheme = parse_scheme(a.scheme)
     codes = a.codes
-    if a.size is not None and scheme.bits != 8:
+    if a.size is not None and scheme.bits < 8:
         if not isinstance(scheme.format, Integer):
             raise Refused("only constants may be packed in this format", node=walk.node.name, operator=str(walk.node.target))
         codes = _unpack(walk, codes, scheme, a.size)
@@ -233,7 +256,7 @@ def _weight(walk: Walk, dtype: torch.dtype, size: int, order: str, arrange: Any)
         codes = scheme.format.unpack(packed, size)
         zero_point, table = walk.constant(_argument(walk, "weight_zero_point")), walk.constant(arguments.get("weight_table"))
         if dtype == torch.float32:
-            return arrange(dequantize(codes, walk.required_constant(_argument(walk, "weight_scale")), zero_point, scheme, table))
+            return arrange(dequantize(codes, walk.constant(_argument(walk, "weight_scale")), zero_point, scheme, table))
         return arrange(dialect._centered(codes, zero_point, scheme, table).to(torch.int32))
 
     return walk.packed(node, f"{order} {dtype}", make)
@@ -249,11 +272,16 @@ def _arguments(walk: Walk) -> dict[str, Any]:
     return named_arguments(walk.node)
 
 
+def _values(walk: Walk, a: Arguments) -> Any:
+    """Emit x as floats: as it is, or of codes of a format without a scale."""
+    return emit_dequantize(walk, a.x, None, None, parse_scheme(a.x_scheme)) if a.x_scheme else a.x
+
+
 @converts("qc.linear")
 def _linear(walk: Walk, a: Arguments) -> Any:
-    if not a.x_scheme:
+    if not a.x_scheme or a.weight_scale is None:
         weight = _weight(walk, torch.float32, a.in_features, "transposed", lambda w: w.t())
-        return epilogue(walk, walk.emit(op.matmul(a.x, weight)), a, a.bias)
+        return epilogue(walk, walk.emit(op.matmul(_values(walk, a), weight)), a, a.bias)
     scheme = parse_scheme(a.weight_scheme)
     x = _centered(walk, a.x, a.x_zero_point, parse_scheme(a.x_scheme))
     weight = _weight(walk, torch.int32, a.in_features, "transposed", lambda w: w.t())
@@ -284,7 +312,7 @@ def _grouped_product(walk: Walk, x: Any, weight: Any, scales: Any, size: int, fe
 @converts("qc.conv2d")
 def _conv2d(walk: Walk, a: Arguments) -> Any:
     stride, padding, dilation = list(a.stride), list(a.padding), list(a.dilation)
-    if a.x_scheme:
+    if a.x_scheme and a.weight_scale is not None:
         x = _centered(walk, a.x, a.x_zero_point, parse_scheme(a.x_scheme))
         weight = _weight(walk, torch.int32, a.kernel_width, "plain", lambda w: w)
         accumulator = walk.emit(op.nn.conv2d(x, weight, stride, padding, dilation, a.groups))
@@ -294,7 +322,7 @@ def _conv2d(walk: Walk, a: Arguments) -> Any:
         y = walk.emit(op.multiply(y, a.x_scale))
     else:
         weight = _weight(walk, torch.float32, a.kernel_width, "plain", lambda w: w)
-        y = walk.emit(op.nn.conv2d(a.x, weight, stride, padding, dilation, a.groups))
+        y = walk.emit(op.nn.conv2d(_values(walk, a), weight, stride, padding, dilation, a.groups))
     return epilogue(walk, y, a, None if a.bias is None else _per_channel(walk, a.bias))
 
 
@@ -323,7 +351,7 @@ def _embedding(walk: Walk, a: Arguments) -> Any:
 
     def table(packed: torch.Tensor) -> torch.Tensor:
         codes = scheme.format.unpack(packed, a.size)
-        return dequantize(codes, walk.required_constant(_argument(walk, "scale")), walk.constant(_argument(walk, "zero_point")), scheme)
+        return dequantize(codes, walk.constant(_argument(walk, "scale")), walk.constant(_argument(walk, "zero_point")), scheme)
 
     return op.take(walk.packed(node, "float32", table), a.indices, axis=0, mode="clip")
 

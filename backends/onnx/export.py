@@ -25,6 +25,7 @@ from qcompile.backends.onnx import activations, arithmetic, integers, layers, qu
 from qcompile.backends.onnx.emit import FORMS, INTEGER_TABLE, ONNX_TYPES, TABLE, Converter, Emitter
 
 from qcompile.errors import Refused
+from qcompile.formats import parse_scheme
 from qcompile.graph import Graph, Stage
 from qcompile.graph.text import bound_arguments
 
@@ -89,6 +90,9 @@ def _convert(emitter: Emitter, node: fx.Node, name: str) -> None:
         raise Refused("there is no ONNX export of this operator", node=node.name, operator=str(node.target), way_out="use another target")
     arguments = bound_arguments(node) if isinstance(node.target, torch._ops.OpOverload) else {"args": node.args}
     emitter.current = node
+    for key, text in arguments.items():
+        if key.endswith("scheme") and text and not parse_scheme(text).format.scaled:
+            raise emitter.refuse(f"{parse_scheme(text).format} has no ONNX form", "run it on the target cpu, or use another scheme")
     made = converter(emitter, SimpleNamespace(**arguments))
     emitter.values[node] = emitter.rename_last(made, name) if isinstance(made, str) else made
 

@@ -34,8 +34,9 @@ class OnnxTarget(Target):
     )
 
     def supports(self, operator: str, scheme: LayerScheme) -> str | None:
-        """Every scheme has a form; products that are not of integers are named in the exported model."""
-        return None
+        """Every scheme with a scale has a form; products that are not of integers are named in the exported model."""
+        without = next((s for s in (scheme.weight, scheme.activation) if s is not None and not s.format.scaled), None)
+        return None if without is None else f"onnx has no form of {without.format}: few runtimes multiply it; the target cpu does"
 
     def export(self, graph: Graph, form: str = "qdq") -> bytes:
         """Return the graph as the bytes of a checked ONNX model of the form ``qdq`` or ``integer``.

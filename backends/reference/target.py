@@ -26,6 +26,11 @@ class ReferenceTarget(Target):
             for activation in ("static", "dynamic", "float")
         ),
         Kernel("qc.attention_codes", (), (), "static", "meaning in PyTorch", ()),
+        *(
+            Kernel(operator, (16,), ("none",), activation, "meaning in PyTorch", ("bf16",))
+            for operator in ("qc.linear", "qc.conv2d", "qc.embedding")
+            for activation in ("bf16", "float")
+        ),
     )
 
     def supports(self, operator: str, scheme: LayerScheme) -> str | None:

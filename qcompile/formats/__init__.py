@@ -1,5 +1,6 @@
 """Formats, granularities, schemes: how tensors are coded, and what that costs."""
 
+from qcompile.formats.bfloat16 import BFloat16
 from qcompile.formats.format import Format, parse_format, register_family
 from qcompile.formats.granularity import Block, Channel, Granularity, Group, Tensor, Token, parse_granularity
 from qcompile.formats.integer import Integer
@@ -10,7 +11,7 @@ from qcompile.formats.scheme import LayerScheme, Scheme, parse_layer_scheme, par
 from qcompile.formats.ternary import Ternary
 
 __all__ = [
-    "Block", "Channel", "Codebook", "Format", "Granularity", "Group", "Integer", "LayerScheme", "Lookup", "NormalFloat",
+    "BFloat16", "Block", "Channel", "Codebook", "Format", "Granularity", "Group", "Integer", "LayerScheme", "Lookup", "NormalFloat",
     "Quantized", "Scheme", "Tensor", "Ternary", "Token", "bits_per_weight", "check_table", "choose_scale", "decode",
     "dequantize", "pack", "parse_format", "parse_granularity", "parse_layer_scheme", "parse_scheme", "quantize",
     "quantize_dynamic", "quantize_tensor", "register_family", "stored_bytes", "unpack",

@@ -37,7 +37,12 @@ class Format(ABC):
     @property
     @abstractmethod
     def storage(self) -> torch.dtype:
-        """The dtype that holds one code per element: int8 or uint8."""
+        """The dtype that holds one code per element: int8 or uint8, or int16 for codes of 16 bits."""
+
+    @property
+    def scaled(self) -> bool:
+        """Whether values are codes times a scale; else they are the codes' own, and there is neither scale nor zero point."""
+        return True
 
     @property
     def family(self) -> str:
@@ -93,7 +98,9 @@ def parse_format(name: str) -> Format:
     """
     found = [format for parse in _families if (format := parse(name)) is not None]
     if not found:
-        raise ValueError(f"unknown format '{name}'; known are int1 to int8, uint1 to uint8, ternary, nf2 to nf4 and codebook1 to codebook4")
+        raise ValueError(
+            f"unknown format '{name}'; known are int1 to int8, uint1 to uint8, ternary, nf2 to nf4, codebook1 to codebook4 and bf16"
+        )
     if len(found) > 1:
         raise ValueError(f"'{name}' belongs to two formats")
     return found[0]

@@ -40,7 +40,7 @@ def unpack(packed: torch.Tensor, bits: int, signed: bool, size: int) -> torch.Te
 def stored_bytes(scheme: Scheme, shape: tuple[int, ...]) -> int:
     """Return the exact bytes of codes, scales and zero points of a tensor of this shape; a table of its own comes on top."""
     rows = math.prod(shape[:-1])
-    scales = math.prod(scheme.granularity.scale_shape(shape))
+    scales = math.prod(scheme.granularity.scale_shape(shape)) if scheme.format.scaled else 0
     zero_points = 0 if scheme.symmetric else scales
     return rows * scheme.format.packed_size(shape[-1]) + scales * scheme.scale_dtype.itemsize + zero_points
 

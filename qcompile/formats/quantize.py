@@ -4,6 +4,7 @@
 
 The division is an IEEE float32 division and rounding is half to even, as ONNX QuantizeLinear says, so that codes agree bit for bit
 between this file, ONNX Runtime and every kernel. ``zero_point`` is an integer added after rounding.
+A format without a scale (``bf16``) has None for both.
 """
 
 from __future__ import annotations
@@ -24,14 +25,14 @@ class Quantized:
 
     Attributes:
         codes: int8 or uint8, one per element, the tensor's own shape.
-        scale: float, of the shape that the granularity gives.
+        scale: float, of the shape that the granularity gives, or None where the format has none.
         zero_point: int32 of the scale's shape, or None where the scheme is symmetric.
         scheme: how to read them.
         table: int8 [tables, levels] where the codes are places in a table of the tensor's own, see ``qcompile.formats.lookup``.
     """
 
     codes: torch.Tensor
-    scale: torch.Tensor
+    scale: torch.Tensor | None
     zero_point: torch.Tensor | None
     scheme: Scheme
     table: torch.Tensor | None = None
@@ -68,8 +69,10 @@ def _storable(scale: torch.Tensor, scheme: Scheme) -> torch.Tensor:
     return scale.to(scheme.scale_dtype).clamp(min=smallest).to(torch.float32 if scale.dtype != torch.float64 else torch.float64)
 
 
-def quantize(x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor | None, scheme: Scheme) -> torch.Tensor:
+def quantize(x: torch.Tensor, scale: torch.Tensor | None, zero_point: torch.Tensor | None, scheme: Scheme) -> torch.Tensor:
     """Return the codes of x; scale and zero point have the granularity's shape."""
+    if scale is None:
+        return scheme.format.encode(x)
     shape = tuple(x.shape)
     values = x / scheme.granularity.expand(scale, shape)
     if zero_point is None:
@@ -78,9 +81,11 @@ def quantize(x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor | No
 
 
 def dequantize(
-    codes: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor | None, scheme: Scheme, table: torch.Tensor | None = None
+    codes: torch.Tensor, scale: torch.Tensor | None, zero_point: torch.Tensor | None, scheme: Scheme, table: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Return scale * (decode(code) - zero_point) in the scale's dtype; with a table, the codes are places in it."""
+    """Return scale * (decode(code) - zero_point) in the scale's dtype, float32 without one; with a table, the codes are places in it."""
+    if scale is None:
+        return scheme.format.decode(codes)
     shape = tuple(codes.shape)
     values = decode(codes, scheme, table, scale.dtype)
     if zero_point is not None:
@@ -93,8 +98,10 @@ def decode(codes: torch.Tensor, scheme: Scheme, table: torch.Tensor | None, dtyp
     return scheme.format.decode(codes, dtype) if table is None else look_up(codes, table, dtype)
 
 
-def quantize_dynamic(x: torch.Tensor, scheme: Scheme) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+def quantize_dynamic(x: torch.Tensor, scheme: Scheme) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     """Return codes, scale and zero point of x with the scale taken from x itself (min and max of each granule)."""
+    if not scheme.format.scaled:
+        return scheme.format.encode(x), None, None
     scale, zero_point = choose_scale(*scheme.granularity.reduce_range(x), scheme)
     return quantize(x, scale, zero_point, scheme), scale, zero_point
 

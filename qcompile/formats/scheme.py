@@ -2,7 +2,7 @@
 
 ``int4 group=128 sym`` is a weight in two's-complement int4, one float32 scale for each 128 inputs and no zero point.
 ``uint8 tensor affine`` is an activation with one scale and one zero point found by calibration; ``int8 token sym
-dynamic`` finds its scale while the model runs.
+dynamic`` finds its scale while the model runs. ``bf16`` has no scale and is the whole text.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from functools import cache
 
 import torch
 
+from qcompile.formats.bfloat16 import BFloat16
 from qcompile.formats.format import Format, parse_format
 from qcompile.formats.granularity import Channel, Granularity, Group, Tensor, Token, parse_granularity
 from qcompile.formats.integer import Integer
@@ -44,6 +45,8 @@ class Scheme:
             raise ValueError(f"unknown scale format '{self.scale_format}'; known are {', '.join(_SCALE_DTYPES)}")
         if isinstance(self.format, Lookup) and not self.symmetric:
             raise ValueError(f"{self.format} is symmetric: no zero point is subtracted from places in a table")
+        if not self.format.scaled and (self.granularity, self.symmetric, self.dynamic, self.scale_format) != (Tensor(), True, False, "f32"):
+            raise ValueError(f"{self.format} has no scale: write '{self.format}' and nothing after it")
 
     @property
     def bits(self) -> int:
@@ -53,7 +56,14 @@ class Scheme:
     def scale_dtype(self) -> torch.dtype:
         return _SCALE_DTYPES[self.scale_format]
 
+    @property
+    def calibrated(self) -> bool:
+        """Whether there is a scale that must be known before the model runs."""
+        return self.format.scaled and not self.dynamic
+
     def __str__(self) -> str:
+        if not self.format.scaled:
+            return str(self.format)
         words = [str(self.format), str(self.granularity), "sym" if self.symmetric else "affine"]
         words += ["dynamic"] * self.dynamic + [f"scale={self.scale_format}"] * (self.scale_format != "f32")
         return " ".join(words)
@@ -96,6 +106,7 @@ class LayerScheme:
 
 
 _NAME = re.compile(r"w(\d)a(\d+)(?:-?g(\d+))?(-dynamic)?|w(\d)-?g(\d+)", re.IGNORECASE)
+_BFLOAT16_NAME = re.compile(r"(?:bf16|bfloat16)|w-?bf16(?:-?a-?(bf16|32))?", re.IGNORECASE)
 _FORMAT_NAME = re.compile(r"(nf[2-4]|codebook[1-4]|ternary)(?:-?a(\d+))?(?:-?g(\d+))?(-dynamic)?", re.IGNORECASE)
 
 
@@ -104,6 +115,7 @@ def parse_layer_scheme(text: str) -> LayerScheme:
 
     Names are ``W8A8``, ``W4A16``, ``w4g128``, ``W4A8``, ``W8A8-dynamic`` and the like; the text form is
     ``weight=...; activation=...``. ``nf4``, ``codebook4`` and ``ternary`` name the format of a weight: ``nf4-g64``, ``ternary-a8-dynamic``.
+    ``bf16`` and ``WBF16ABF16`` are weights and activations in bfloat16, ``WBF16`` and ``WBF16A32`` weights alone.
     Weights are symmetric, per output channel at 8 bits, as ternary and as codebooks, and in groups of 128 otherwise, unless the name gives
     a group.
     Activations are affine per tensor at 8 bits and more weight bits; dynamic ones are symmetric per token. A16 is float.
@@ -118,6 +130,9 @@ def parse_layer_scheme(text: str) -> LayerScheme:
         if set(parts) != {"weight", "activation"}:
             raise ValueError(f"'{text}' must name weight= and activation=")
         return LayerScheme(*(None if parts[k] == "float" else parse_scheme(parts[k]) for k in ("weight", "activation")))
+    if bfloat16 := _BFLOAT16_NAME.fullmatch(text.strip()):
+        both = text.strip().lower() in ("bf16", "bfloat16") or (bfloat16[1] or "").lower() == "bf16"
+        return LayerScheme(Scheme(BFloat16(), Tensor()), Scheme(BFloat16(), Tensor()) if both else None)
     match = _NAME.fullmatch(text.strip())
     if named := _FORMAT_NAME.fullmatch(text.strip()):
         format = parse_format(named[1].lower())

@@ -19,6 +19,11 @@ Conventions shared by all operators:
       y = activation(y)                       for an ``add_`` activation (``add_relu`` acts after the residual, not before)
       codes = clamp(round_half_even(y / out_scale) + out_zero_point)     if there is an out scheme
 
+- a format without a scale (``bf16``) has None for scale and zero point; where x and the weight have such formats, their values are
+  multiplied and summed from +0 on, and ``y`` is that sum rounded to float32, without scales. A kernel may sum float32 products (those of
+  two bfloat16 are exact in float32) in any order, and take sums below 2**-126 for zero: its y is within
+  ``(in + 8) * 2**-24 * sum of abs(x * w) + in * 2**-126`` of the meaning's;
+
 - with weight groups along the input, ``y`` is the sum in ascending group order of ``float32(acc_g) * weight_scale_g``,
   then times x_scale.
 """
@@ -70,7 +75,7 @@ def _quantize(x, scale, zero_point, scheme):
 
 
 _define(
-    "quantize(Tensor x, Tensor scale, Tensor? zero_point, str scheme) -> Tensor",
+    "quantize(Tensor x, Tensor? scale, Tensor? zero_point, str scheme) -> Tensor",
     _quantize,
     lambda x, scale, zero_point, scheme: x.new_empty(x.shape, dtype=_code_dtype(scheme)),
 )
@@ -79,6 +84,8 @@ _define(
 def _quantize_dynamic(x, scheme):
     """Return codes, scale and zero point (int32, zeros where the scheme is symmetric)."""
     codes, scale, zero_point = quantize_dynamic(x, parse_scheme(scheme))
+    if scale is None:
+        raise ValueError(f"'{scheme}' has no scale to find: quantize() rounds to it")
     return codes, scale, torch.zeros_like(scale, dtype=torch.int32) if zero_point is None else zero_point
 
 
@@ -101,11 +108,12 @@ def _dequantize(codes, scale, zero_point, scheme, size=None, table=None):
 
 
 def _dequantize_shape(codes, scale, zero_point, scheme, size=None, table=None):
-    return codes.new_empty((*codes.shape[:-1], size) if size is not None else codes.shape, dtype=scale.dtype)
+    dtype = torch.float32 if scale is None else scale.dtype
+    return codes.new_empty((*codes.shape[:-1], size) if size is not None else codes.shape, dtype=dtype)
 
 
 _define(
-    "dequantize(Tensor codes, Tensor scale, Tensor? zero_point, str scheme, int? size=None, Tensor? table=None) -> Tensor",
+    "dequantize(Tensor codes, Tensor? scale, Tensor? zero_point, str scheme, int? size=None, Tensor? table=None) -> Tensor",
     _dequantize,
     _dequantize_shape,
 )
@@ -134,6 +142,12 @@ def _centered(codes: torch.Tensor, zero_point: torch.Tensor | None, scheme: Sche
     return values - scheme.granularity.expand(zero_point, tuple(codes.shape)).to(torch.float64)
 
 
+def _product_of_values(product, x, x_scheme, w, *geometry):
+    """Return the product of x, codes of a format without a scale, and float32 w: summed from +0 on in float64, rounded to float32 once."""
+    values = parse_scheme(x_scheme).format.decode(x, torch.float64)
+    return (0.0 + product(values, w.to(torch.float64), None, *geometry)).to(torch.float32)
+
+
 def _epilogue(y, bias, activation, residual, out_scale, out_zero_point, out_scheme):
     if bias is not None and bias.dtype.is_floating_point:
         y = y + bias
@@ -150,8 +164,9 @@ def _linear(x, x_scale, x_zero_point, weight, weight_scale, weight_zero_point, b
             x_scheme, weight_scheme, in_features, activation="none", out_scheme="", weight_table=None):  # fmt: skip
     scheme = parse_scheme(weight_scheme)
     codes = _codes(weight, scheme, in_features)
-    if not x_scheme:  # float activations: the weight is dequantized, then an ordinary product
-        y = F.linear(x, dequantize(codes, weight_scale, weight_zero_point, scheme, weight_table))
+    if not x_scheme or weight_scale is None:  # float activations: the weight is dequantized, then an ordinary product
+        w = dequantize(codes, weight_scale, weight_zero_point, scheme, weight_table)
+        y = _product_of_values(F.linear, x, x_scheme, w) if x_scheme else F.linear(x, w)
         return _epilogue(y, bias, activation, residual, out_scale, out_zero_point, out_scheme)
     a = _centered(x, x_zero_point, parse_scheme(x_scheme))  # [.., in]
     w = _centered(codes, weight_zero_point, scheme, weight_table)  # [out, in]
@@ -179,7 +194,7 @@ def _linear_shape(x, x_scale, x_zero_point, weight, weight_scale, weight_zero_po
 
 
 _define(
-    "linear(Tensor x, Tensor? x_scale, Tensor? x_zero_point, Tensor weight, Tensor weight_scale, Tensor? weight_zero_point, "
+    "linear(Tensor x, Tensor? x_scale, Tensor? x_zero_point, Tensor weight, Tensor? weight_scale, Tensor? weight_zero_point, "
     "Tensor? bias, Tensor? residual, Tensor? out_scale, Tensor? out_zero_point, str x_scheme, str weight_scheme, "
     'int in_features, str activation="none", str out_scheme="", Tensor? weight_table=None) -> Tensor',
     _linear,
@@ -192,9 +207,10 @@ def _conv2d(x, x_scale, x_zero_point, weight, weight_scale, weight_zero_point, b
     """Convolution over NCHW; padding adds the real value zero, that is the code zero_point."""
     scheme = parse_scheme(weight_scheme)
     codes = _codes(weight, scheme, kernel_width)
-    if not x_scheme:
+    if not x_scheme or weight_scale is None:
         w = dequantize(codes, weight_scale, weight_zero_point, scheme)
-        y = F.conv2d(x, w, None, stride, padding, dilation, groups)
+        geometry = (stride, padding, dilation, groups)
+        y = _product_of_values(F.conv2d, x, x_scheme, w, *geometry) if x_scheme else F.conv2d(x, w, None, *geometry)
     else:
         a = _centered(x, x_zero_point, parse_scheme(x_scheme))
         w = _centered(codes, weight_zero_point, scheme)
@@ -215,7 +231,7 @@ def _conv2d_shape(x, x_scale, x_zero_point, weight, weight_scale, weight_zero_po
 
 
 _define(
-    "conv2d(Tensor x, Tensor? x_scale, Tensor? x_zero_point, Tensor weight, Tensor weight_scale, Tensor? weight_zero_point, "
+    "conv2d(Tensor x, Tensor? x_scale, Tensor? x_zero_point, Tensor weight, Tensor? weight_scale, Tensor? weight_zero_point, "
     "Tensor? bias, Tensor? residual, Tensor? out_scale, Tensor? out_zero_point, str x_scheme, str weight_scheme, "
     "int kernel_width, int[] stride, int[] padding, int[] dilation, int groups, "
     'str activation="none", str out_scheme="") -> Tensor',
@@ -256,7 +272,7 @@ def _embedding(indices, weight, scale, zero_point, scheme, size):
 
 
 _define(
-    "embedding(Tensor indices, Tensor weight, Tensor scale, Tensor? zero_point, str scheme, int size) -> Tensor",
+    "embedding(Tensor indices, Tensor weight, Tensor? scale, Tensor? zero_point, str scheme, int size) -> Tensor",
     _embedding,
     lambda indices, weight, scale, zero_point, scheme, size: indices.new_empty((*indices.shape, size), dtype=torch.float32),
 )

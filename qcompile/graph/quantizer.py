@@ -10,9 +10,9 @@ from qcompile.formats import Quantized, Scheme, dequantize, quantize, quantize_d
 class Quantizer(torch.nn.Module):
     """Rounds its input to a scheme's grid and returns it in float: what materialization will store as codes.
 
-    Either the grid is static (``scale`` and ``zero_point`` of the granularity's shape), or dynamic (both None, found in
-    each call), or a solver has already chosen the codes (``codes``, and ``table`` where they are places in one, for a weight): then the
-    input is ignored.
+    Either the grid is static (``scale`` and ``zero_point`` of the granularity's shape), or dynamic (both None, found in each call), or the
+    format has no scale, or a solver has already chosen the codes of a weight (``codes``, and ``table`` where they are places in one): then
+    the input is ignored.
     """
 
     scale: torch.Tensor | None
@@ -43,7 +43,6 @@ class Quantizer(torch.nn.Module):
     def quantized(self, x: torch.Tensor) -> Quantized:
         """Return the codes this quantizer gives for x."""
         if self.codes is not None:
-            assert self.scale is not None
             return Quantized(self.codes, self.scale, self.zero_point, self.scheme, self.table)
         if self.scale is None:
             return Quantized(*quantize_dynamic(x, self.scheme), self.scheme)
@@ -51,6 +50,5 @@ class Quantizer(torch.nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.codes is not None:
-            assert self.scale is not None
             return dequantize(self.codes, self.scale, self.zero_point, self.scheme, self.table)
         return self.quantized(x).dequantize()

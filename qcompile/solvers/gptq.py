@@ -208,5 +208,6 @@ def _better_rows(weight: torch.Tensor, H: torch.Tensor, found: Quantized, start:
     def choose(mine: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
         return torch.where(worse.view(-1, *[1] * (mine.ndim - 1)), other, mine) if mine.ndim else mine
 
+    assert found.scale is not None
     zero_point = None if found.zero_point is None or start[1] is None else choose(found.zero_point, start[1])
     return Quantized(choose(found.codes, nearest.codes), choose(found.scale, start[0]), zero_point, found.scheme)

@@ -73,6 +73,7 @@ def _with_table(found: Quantized, tables: int) -> Quantized:
 
 def _full_scale(W: torch.Tensor, found: Quantized) -> torch.Tensor:
     shape = tuple(W.shape)
+    assert found.scale is not None
     return found.scheme.granularity.expand(found.scale.to(torch.float64), shape).expand(shape)
 
 
@@ -101,6 +102,7 @@ def _step(W: torch.Tensor, h: torch.Tensor, found: Quantized) -> Quantized:
 def _replace_levels(W: torch.Tensor, h: torch.Tensor, found: Quantized, levels: torch.Tensor) -> Quantized:
     """Return the weight with these levels, in units of its scale, as bytes; then with the best codes and scales for them."""
     scheme, shape, scale = found.scheme, tuple(W.shape), _full_scale(W, found)
+    assert found.scale is not None
     # The largest level is the highest byte: the scales take up what that changes, and rounding to bytes loses least.
     stretch = STEPS / levels.abs().amax().clamp(min=SMALLEST_SCALE)
     levels = (levels * stretch).round().clamp(-STEPS, STEPS).sort(1).values

@@ -111,6 +111,23 @@ def test_linear_over_float_activations_dequantizes_the_weight() -> None:
     assert torch.allclose(y, x @ (w * scale.repeat_interleave(4, 1)).t())
 
 
+def test_linear_of_bfloat16_sums_exact_products_and_rounds_once() -> None:
+    """Sums that float32 would lose on its way: 2**24 + 1 - 2**24 is 1."""
+    encode = parse_scheme("bf16").format.encode
+    x, w = encode(torch.tensor([[4096.0, 1.0, 4096.0]])), encode(torch.tensor([[4096.0, 1.0, -4096.0], [0.0, -1.0, 0.0]]))
+    bias, residual = torch.tensor([0.5, 0.25]), torch.tensor([[1.0, -1.0]])
+    args = (x, None, None, w, None, None, bias, residual, None, None, "bf16", "bf16", 3, "relu")
+    assert qc.linear(*args).tolist() == [[2.5, -1.0]]
+    check_meta(qc.linear, *args)
+    rounded = (*args[:-1], "relu", "bf16")
+    assert torch.equal(qc.linear(*rounded), encode(torch.tensor([[2.5, -1.0]])))
+    check_meta(qc.linear, *rounded)
+    nothing = qc.linear(encode(-torch.ones(1, 3)), None, None, torch.zeros_like(w), *[None] * 6, "bf16", "bf16", 3)
+    assert not nothing.signbit().any()
+    with pytest.raises(ValueError, match="'bf16' has no scale to find"):
+        qc.quantize_dynamic(torch.ones(2), "bf16")
+
+
 def test_linear_names_the_sizes_that_differ() -> None:
     with pytest.raises(RuntimeError, match="reads 8 features, its input has 9"):
         check_meta(qc.linear, torch.randn(2, 9), None, None, torch.zeros(3, 4, dtype=torch.uint8), torch.ones(3),

@@ -17,6 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from qcompile.backends.cpu.kernels.bfloat16 import narrowed, stored_dtype
 from qcompile.backends.cpu.kernels.code_rounding import RANGES, CodeRounding
 from qcompile.backends.cpu.kernels.isa import SETS, detect, thread_count
 from qcompile.backends.cpu.kernels.registers import (
@@ -80,7 +81,7 @@ def attention(
     ``j > before + i - window``. With past, int64 [batch], before is past[b], and keys after the queries' own are not read: k and v are
     caches with room for more. A query that sees no key gives zeros.
     ``stored_k`` and ``stored_v`` say that k or v hold codes; then scales (and zero points) of each row follow, ``stored_rows.Rows``.
-    ``codes`` is "", "int8" or "uint8": then out holds codes of that dtype, of scale float32 [1] and zero_point int32 [1].
+    ``codes`` is "", "int8" or "uint8": then out holds codes of that dtype, of scale float32 [1] and zero_point int32 [1]; or "bfloat16".
 
     Raises:
         ValueError: heads is no multiple of kv_heads; past or a window without causal; codes of heads that are no whole vectors.
@@ -138,9 +139,9 @@ class _Attention:
         self.k.declare_scales()
         self.v.declare_scales()
         self.codes = shape.codes
-        self.out_scale = argument("scale", (1,)) if shape.codes else None
-        self.out_zero = argument("zero_point", (1,), "int32") if shape.codes else None
-        self.out = argument("out", (self.batch, self.tokens, self.heads * self.d), shape.codes or "float32")
+        self.out_scale = argument("scale", (1,)) if shape.codes in RANGES else None
+        self.out_zero = argument("zero_point", (1,), "int32") if shape.codes in RANGES else None
+        self.out = argument("out", (self.batch, self.tokens, self.heads * self.d), stored_dtype(shape.codes or "float32"))
         # Heads of one task of few rows: all that share their keys, fewer where that would leave threads without work.
         together = self.heads // self.kv_heads
         fitting = (n for n in range(together, 0, -1) if together % n == 0 and self.heads // n >= thread_count())
@@ -160,11 +161,12 @@ class _Attention:
 
     def _rounding(self) -> CodeRounding | None:
         """Compute what all codes of a task share."""
-        return CodeRounding(self.out_scale[0], self.out_zero[0], *RANGES[self.codes], self.isa) if self.codes else None
+        return CodeRounding(self.out_scale[0], self.out_zero[0], *RANGES[self.codes], self.isa) if self.codes in RANGES else None
 
     def _store(self, rounding: CodeRounding | None, value: Expression, place: tuple[Index, Index, Index], width: int) -> None:
         """Store ``width`` channels of one row from one channel on: the floats, or their codes."""
-        value = T.Bind(rounded(value)) if rounding else value
+        value = T.Bind(rounded(value)) if self.codes else value
+        value = narrowed(value) if self.codes == "bfloat16" else value
         result = T.Bind(T.cast(rounding.codes(value), f"{self.codes}x{LANES}")) if rounding else value
         store_row(self.out, result, None if width == LANES else below(width), *place)
 

@@ -5,7 +5,7 @@ saturate: the sum of four products (up to 4 * 255 * 128) and the running sum are
 
 | set | instructions for 16 sums of 4 products |
 | --- | --- |
-| amx, avx512vnni | 1 vpdpbusd |
+| amx, avx512bf16, avx512vnni | 1 vpdpbusd |
 | avxvnni | 2 vpdpbusd |
 | avx512 | 2 vpmaddwd, 2 vpaddd |
 | avx2 | 4 vpmaddwd, 4 vpaddd |
@@ -33,7 +33,7 @@ _LANES = 16
 
 def add_byte_products(isa: str, total: Expr, x: Expr, weight: Expr) -> Expr:
     """Return total + the four products of each lane: total int32x16, x int32x16 (words of four bytes), weight int8x64."""
-    if isa in (instruction_sets.AVX512_VNNI, instruction_sets.AMX):
+    if isa in (instruction_sets.AVX512_VNNI, instruction_sets.AVX512_BF16, instruction_sets.AMX):
         return _call("llvm.x86.avx512.vpdpbusd.512", "int32x16", total, T.reinterpret("uint8x64", x), weight)
     if isa == instruction_sets.AVX512:
         return total + _by_words(x, weight, _LANES)

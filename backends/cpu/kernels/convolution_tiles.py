@@ -88,7 +88,7 @@ class _Kernel(Arguments):
     def _unit(self, panel: Index, p: Index, block: Index) -> None:
         """Multiply a block of tiles of pixels by one panel, the task's p-th, into ``acc`` [tile][pixel][column]; finish the unit before."""
         spec, plan = self.spec, self.plan
-        product = tiles.Block(plan.block, plan.vectors, signed=spec.signed_x)
+        product = tiles.Block(plan.block, plan.vectors, "int8" if spec.signed_x else "uint8")
         if spec.x_affine or spec.epilogue.bias == "int32":
             product.start([T.address_of(self.begin[p * spec.columns + j * LANES]) for j in range(plan.vectors)])
         else:

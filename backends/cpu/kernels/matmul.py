@@ -1,9 +1,9 @@
 """Linear layers of any bit width as one TIR kernel: x [m, k] times a packed weight, then the dialect's epilogue.
 
-One task packs its rows of x side by side, ``[row block][k / 16 words][rows][16 words]``, so that the register block reads them
-from one stream without cache conflicts. Then, for each block of columns and each stretch of k, the panel of weights
-``[words][vectors][16 columns]`` meets every row block while it lies in the first-level cache. A word is 4 bytes: four codes that one
-lane multiplies and adds (``byte_products``), or one float. Sums of integers are exact: x is made unsigned (or signed, as the
+One task packs its rows of x side by side, ``[row block][k / 16 words][rows][16 words]``, so that the register block reads them from one
+stream without cache conflicts. Then, for each block of columns and each stretch of k, the panel of weights ``[words][vectors][16 columns]``
+meets every row block while it lies in the first-level cache. A word is 4 bytes: four codes that one lane multiplies and adds
+(``byte_products``), two bfloat16 (``bfloat16``), or one float. Sums of integers are exact: x is made unsigned (or signed, as the
 instruction set multiplies) by flipping its top bit, weights are signed, and both shifts are taken back by column sums (see
 ``matmul_finish``). Where there are tile registers, tasks of integers are those of ``matmul_tiles`` instead.
 """
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from qcompile.backends.cpu.kernels.bfloat16 import imported, stored_dtype
 from qcompile.backends.cpu.kernels.lookup import LEVELS
 from qcompile.backends.cpu.kernels.matmul_finish import Sums, finish_row
 from qcompile.backends.cpu.kernels.matmul_input import PackedInput, pack_row
@@ -39,14 +40,15 @@ def linear(spec: Linear, *, easy: bool = False) -> tirx.PrimFunc:
     int32 [1] or [m]; the arrays of ``pack.pack_linear``; residual float32 [m, n]; out_scale float32 [1]; out_zero_point int32 [1];
     the result [m, n], which may lie in the residual's place, or one for each of ``spec.parts``.
     """
-    in_place = spec.epilogue.residual and not spec.epilogue.codes
+    in_place = spec.epilogue.residual and spec.epilogue.output == "float32"
     with IRBuilder() as builder:
         with T.prim_func(s_tir=True):
             T.func_name("linear")
             T.func_attr({"tirx.noalias": not in_place})
             arguments = _declare(spec)
             arguments.easy_scale = easy
-            _emit(spec, arguments)
+            with imported(spec.pairs):
+                _emit(spec, arguments)
     kernel = builder.get()
     # Each result is finished once, from the one element of the residual that it may replace (``matmul_finish``).
     return kernel.with_attr(IN_PLACE, len(kernel.params) - 2) if in_place else kernel
@@ -63,7 +65,7 @@ def _declare(spec: Linear) -> Arguments:
 
     k, n, per_column = spec.in_features, spec.out_features, (spec.padded_columns,)
     granule = (m,) if spec.x_per_token else (1,)
-    found = {"x": buffer("x", (m, k), spec.x)}
+    found = {"x": buffer("x", (m, k), stored_dtype(spec.x))}
     if spec.integer:
         found["x_scale"] = buffer("x_scale", granule, "float32")
         if spec.x_affine:
@@ -71,7 +73,7 @@ def _declare(spec: Linear) -> Arguments:
     found["weight"] = buffer("weight", spec.weight_shape, "float32" if spec.bits == 32 else "int8")
     if spec.has_sums:
         found["sums"] = buffer("weight_sums", per_column, "int32")
-    if spec.bits < 32:
+    if spec.scaled:
         found["scale"] = buffer("weight_scale", spec.scale_shape, "float32")
     if spec.weight_affine:
         found["weight_zero"] = buffer("weight_zero_point", spec.scale_shape, "uint8")
@@ -84,7 +86,7 @@ def _declare(spec: Linear) -> Arguments:
     if spec.epilogue.codes:
         found["out_scale"] = buffer("out_scale", (1,), "float32")
         found["out_zero"] = buffer("out_zero_point", (1,), "int32")
-    results = [buffer(f"y{i}", (m, part.columns), spec.epilogue.output) for i, part in enumerate(spec.results)]
+    results = [buffer(f"y{i}", (m, part.columns), spec.epilogue.dtype) for i, part in enumerate(spec.results)]
     return Arguments(m, results=results, **found)
 
 
@@ -113,7 +115,7 @@ def _emit_tasks(spec: Linear, arguments: Arguments, m: Expr) -> None:
     columns = T.Select(few, 1, min(threads, n_blocks))
     if spec.tiled:  # every task reads its rows of x and its columns of weights: whichever costs more is read once
         # Fewer bits cost unpacking too: as much as their bytes, at least.
-        x_cost = m * 8 * (_ROW_COST if spec.bits == 8 else 1)
+        x_cost = m * (32 // spec.word_codes) * (_ROW_COST if spec.bits >= 8 else 1)
         by_rows = hold(T.And(x_cost > spec.out_features * spec.bits, m >= tile.rows * threads))
         tasks = T.Select(T.And(T.Not(few), by_rows), ceildiv(tasks, threads) * threads, tasks)
         columns = T.Select(by_rows, 1, columns)
@@ -140,7 +142,7 @@ def _emit_task(spec: Linear, arguments: Arguments, first_row: Expr, rows: Expr, 
     """Emit one task: pack its rows of x, then finish its blocks of columns one after another."""
     tile, stretch = spec.tile, spec.stretch
     arguments.begin_task(spec)
-    packed = T.alloc_buffer((spec.task_rows * spec.chunks * CHUNK,), "int32" if spec.integer else "float32")
+    packed = T.alloc_buffer((spec.task_rows * spec.chunks * CHUNK,), "int32" if spec.integer or spec.pairs else "float32")
     _emit_pack(spec, arguments, packed, first_row, rows)
     row_blocks = hold(ceildiv(rows, tile.rows))
     whole = spec.words <= stretch
@@ -271,5 +273,5 @@ def _prefetch_next_panel(spec: Linear, arguments: Arguments, column_block: Expr,
     """
     ahead = min(spec.tile.words, spec.words)
     for j in range(spec.tile.vectors):
-        address = T.address_of(arguments.weight[column_block, word + ahead, j * (64 if spec.integer else LANES)])
+        address = T.address_of(arguments.weight[column_block, word + ahead, j * (LANES if spec.bits == 32 else 64)])
         prefetch(address)

@@ -305,7 +305,7 @@ class _Product:
     def _multiply_tiles(self, row_block: Index, words: Index, count: int, keep: bool) -> None:
         """As ``_multiply``, in tile registers."""
         row_tiles, vectors = range(count // tiles.ROWS), self.tile.vectors
-        product = tiles.Block(len(row_tiles), vectors, signed=False)
+        product = tiles.Block(len(row_tiles), vectors, "uint8")
         first_sum, pitch = row_block * (self.tile.rows * self.columns), tiles.ROWS * self.columns
         spots = [[T.address_of(self.sums[first_sum + i * pitch + j * LANES]) for j in range(vectors)] for i in row_tiles]
         if keep:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from qcompile.backends.cpu.kernels.bfloat16 import stored_dtype
 from qcompile.backends.cpu.kernels.vector import ACTIVATIONS, Expr, lanes_of, rounded, to_codes, vector_type
 from tvm.script.ir_builder import tirx as T
 
@@ -18,7 +19,7 @@ class Epilogue:
         bias: dtype of the bias, ``float32`` or ``int32`` (added to the integer sum), or ``none``.
         activation: a name of ``qcompile.graph.dialect.ACTIVATIONS``; those starting with ``add_`` act after the residual.
         residual: a float32 tensor of the result's shape is added.
-        output: dtype of the result: ``float32``, or ``int8`` or ``uint8`` for codes (one scale, one int32 zero point).
+        output: dtype of the result: ``float32``, ``bfloat16``, or ``int8`` or ``uint8`` for codes (one scale, one int32 zero point).
         lowest, highest: range of the codes, by default that of their dtype.
     """
 
@@ -33,15 +34,20 @@ class Epilogue:
         for name, value, known in (
             ("bias", self.bias, ("none", "float32", "int32")),
             ("activation", self.activation, tuple(ACTIVATIONS)),
-            ("output", self.output, ("float32", *_RANGES)),
+            ("output", self.output, ("float32", "bfloat16", *_RANGES)),
         ):
             if value not in known:
                 raise ValueError(f"epilogue {name} is '{value}'; known are {', '.join(known)}")
 
     @property
     def codes(self) -> bool:
-        """Whether the result is codes."""
-        return self.output != "float32"
+        """Whether the result is codes of a scale."""
+        return self.output in _RANGES
+
+    @property
+    def dtype(self) -> str:
+        """The dtype of the result in memory."""
+        return stored_dtype(self.output)
 
     @property
     def range(self) -> tuple[int, int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
+from qcompile.backends.cpu.kernels.bfloat16 import narrowed
 from qcompile.backends.cpu.kernels.byte_codes import VECTORS, by_vector
 from qcompile.backends.cpu.kernels.matmul_epilogue import Epilogue
 from qcompile.backends.cpu.kernels.matmul_panel import Arguments
@@ -151,7 +152,7 @@ def _store(spec: Linear, arguments: Arguments, result: _Result, total: Expr, row
 
 def _store_ragged(spec: Linear, arguments: Arguments, result: _Result, total: Expr, row: Expr, column: Expr) -> None:
     """Store the last, partly filled vector of a row, element by element."""
-    y = register(spec.epilogue.output, LANES)
+    y = register(spec.epilogue.dtype, LANES)
     start, inside = column - result.first, result.first + result.columns - column
     residual, lanes = None, T.ramp(0, 1, LANES)
     if arguments.residual is not None:
@@ -170,7 +171,7 @@ def _scaled(spec: Linear, arguments: Arguments, total: Expr, row: Expr, column: 
     lanes = T.ramp(column, 1, LANES)
     bias = arguments.bias[lanes] if spec.epilogue.bias == "float32" else None
     y = T.cast(total, "float32x16")
-    if spec.bits < 32 and not spec.group:
+    if spec.scaled and not spec.group:
         y = rounded(y * arguments.scale[lanes])
     if spec.integer:
         y = rounded(y * spread(arguments.x_scale[row if spec.x_per_token else 0], LANES))
@@ -183,4 +184,6 @@ def _finished(
     """Return 16 results from 16 finished sums; those of integers are exact."""
     y, bias = _scaled(spec, arguments, total, row, column)
     y = dataclasses.replace(epilogue, output="float32").apply(y, bias, residual, None, None)
+    if epilogue.output == "bfloat16":
+        return narrowed(rounded(y))
     return y if arguments.rounding is None else T.cast(arguments.rounding.codes(rounded(y)), f"{epilogue.output}x{LANES}")

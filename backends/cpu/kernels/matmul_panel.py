@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from qcompile.backends.cpu.kernels.bfloat16 import add_pairs, half
 from qcompile.backends.cpu.kernels.byte_codes import ByteCodes
 from qcompile.backends.cpu.kernels.byte_products import add_byte_products, signed_byte
 from qcompile.backends.cpu.kernels.code_rounding import CodeRounding
@@ -51,6 +52,8 @@ class Arguments:
 
 def multiply_add(spec: Linear, total: Expr, x: Expr, weight: Expr) -> Expr:
     """Return total + x * weight for 16 columns: x 16 equal words, weight 16 words."""
+    if spec.pairs:
+        return add_pairs(total, x, T.reinterpret("int32x16", weight))
     return add_byte_products(spec.isa, total, x, weight) if spec.integer else total + x * weight
 
 
@@ -71,7 +74,7 @@ class Panel:
 
     def vector(self, column_block: Expr, first_word: Expr, word: Expr, j: int) -> Expr:
         """Return vector j of a word, counted from the stretch's first."""
-        size = 64 if self.spec.integer else LANES
+        size = LANES if self.spec.bits == 32 else 64
         return self.arguments.weight[column_block, first_word + word, T.ramp(j * size, 1, size)]
 
     def tile(self, column_block: Expr, first_word: Expr, word: Expr, j: int) -> Expr:
@@ -95,7 +98,7 @@ class UnpackedPanel(Panel):
 
     def fill(self, column_block: Expr, first_word: Expr, words: Expr) -> None:
         spec = self.spec
-        per_word = 1 if spec.integer else 4  # words of x for one word of codes
+        per_word = 1 if spec.integer else spec.word_codes  # words of x for one word of codes
         step_words = spec.step * per_word
         first_step = hold(T.truncdiv(first_word, step_words))
         if not spec.group:
@@ -134,6 +137,11 @@ class UnpackedPanel(Panel):
     def _unpack(self, column_block: Expr, step: Expr, local_step: Expr, j: int, zero: Expr | None, scale: Expr | None, total: Expr) -> None:
         """Unpack vector j of one step of words; ``total`` gathers the sums of the columns' codes."""
         spec = self.spec
+        if spec.bits == 16:
+            words = T.Bind(T.reinterpret("int32x16", self.arguments.weight[column_block, step, T.ramp(j * 64, 1, 64)]))
+            for e in range(2):
+                T.buffer_store(self.codes, half(words, e), [T.ramp((local_step * 2 + e) * spec.columns + j * LANES, 1, LANES)])
+            return
         planes = load_planes(spec, self.arguments.weight, column_block, step, j)
         table = make_lookup(spec, self.arguments.table)
         for w, code in enumerate(step_codes(spec, planes)):

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from qcompile.backends.cpu.kernels.bfloat16 import add_pairs, half
 from qcompile.backends.cpu.kernels.matmul_finish import Sums, finish_row
 from qcompile.backends.cpu.kernels.matmul_input import PackedInput, added_zero, pack_row
 from qcompile.backends.cpu.kernels.matmul_panel import Arguments, multiply_add
@@ -45,7 +46,7 @@ def dispatch(left: Expr, variants: tuple[int, ...], emit: Callable[[int], None])
 
 def emit_few_rows(spec: Linear, arguments: Arguments, m: Expr) -> None:
     """Emit the product of all m rows, at most the last of ``spec.few_rows``; tasks split the columns."""
-    size = spec.words * spec.padded_columns * (4 if spec.integer else 1) * min(spec.bits, 8) // 8
+    size = spec.code_words * spec.padded_columns * min(spec.bits, 8) // 2 if spec.bits < 32 else spec.words * spec.padded_columns
     tasks = 1 if size <= _ALONE_BYTES else min(spec.tile.threads, spec.column_blocks)
     per_task = -(-spec.column_blocks // tasks)
     with T.parallel(0, tasks) as task:
@@ -78,11 +79,11 @@ class _Rows:
     def __init__(self, spec: Linear, arguments: Arguments, m: Expr, count: int) -> None:
         self.spec, self.arguments, self.m, self.count = spec, arguments, m, count
         self.end: Expr = spec.column_blocks  # of the column blocks of a task
-        self.stride = spec.chunks * CHUNK
+        self.stride = -(-spec.few_words // CHUNK) * CHUNK
         self.dtype = "int32" if spec.integer else "float32"
         self.steps = spec.steps
         self.group_steps = self.steps // spec.groups
-        self.packed = T.alloc_buffer((count * self.stride,), self.dtype)
+        self.packed = T.alloc_buffer((count * self.stride,), "int32" if spec.pairs else self.dtype)
         self.signed = spec.integer and (spec.bits < 8 or spec.signed_x)
         self.added = added_zero(spec, signed=self.signed)
         self.chains = 2 if count == 1 else 1  # of sums, or the latency of an addition would be longer than the time to read
@@ -331,8 +332,8 @@ class _FloatRows(_Rows):
 
     def _step(self, column_block: Expr, step: Expr, words: int = 0) -> None:
         spec = self.spec
-        if spec.bits == 32:
-            self._float_step(column_block, step)
+        if spec.bits >= 16:
+            (self._float_step if spec.bits == 32 else self._half_step)(column_block, step)
             return
         planes = self._load(column_block, step)
         if spec.bits == 8:
@@ -371,6 +372,21 @@ class _FloatRows(_Rows):
         prefetch_turn(self.arguments.weight, column_block * self.steps + step, self.end * self.steps, self.spec.tile.vectors)
         vectors = [self.arguments.weight[column_block, step, T.ramp(j * LANES, 1, LANES)] for j in range(self.spec.tile.vectors)]
         self._add_products(step, [T.Bind(v) for v in vectors], 0)
+
+    def _half_step(self, column_block: Expr, step: Expr) -> None:
+        spec, lanes = self.spec, T.ramp(0, 1, LANES)
+        prefetch_turn(self.arguments.weight, column_block * self.steps + step, self.end * self.steps, spec.tile.vectors, line=64)
+        loaded = [self.arguments.weight[column_block, step, T.ramp(j * 64, 1, 64)] for j in range(spec.tile.vectors)]
+        words = [T.Bind(T.reinterpret("int32x16", vector)) for vector in loaded]
+        if not spec.pairs:
+            for e in range(2):
+                self._add_products(step * 2 + e, [T.Bind(half(word, e)) for word in words], e)
+            return
+        for i in range(self.count):
+            x = T.Bind(spread(self.packed[i * self.stride + step], LANES))
+            for j, word in enumerate(words):
+                total = self._chain(i, j, 0)
+                T.buffer_store(total, add_pairs(total[lanes], x, word), [lanes])
 
     def _add_products(self, k: Expr, values: list[Expr], turn: int) -> None:
         lanes = T.ramp(0, 1, LANES)

@@ -63,10 +63,10 @@ class Linear:
 
     Attributes:
         in_features, out_features: k and n.
-        x: dtype of the input: ``float32``, or ``int8`` or ``uint8`` codes.
+        x: dtype of the input: ``float32``, or ``int8`` or ``uint8`` codes, or ``bfloat16`` as the bits of int16.
         x_per_token: scale and zero point of the codes are [m], not [1].
         x_affine: the codes have a zero point (an argument); without, it is 0.
-        bits: of one weight code, 1 to 8, or 32 for a float32 weight.
+        bits: of one weight code, 1 to 8, or 16 for a bfloat16 and 32 for a float32 weight.
         group: inputs that share a weight scale: 16 (4-, 2- and 6-bit codes), 32, or a multiple of 64; 0: the whole row.
         weight_signed: codes are two's complement; else unsigned.
         weight_affine: weight codes have zero points, one for each scale (below 8 bits, where code - zero fits a byte).
@@ -103,12 +103,14 @@ class Linear:
             self.tile.rows % tiles.ROWS or self.tile.rows > 2 * tiles.ROWS or self.tile.vectors > 2 or self.tile.words % CHUNK
         ):
             raise ValueError(f"tile registers hold blocks of 16 or 32 rows by 1 or 2 vectors, in stretches of whole tiles, not {self.tile}")
-        if self.x not in ("float32", "int8", "uint8"):
-            raise ValueError(f"x is '{self.x}'; known are float32, int8, uint8")
+        if self.x not in ("float32", "int8", "uint8", "bfloat16"):
+            raise ValueError(f"x is '{self.x}'; known are float32, int8, uint8, bfloat16")
+        if (self.bits == 16 and (self.integer or self.group or self.weight_affine)) or (self.x == "bfloat16" and self.bits != 16):
+            raise ValueError("bfloat16 meets bfloat16: a weight without groups and zero points, x in bfloat16 or float32")
         if self.bits == 32 and self.x != "float32":
             raise ValueError("a float32 weight needs a float32 input")
-        if self.bits not in (1, 2, 3, 4, 5, 6, 7, 8, 32):
-            raise ValueError(f"a weight code has 1 to 8 bits, or 32 for float32, not {self.bits}")
+        if self.bits not in (1, 2, 3, 4, 5, 6, 7, 8, 16, 32):
+            raise ValueError(f"a weight code has 1 to 8 bits, or 16 for bfloat16, or 32 for float32, not {self.bits}")
         if self.group and ((self.group % 64 and 64 % self.group) or self.group % (4 * self.step)):
             raise ValueError(f"no kernel for groups of {self.group} at {self.bits} bits")
         if self.bits == 8 and (self.weight_affine or not self.weight_signed):
@@ -131,22 +133,32 @@ class Linear:
     @property
     def integer(self) -> bool:
         """Whether products are of integers."""
-        return self.x != "float32"
+        return self.x in ("int8", "uint8")
+
+    @property
+    def scaled(self) -> bool:
+        """Whether weights are codes times scales."""
+        return self.bits <= 8
+
+    @property
+    def pairs(self) -> bool:
+        """Whether vectors multiply words of two bfloat16; else such words become two float32 each."""
+        return self.x == "bfloat16" and instruction_sets.SETS[self.isa].pairs
 
     @property
     def tiled(self) -> bool:
         """Whether many rows are multiplied in tile registers. Small groups are not: their sums would leave the tiles too often."""
-        return instruction_sets.SETS[self.isa].tiles and self.integer and (not self.group or self.group >= _TILED_GROUP)
+        return instruction_sets.SETS[self.isa].tiles and self.x != "float32" and (not self.group or self.group >= _TILED_GROUP)
 
     @property
     def tile_depth(self) -> int:
-        """Codes of k in a tile."""
+        """Bytes of k in a tile: codes of 8 bits, or twice as many as bfloat16."""
         return min(self.group, tiles.DEPTH) if self.group else tiles.DEPTH
 
     @property
     def reads_x(self) -> bool:
         """Whether tiles are loaded from x itself: where its rows are whole tiles."""
-        return self.tiled and self.in_features == self.words * 4
+        return self.tiled and self.in_features == self.words * self.word_codes
 
     @property
     def signed_x(self) -> bool:
@@ -184,6 +196,11 @@ class Linear:
         return tuple(width for width in (8, 4, 2, 1) if self.bits & width)
 
     @property
+    def word_codes(self) -> int:
+        """Weights of one column in a 4-byte word, after unpacking: four codes, two bfloat16, or one float."""
+        return {16: 2, 32: 1}.get(self.bits, 4)
+
+    @property
     def step(self) -> int:
         """Words of four codes that are stored and unpacked together: as many as one vector of the thinnest plane holds."""
         if self.ternary:
@@ -193,11 +210,13 @@ class Linear:
     @property
     def steps(self) -> int:
         """Steps of words of a packed row; of five ternary words the last may have fewer."""
-        return -(-self.code_words // self.step) if self.bits <= 8 else self.words
+        return -(-self.code_words // self.step)
 
     @property
     def unpacks(self) -> bool:
         """Whether weights become a local panel before they meet x; else the product reads the packed array itself."""
+        if self.bits == 16:
+            return not (self.tiled or self.pairs)
         return self.bits < 8 or (self.bits == 8 and (self.group > 0 or not self.integer))
 
     @property
@@ -206,16 +225,19 @@ class Linear:
 
     @property
     def code_words(self) -> int:
-        """Words of four codes in a packed row, padded to whole steps (not of five words), whole groups and whole tiles."""
+        """Words of weights in a packed row, padded to whole steps (not of five words), whole groups and whole tiles."""
         whole = self.group // 4 if self.group else tiles.WORDS if self.tiled or self.ternary else self.step
-        return -(-self.in_features // (4 * whole)) * whole
+        return -(-self.in_features // (self.word_codes * whole)) * whole
 
     @property
     def words(self) -> int:
-        """4-byte words of one packed row of x: four codes, or one float."""
-        if self.bits == 32:
-            return self.in_features
-        return self.code_words if self.integer else self.code_words * 4
+        """4-byte words of one packed row of x: four codes, two bfloat16, or one float."""
+        return self.code_words if self.integer or self.pairs or self.tiled else self.code_words * self.word_codes
+
+    @property
+    def few_words(self) -> int:
+        """The same for few rows, which meet no tiles."""
+        return self.code_words if self.integer or self.pairs else self.code_words * self.word_codes
 
     @property
     def group_words(self) -> int:
@@ -255,7 +277,7 @@ class Linear:
         """Row counts, ascending, for which weights are read once, straight into registers; none where x does not fit beside them."""
         if self.looks_up and instruction_sets.SETS[self.isa].parts > 1:  # the lookup is an instruction of 512-bit registers
             return ()
-        size = 4 * (self.chunks * CHUNK + self.table_floats)
+        size = 4 * (-(-self.few_words // CHUNK) * CHUNK + self.table_floats)
         most = instruction_sets.SETS[self.isa].block_rows(self.tile.vectors, self.integer)
         return tuple(count for count in (1, 2, 4, 8) if count <= most and count * size <= _FEW_ROWS_SHARE * self.tile.packed_bytes)
 
@@ -271,7 +293,12 @@ class Linear:
         """Shape of the packed weight: [column blocks, steps, elements of one step of every column]."""
         if self.bits == 32:
             return (self.column_blocks, self.words, self.columns)
-        return (self.column_blocks, self.steps, self.step * self.bits // 8 * self.columns * 4)
+        return (self.column_blocks, self.steps, self.step_bytes)
+
+    @property
+    def step_bytes(self) -> int:
+        """Bytes of one step of every column."""
+        return self.step * min(self.bits, 8) // 8 * self.columns * 4
 
     @property
     def scale_shape(self) -> tuple[int, ...]:

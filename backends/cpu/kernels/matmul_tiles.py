@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from qcompile.backends.cpu.kernels import tiles
+from qcompile.backends.cpu.kernels.bfloat16 import stored_dtype
 from qcompile.backends.cpu.kernels.matmul_finish import Sums, finish_rows
 from qcompile.backends.cpu.kernels.matmul_input import PackedInput, pack_row
 from qcompile.backends.cpu.kernels.matmul_panel import Arguments, make_panel
@@ -27,7 +28,7 @@ class _Input:
     """Rows of codes that tiles are loaded from.
 
     Attributes:
-        buffer: flat, of codes or of words of four.
+        buffer: flat, of codes or of words.
         first: element of the first row of the task.
         pitch: elements from one row to the next.
         width: bytes of an element.
@@ -114,7 +115,7 @@ class _Task:
     def _multiply(self, place: _Place, count: int) -> None:
         """Emit the product of ``count`` tiles of rows by a stretch of a panel."""
         spec, vectors = self.spec, self.spec.tile.vectors
-        block = tiles.Block(count, vectors, signed=spec.x == "int8")
+        block = tiles.Block(count, vectors, spec.x)
         rows = [hold(self._tile_row(place.block, i)) for i in range(count)]
         target = self.products if spec.group else self.sums
         base = 0 if spec.group else self._first_sum(place.block)
@@ -153,8 +154,8 @@ class _Task:
         Shares are read in order, for the processor's own prefetching to run ahead of them.
         """
         spec = self.spec
-        tile_bytes = spec.tile_depth * spec.columns * spec.bits // 8
-        stretch = min(spec.stretch, spec.words) * spec.columns * 4 // spec.step * (spec.step * spec.bits // 8)
+        tile_bytes = spec.tile_depth * spec.columns * min(spec.bits, 8) // 8
+        stretch = min(spec.stretch, spec.words) // spec.step * spec.step_bytes
         row_bytes = spec.weight_shape[1] * spec.weight_shape[2]
         lines = max(tile_bytes // 64 // _PREFETCHING_BLOCKS, 1)
         flat = T.decl_buffer((spec.column_blocks * row_bytes,), "int8", data=self.arguments.weight.data)
@@ -217,14 +218,15 @@ class _Place:
 
 def _starts(spec: Linear) -> bool:
     """Return whether sums start at other values than zero."""
-    return spec.epilogue.bias == "int32" or (spec.x_affine and not spec.x_per_token)
+    return spec.epilogue.bias == "int32" or (spec.integer and spec.x_affine and not spec.x_per_token)
 
 
 def _input(spec: Linear, arguments: Arguments, first_row: Expr, rows: Expr) -> _Input:
     """Return the task's rows, copied where they are no whole tiles."""
     if spec.reads_x:
-        flat = T.decl_buffer((T.cast(arguments.m, "int64") * spec.in_features,), spec.x, data=arguments.x.data)
-        return _Input(flat, T.cast(first_row, "int64") * spec.in_features, spec.in_features, 1)
+        dtype, width = stored_dtype(spec.x), 4 // spec.word_codes
+        flat = T.decl_buffer((T.cast(arguments.m, "int64") * spec.in_features,), dtype, data=arguments.x.data)
+        return _Input(flat, T.cast(first_row, "int64") * spec.in_features, spec.in_features, width)
     pitch = (spec.chunks | 1) * CHUNK  # an odd number of cache lines, so that rows do not share cache sets
     packed = T.alloc_buffer((spec.task_rows * pitch,), "int32")
     copy = PackedInput(packed, CHUNK, spec.x == "int8")

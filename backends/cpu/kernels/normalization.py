@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from qcompile.backends.cpu.kernels.bfloat16 import narrowed, stored_dtype
 from qcompile.backends.cpu.kernels.code_rounding import RANGES, CodeRounding
 from qcompile.backends.cpu.kernels.isa import detect
 from qcompile.backends.cpu.kernels.partials import SLOTS, Partials
@@ -39,7 +40,8 @@ def layer_norm(
     """Build ``f(x[, residual][, weight[, bias]][, scale, zero_point], out[, codes][, total])``.
 
     x, residual, out float32 [rows, width]; weight and bias float32 [width], both where ``affine`` (``rms`` has a weight only).
-    ``codes`` is "", "int8" or "uint8": then also codes [rows, width] of out with scale float32 [1] and zero_point int32 [1].
+    ``codes`` is "", "int8" or "uint8": then also codes [rows, width] of out with scale float32 [1] and zero_point int32 [1]; or
+    "bfloat16", which has neither.
     ``total`` asks for x + residual [rows, width] as another result (the residual stream of pre-norm blocks).
 
         out = (s - mean(s)) / sqrt(mean((s - mean(s))**2) + epsilon) * weight + bias,   s = x + residual
@@ -64,16 +66,16 @@ class _Norm:
         self.residual = argument("residual", shape) if residual else None
         self.weight = argument("weight", (width,)) if affine else None
         self.bias = argument("bias", (width,)) if affine and not rms else None
-        self.scale = argument("scale", (1,)) if codes else None
-        self.zero_point = argument("zero_point", (1,), "int32") if codes else None
+        self.scale = argument("scale", (1,)) if codes in RANGES else None
+        self.zero_point = argument("zero_point", (1,), "int32") if codes in RANGES else None
         self.out = argument("out", shape)
-        self.codes = argument("codes", shape, codes) if codes else None
+        self.codes = argument("codes", shape, stored_dtype(codes)) if codes else None
         self.total = argument("total", shape) if total else None
 
     def begin(self, codes: str, isa: str) -> None:
         """Compute and allocate what all rows of a task share."""
         self.values = local(-(-self.width // LANES) * LANES)
-        if codes:
+        if codes in RANGES:
             self.rounding = CodeRounding(self.scale[0], self.zero_point[0], *RANGES[codes], isa=isa)
 
     def row(self, row: Index) -> None:
@@ -115,7 +117,7 @@ class _Norm:
             value = T.Bind(rounded(value))
             store_row(self.out, value, mask, row, start)
             if self.codes is not None:
-                code = self.rounding.codes(value)
-                store_row(self.codes, T.cast(code, f"{self.codes.dtype}x{LANES}"), mask, row, start)
+                code = T.cast(self.rounding.codes(value), f"{self.codes.dtype}x{LANES}") if self.rounding is not None else narrowed(value)
+                store_row(self.codes, code, mask, row, start)
 
         each_vector(self.width, write, SLOTS)

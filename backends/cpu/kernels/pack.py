@@ -21,9 +21,9 @@ def pack_linear(
 ) -> list[Array]:
     """Return the constants of ``matmul.linear(spec)`` in its argument order: weight, sums, scale, zero point, bias, table, as it has them.
 
-    weight [n, k]: one code per element, int8 or uint8, or float32 where ``spec.bits`` is 32. scale float32 and zero_point
-    integer: [n], or one for all, or [n, groups]. bias [n] of the epilogue's bias dtype. table [16], the values of a codebook. Columns are
-    padded to whole register blocks, rows to whole groups, with codes that mean zero (in a codebook: that meet zeros of x).
+    weight [n, k]: one code per element, int8 or uint8, or float32 where ``spec.bits`` is 32, or int16 where it is 16. scale float32 and
+    zero_point integer: [n], or one for all, or [n, groups]. bias [n] of the epilogue's bias dtype. table [16], the values of a codebook.
+    Columns are padded to whole register blocks, rows to whole groups, with codes that mean zero (in a codebook: that meet zeros of x).
 
     Raises:
         ValueError: an array is missing, or its shape does not agree with ``spec``.
@@ -31,13 +31,15 @@ def pack_linear(
     n, k = spec.out_features, spec.in_features
     if weight.shape != (n, k):
         raise ValueError(f"a weight of shape {weight.shape} is not [{n}, {k}]")
-    missing = {"scale": scale is None and spec.bits < 32, "zero_point": zero_point is None and spec.weight_affine}
+    missing = {"scale": scale is None and spec.scaled, "zero_point": zero_point is None and spec.weight_affine}
     missing["table"] = table is None and spec.codebook
     missing["bias"] = bias is None and spec.epilogue.bias != "none"
     if any(missing.values()):
         raise ValueError(f"this layer needs: {', '.join(name for name, lacks in missing.items() if lacks)}")
     if spec.bits == 32:
         arrays = [_panels(spec, weight)]
+    elif spec.bits == 16:
+        arrays = [_pair_panels(spec, weight)]
     else:
         raised = 0 if spec.codebook else spec.code_zero
         codes = weight.astype(np.int32) + raised  # unsigned below 8 bits
@@ -113,6 +115,14 @@ def _columns(spec: Linear, values: Array, dtype: Any) -> Array:
     padded = np.zeros(spec.padded_columns, dtype)
     padded[: spec.out_features] = values
     return padded
+
+
+def _pair_panels(spec: Linear, weight: Array) -> Array:
+    """Return the bits of bfloat16 weights as [column blocks, words of two, bytes of the block's columns]."""
+    padded = np.zeros((spec.padded_columns, spec.code_words * 2), np.int16)
+    padded[: weight.shape[0], : weight.shape[1]] = weight
+    words = padded.view(np.int32).reshape(spec.column_blocks, spec.columns, spec.code_words)
+    return np.ascontiguousarray(words.transpose(0, 2, 1)).view(np.int8).reshape(spec.weight_shape)
 
 
 def _panels(spec: Linear, weight: Array) -> Array:

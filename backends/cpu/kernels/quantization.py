@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from qcompile.backends.cpu.kernels.bfloat16 import narrowed, widened
 from qcompile.backends.cpu.kernels.code_rounding import CodeRounding
 from qcompile.backends.cpu.kernels.code_sums import values_of
 from qcompile.backends.cpu.kernels.isa import detect
@@ -39,7 +40,9 @@ from qcompile.formats.quantize import SMALLEST_SCALE
 
 
 def code_dtype(scheme: Scheme) -> str:
-    """Return the dtype of one code, ``int8`` or ``uint8``."""
+    """Return the dtype of one code, ``int8``, ``uint8`` or ``bfloat16``."""
+    if not scheme.format.scaled:
+        return "bfloat16"
     return "int8" if scheme.format.lowest < 0 else "uint8"
 
 
@@ -76,6 +79,24 @@ def quantize_static(scheme: Scheme, isa: str | None = None) -> tirx.PrimFunc:
             store_row(codes, T.cast(code, f"{codes.dtype}x{LANES}"), mask, start)
 
         each_element(count, body, begin=rounding.begin)
+    return builder.get()
+
+
+def round_to_bfloat16() -> tirx.PrimFunc:
+    """Build ``f(x, codes)``: x float32 [count], codes int16 [count], the bits of bfloat16."""
+    with function("round_to_bfloat16") as builder:
+        count = size("count")
+        x, codes = argument("x", (count,)), argument("codes", (count,), "int16")
+        each_element(count, lambda start, mask: store_row(codes, narrowed(load(x, mask, start)), mask, start))
+    return builder.get()
+
+
+def widen_bfloat16() -> tirx.PrimFunc:
+    """Build ``f(codes, out)``: codes int16 [count], the bits of bfloat16, and out float32 [count]."""
+    with function("widen_bfloat16") as builder:
+        count = size("count")
+        codes, out = argument("codes", (count,), "int16"), argument("out", (count,))
+        each_element(count, lambda start, mask: store_row(out, widened(load(codes, mask, start)), mask, start))
     return builder.get()
 
 
@@ -192,9 +213,9 @@ def embedding(width: int, bits: int, *, signed: bool = True, scales: str = "row"
     """Build ``f(indices, weight[, scale][, zero_point], out)``: rows of a table, dequantized.
 
     indices int64 [count], negative ones count from the end as in PyTorch; out float32 [count, width]. weight, in the packing of
-    ``qcompile.formats.packing``: 8 bits int8 or uint8 [rows, width], 1 to 7 bits uint8 [rows, ceil(width * bits / 8)], and 32 bits for a
-    float32 table [rows, width] without scales. ``scales``: "tensor" for [1], "row" for [rows], "group" for [rows, ceil(width / group)];
-    zero_point int32 of the same shape where ``affine``. An index outside the table reads its nearest row.
+    ``qcompile.formats.packing``: 8 bits int8 or uint8 [rows, width], 1 to 7 bits uint8 [rows, ceil(width * bits / 8)], 16 or 32 bits for a
+    table [rows, width] without scales, int16 (the bits of bfloat16) or float32. ``scales``: "tensor" for [1], "row" for [rows], "group" for
+    [rows, ceil(width / group)]; zero_point int32 of the same shape where ``affine``. An index outside the table reads its nearest row.
 
     Raises:
         ValueError: a group is no multiple of 16.
@@ -204,10 +225,10 @@ def embedding(width: int, bits: int, *, signed: bool = True, scales: str = "row"
     with function("embedding") as builder:
         count, rows = size("count"), size("rows")
         indices = argument("indices", (count,), "int64")
-        dtype = {8: "int8" if signed else "uint8", 32: "float32"}.get(bits, "uint8")
-        weight = argument("weight", (rows, width if bits in (8, 32) else -(-width * bits // 8)), dtype)
+        dtype = {8: "int8" if signed else "uint8", 16: "int16", 32: "float32"}.get(bits, "uint8")
+        weight = argument("weight", (rows, width if bits >= 8 else -(-width * bits // 8)), dtype)
         shape = {"tensor": (1,), "row": (rows,), "group": (rows, -(-width // group) if group else 1)}[scales]
-        scale = argument("scale", shape) if bits != 32 else None
+        scale = argument("scale", shape) if bits <= 8 else None
         zero = argument("zero_point", shape, "int32") if affine else None
         out = argument("out", (count, width))
 
@@ -217,7 +238,8 @@ def embedding(width: int, bits: int, *, signed: bool = True, scales: str = "row"
 
             def write(start: Index, mask: Any, slot: int) -> None:
                 if scale is None:
-                    store_row(out, load(weight, mask, row, start), mask, i, start)
+                    value = load(weight, mask, row, start)
+                    store_row(out, widened(value) if bits == 16 else value, mask, i, start)
                     return
                 where = {"tensor": (0,), "row": (row,), "group": (row, start // group if group else 0)}[scales]
                 value = _unpacked(weight, row, start, mask, bits, signed, width)

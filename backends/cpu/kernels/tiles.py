@@ -45,12 +45,12 @@ class Block:
 
     Args:
         row_tiles, column_tiles: 1 or 2.
-        signed: codes of x are signed bytes; else unsigned.
+        x: dtype of x: ``int8``, ``uint8``, or ``bfloat16``, whose weights are bfloat16 and whose sums are float32.
     """
 
-    def __init__(self, row_tiles: int, column_tiles: int, *, signed: bool) -> None:
+    def __init__(self, row_tiles: int, column_tiles: int, x: str) -> None:
         self.row_tiles, self.column_tiles = row_tiles, column_tiles
-        self.product = "tdpbssd" if signed else "tdpbusd"
+        self.product = {"int8": "tdpbssd", "uint8": "tdpbusd", "bfloat16": "tdpbf16ps"}[x]
 
     def zero(self) -> None:
         """Emit sums of zero."""

@@ -28,7 +28,15 @@ def test_each_set_holds_a_register_block_of_rows() -> None:
 
 @pytest.mark.parametrize(
     ("mcpu", "name"),
-    [("rocketlake", "avx512vnni"), ("skylake-avx512", "avx512"), ("alderlake", "avxvnni"), ("haswell", "avx2"), ("nehalem", "portable")],
+    [
+        ("sapphirerapids", "amx"),
+        ("znver4", "avx512bf16"),
+        ("rocketlake", "avx512vnni"),
+        ("skylake-avx512", "avx512"),
+        ("alderlake", "avxvnni"),
+        ("haswell", "avx2"),
+        ("nehalem", "portable"),
+    ],
 )
 def test_the_best_set_of_a_processor(mcpu: str, name: str) -> None:
     if instruction_sets.machine() != "x86_64":
