@@ -14,6 +14,7 @@ import ctypes
 import functools
 import importlib.util
 import itertools
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -22,11 +23,13 @@ from typing import Any
 
 import click
 import numpy as np
+import torch
 import tvm
 from qcompile.backends.cpu.kernels import isa
 from qcompile.backends.cpu.kernels.matmul import linear
 from qcompile.backends.cpu.kernels.matmul_spec import Linear
 from qcompile.backends.cpu.kernels.pack import pack_linear
+from qcompile.backends.cpu.memory import place
 from qcompile.backends.cpu.pipeline import compile_kernel
 
 from qcompile.registry import find_target
@@ -136,13 +139,14 @@ def onnxruntime_call(bits: int, rows: int, rng: np.random.Generator) -> tuple[Ca
     import onnxruntime
     from onnx import TensorProto, helper, numpy_helper
 
-    codes = rng.integers(0, 256, (SIZE, SIZE // 32, 4 * bits), np.uint8)
-    scales = np.full((SIZE, SIZE // 32), 0.01, np.float32)
-    size = codes.nbytes + scales.nbytes
+    codes, scales = (SIZE, SIZE // 32, 4 * bits), (SIZE, SIZE // 32)
+    size = math.prod(codes) + 4 * math.prod(scales)
     layers = -(-MEMORY // size)
+    # Weights of its own for every layer: a session shares equal ones, and reads them from the cache (measured: 2.2 times as fast).
+    weights = [{"w": rng.integers(0, 256, codes, np.uint8), "s": rng.random(scales, np.float32)} for _ in range(layers)]
     options = {"domain": "com.microsoft", "K": SIZE, "N": SIZE, "bits": bits, "block_size": 32, "accuracy_level": 4}
     nodes = [helper.make_node("MatMulNBits", ["x", f"w{i}", f"s{i}"], [f"y{i}"], **options) for i in range(layers)]
-    constants = [numpy_helper.from_array(a, f"{n}{i}") for i in range(layers) for n, a in (("w", codes), ("s", scales))]
+    constants = [numpy_helper.from_array(array, f"{name}{i}") for i, layer in enumerate(weights) for name, array in layer.items()]
     x, ys = ("x", TensorProto.FLOAT, [rows, SIZE]), [(f"y{i}", TensorProto.FLOAT, [rows, SIZE]) for i in range(layers)]
     graph = helper.make_graph(
         nodes, "layers", [helper.make_tensor_value_info(*x)], [helper.make_tensor_value_info(*y) for y in ys], constants
@@ -151,7 +155,7 @@ def onnxruntime_call(bits: int, rows: int, rng: np.random.Generator) -> tuple[Ca
     settings = onnxruntime.SessionOptions()
     settings.intra_op_num_threads = isa.thread_count()
     model = helper.make_model(graph, opset_imports=opsets, ir_version=10)
-    del constants, graph
+    del constants, graph, weights
     session = onnxruntime.InferenceSession(model.SerializeToString(), settings, ["CPUExecutionProvider"])
     feed = {"x": rng.standard_normal((rows, SIZE)).astype(np.float32)}
     return lambda: session.run(None, feed), layers, size
@@ -166,7 +170,8 @@ def our_call(name: str, rows: int, rng: np.random.Generator) -> tuple[Call, int,
     constants = pack_linear(spec, codes, np.full((SIZE, spec.groups) if spec.group else (SIZE,), 0.01, np.float32))
     size = sum(array.nbytes for array in constants)
     layers = -(-MEMORY // size)
-    copies = [[tvm.runtime.tensor(array.copy()) for array in constants] for _ in range(layers)]
+    placed = [tvm.runtime.from_dlpack(tensor) for tensor in place([torch.from_numpy(array) for array in constants] * layers)]
+    copies = [placed[i : i + len(constants)] for i in range(0, len(placed), len(constants))]
     x = [rng.integers(0, 127, (rows, SIZE)).astype(spec.x), np.full(rows if spec.x_per_token else 1, 0.01, np.float32)]
     x += [np.array([3], np.int32)] if spec.x_affine else []
     inputs, y = [tvm.runtime.tensor(array) for array in x], tvm.runtime.tensor(np.zeros((rows, SIZE), np.float32))

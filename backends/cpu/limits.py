@@ -15,6 +15,7 @@ import tvm
 from qcompile.backends.cpu.kernels import isa, tiles
 from qcompile.backends.cpu.kernels.registers import LANES, argument, function, ramp
 from qcompile.backends.cpu.kernels.vector import Expr, register, spread
+from qcompile.backends.cpu.memory import allocate
 from qcompile.backends.cpu.pipeline import compile_kernel
 from tvm import tirx
 from tvm.tirx.script.builder import ir as T
@@ -22,6 +23,7 @@ from tvm.tirx.script.builder import ir as T
 from qcompile.target import Limits
 
 READ_BYTES = 512 << 20  # beyond every cache: of 128 MiB, processors with a large third level still hold a part
+_AHEAD = 16 * LANES  # words that are asked for before they are read: 1 KiB (measured: 37 GB/s; without asking 32)
 ACCUMULATORS = 16  # latency of a multiply-add (4 or 5 cycles) times its ports (2), and some
 ROUNDS = 1 << 18  # of all accumulators: about a millisecond, short beside a time slice, long beside waking a thread
 TILE_ROUNDS = 1 << 14  # of four products
@@ -33,7 +35,9 @@ _DOT = "llvm.x86.avx512.vpdpbusd.512"
 @functools.cache
 def measure_limits(threads: int) -> Limits:
     """Return the limits of ``threads`` threads: of each the best of several runs, for whatever else runs only takes away."""
-    read = READ_BYTES / _seconds(read_kernel(threads), np.zeros((threads, READ_BYTES // 4 // threads), np.int32), threads) / 1e9
+    memory = allocate(READ_BYTES).view(np.int32).reshape(threads, -1)
+    memory[:] = 1  # memory that was never written is one page of zeros
+    read = READ_BYTES / _seconds(read_kernel(threads), memory, threads) / 1e9
     products = threads * ROUNDS * ACCUMULATORS * LANES
     float32 = 2 * products / _seconds(float_kernel(threads), np.zeros((threads, LANES), np.float32), threads) / 1e9
     int8 = tiled = None
@@ -48,7 +52,9 @@ def measure_limits(threads: int) -> Limits:
 def _seconds(kernel: tirx.PrimFunc, data: np.ndarray, threads: int, results: int = LANES) -> float:
     """Return the seconds of the fastest of some runs of ``kernel(data, out)``."""
     run = compile_kernel(kernel, threads)
-    arguments = [tvm.runtime.tensor(data), tvm.runtime.tensor(np.zeros((threads, results), data.dtype))]
+    # What is read from memory is read where it lies, on large pages; what stays in registers may lie anywhere.
+    first = tvm.runtime.from_dlpack(data) if data.nbytes == READ_BYTES else tvm.runtime.tensor(data)
+    arguments = [first, tvm.runtime.tensor(np.zeros((threads, results), data.dtype))]
     times: list[float] = []
     stop = time.perf_counter() + SECONDS
     while len(times) < FEWEST or time.perf_counter() < stop:
@@ -70,6 +76,7 @@ def read_kernel(threads: int) -> tirx.PrimFunc:
             with T.serial(words // step) as i:
                 for slot in range(8):
                     place = i * step + slot * LANES
+                    tiles.prefetch(T.address_of(x[thread, place + _AHEAD]))
                     T.buffer_store(totals, totals[ramp(slot * LANES)] ^ x[thread, ramp(place)], [ramp(slot * LANES)])
             _store_sum(out, totals, 8, thread)
     return builder.get()

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 import tvm_ffi
 from qcompile.backends.cpu.host import ARGUMENTS, CALLS, PROGRAM, SIZES, Layout, layout_of, returned
+from qcompile.backends.cpu.memory import allocate
 from qcompile.backends.lowering.sequence import VALUE, Sequence
 
 
@@ -160,7 +161,7 @@ class Machine:
         entries[: layout.symbols] = sizes
         self._find_sizes(self._table)
         if entries[layout.bytes] > self._arena.numel():
-            self._arena = torch.empty(int(entries[layout.bytes]), dtype=torch.uint8, device="cpu")
+            self._arena = torch.from_numpy(allocate(int(entries[layout.bytes])))
         entries[layout.arena] = self._arena.data_ptr()
         dimensions = iter(entries[layout.first_shape :].tolist())
         self._shapes = [tuple(next(dimensions) for _ in range(rank)) for rank in layout.ranks]

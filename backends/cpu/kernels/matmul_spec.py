@@ -12,7 +12,7 @@ LANES = 16  # columns of one vector: 512 bits hold 16 int32 sums or 16 floats
 _FEW_ROWS_SHARE = 3  # x and its tables are read in order, once for each block of columns: they may pass what a task packs by this
 _TASK_ROWS = 256
 _TILED_TASK_ROWS = 1024
-_TILED_GROUP = 64  # least weights of a group
+_TILED_GROUP = 32  # least weights of a group
 TERNARY_INPUTS = 1 << 15
 TRITS = 5  # ternary codes in a byte
 CHUNK = 16  # words of x that are packed side by side for each row: one 64-byte vector
@@ -147,7 +147,7 @@ class Linear:
 
     @property
     def tiled(self) -> bool:
-        """Whether many rows are multiplied in tile registers. Small groups are not: their sums would leave the tiles too often."""
+        """Whether many rows are multiplied in tile registers. Groups of 16 are not: their sums would leave the tiles too often."""
         return instruction_sets.SETS[self.isa].tiles and self.x != "float32" and (not self.group or self.group >= _TILED_GROUP)
 
     @property

@@ -46,10 +46,11 @@ class Block:
     Args:
         row_tiles, column_tiles: 1 or 2.
         x: dtype of x: ``int8``, ``uint8``, or ``bfloat16``, whose weights are bfloat16 and whose sums are float32.
+        first: number of the first register of sums.
     """
 
-    def __init__(self, row_tiles: int, column_tiles: int, x: str) -> None:
-        self.row_tiles, self.column_tiles = row_tiles, column_tiles
+    def __init__(self, row_tiles: int, column_tiles: int, x: str, *, first: int = 0) -> None:
+        self.row_tiles, self.column_tiles, self.first = row_tiles, column_tiles, first
         self.product = {"int8": "tdpbssd", "uint8": "tdpbusd", "bfloat16": "tdpbf16ps"}[x]
 
     def zero(self) -> None:
@@ -88,7 +89,7 @@ class Block:
             _call(self.product, self._sum(i, j), T.int8(4 + i), T.int8(6 + j))
 
     def _sum(self, i: int, j: int) -> Expr:
-        return T.int8(i * 2 + j)
+        return T.int8(self.first + i * 2 + j)
 
 
 def prefetch(address: Expr) -> None:

@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 import torch
 from qcompile.backends.cpu.build import build
-from qcompile.backends.cpu.executable import Executable, aligned
+from qcompile.backends.cpu.executable import Executable
+from qcompile.backends.cpu.memory import aligned
 from qcompile.backends.lowering.translate import translate
 from torch import nn
 

@@ -124,6 +124,7 @@ _INTEGER = {
     "uint4 affine channel": Linear(131, 40, x="int8", bits=4, weight_signed=False, weight_affine=True),
     "int8 g32": Linear(160, 40, bits=8, group=32),
     "int2 g32": Linear(160, 40, bits=2, group=32),
+    "uint4 token g32": Linear(300, 40, x_per_token=True, bits=4, group=32, weight_signed=False, weight_affine=True),
     "int3 g64": Linear(192, 40, bits=3, group=64),
     "int5": Linear(100, 40, bits=5),
     "uint7 affine": Linear(100, 40, bits=7, weight_signed=False, weight_affine=True),
