@@ -24,6 +24,7 @@ from torch._dispatch.python import enable_python_dispatcher
 from torch.utils.weak import WeakIdKeyDictionary
 
 from qcompile.errors import Refused
+from qcompile.graph.file_tensor import FileTensor
 from qcompile.graph.quantizer import Quantizer
 from qcompile.graph.stage import Stage, check_legal
 from qcompile.graph.types import SymbolTable, TensorType
@@ -37,9 +38,9 @@ def tensor_digest(tensor: torch.Tensor) -> str:
     known = _digests.get(tensor)
     if known is not None and known[0] == tensor._version:
         return str(known[1])
-    data = tensor.detach().contiguous()
-    digest = hashlib.sha256(f"{data.dtype}{tuple(data.shape)}".encode())
-    digest.update(data.reshape(-1).view(torch.uint8).numpy().data)
+    digest = hashlib.sha256(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
+    for part in tensor.chunks() if isinstance(tensor, FileTensor) else (tensor.detach().contiguous().reshape(-1),):
+        digest.update(part.view(torch.uint8).numpy().data)
     _digests[tensor] = (tensor._version, digest.hexdigest())
     return digest.hexdigest()
 
@@ -276,9 +277,14 @@ class Graph:
             free = f"{name}_{number}"
         return free
 
+    def _fake_constant(self, value: torch.Tensor) -> torch.Tensor:
+        if isinstance(value, FileTensor):
+            return self.symbols.fake(TensorType(value.dtype, tuple(value.shape)))
+        return self.symbols.mode.from_tensor(value, static_shapes=True)
+
     def _infer(self, node: fx.Node) -> None:
         if node.op == "get_attr":
-            node.meta["val"] = self.symbols.mode.from_tensor(attribute(self.module, str(node.target)), static_shapes=True)
+            node.meta["val"] = self._fake_constant(attribute(self.module, str(node.target)))
         elif node.op == "call_module":
             node.meta["val"] = node.args[0].meta["val"]
         elif node.op == "call_function":
