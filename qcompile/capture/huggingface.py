@@ -2,9 +2,9 @@
 
 Only local files are read and no code from the folder is run.
 
-Weights in safetensors files are not loaded. The model is built with parameters whose memory nothing ever writes to, so they take none; it is
-traced, and then each constant of the graph that is a parameter becomes the tensor of that name in the files (``FileTensor``). Buffers
-that no file holds, such as frequencies of rotary positions, have the values that the model's own code gave them. Weights that
+Weights in safetensors files are not loaded. The model is built with parameters whose memory nothing ever writes to, so they take none; it
+is traced, and then each constant of the graph that is a parameter becomes the tensor of that name in the files (``FileTensor``).
+Buffers that no file holds, such as frequencies of rotary positions, have the values that the model's own code gave them. Weights that
 transformers would put together from several tensors, that are quantized, or in other files, are loaded whole, by transformers.
 """
 

@@ -1,13 +1,16 @@
 """Tensors whose values stay in a file: a graph of a model larger than memory holds them as its constants.
 
-A ``FileTensor`` knows shape and dtype. An operator that takes it reads the values and drops them afterwards, so passes and the interpreter
-treat it as any other tensor. It cannot be written to. Values are read, not mapped: mapped pages would count as memory of this process.
-The tensor read last is kept until another is read, because a pass asks several things of one weight in turn.
+A ``FileTensor`` knows shape and dtype. An operator that takes it reads the values, so passes and the interpreter treat it as any other
+tensor. It cannot be written to. Values are read, not mapped: mapped pages would count as memory of this process. Those read last are kept,
+up to ``KEPT`` bytes, because a pass asks several things of one weight in turn, and a small model's weights are read once only.
 """
 
 from __future__ import annotations
 
 import os
+import threading
+import weakref
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,24 +21,41 @@ from torch.utils import _pytree as pytree
 
 from qcompile.errors import Refused
 
+LARGE = 1 << 20  # bytes of a tensor that is left in a file rather than read at once
 CHUNK = 16 << 20  # bytes that are read at a time where a tensor is walked through
+KEPT = 128 << 20  # bytes of values that are kept once read; the tensor read last stays however large it is
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class TensorFile:
     """A file that must not change while tensors lie in it.
 
     Attributes:
         path: where it is.
         state: its inode, size and time of change when it was first seen.
+        handle: of the open file, for one that may be replaced or removed meanwhile.
     """
 
     path: Path
     state: tuple[int, int, int]
+    handle: int | None = None
 
     @classmethod
-    def of(cls, path: Path) -> TensorFile:
-        return cls(path, _state(os.stat(path)))
+    def of(cls, path: Path, *, hold: bool = False) -> TensorFile:
+        """Return the file at a path; ``hold`` keeps it open, which counts towards the files that a process may open.
+
+        Raises:
+            OSError: it cannot be opened.
+        """
+        with open(path, "rb", buffering=0) as file:
+            found = cls(path, _state(os.fstat(file.fileno())), os.dup(file.fileno()) if hold else None)
+        if found.handle is not None:
+            weakref.finalize(found, os.close, found.handle)
+        return found
+
+    @property
+    def size(self) -> int:
+        return self.state[1]
 
     def read(self, offset: int, count: int) -> bytearray:
         """Return ``count`` bytes from ``offset``.
@@ -44,19 +64,25 @@ class TensorFile:
             Refused: the file is gone, or no longer what it was.
         """
         data = bytearray(count)
-        view, done = memoryview(data), 0
         try:
-            with open(self.path, "rb", buffering=0) as file:
-                if _state(os.fstat(file.fileno())) != self.state:
-                    raise Refused("the file has changed since it was opened", node=str(self.path), way_out="start again")
-                file.seek(offset)
-                while done < count and (got := file.readinto(view[done:])):
-                    done += got
+            if self.handle is not None:
+                done = self._fill(self.handle, offset, memoryview(data))
+            else:
+                with open(self.path, "rb", buffering=0) as file:
+                    done = self._fill(file.fileno(), offset, memoryview(data))
         except OSError as error:
             raise Refused(f"cannot be read: {error.strerror}", node=str(self.path)) from error
         if done < count:
             raise Refused("the file is cut short", node=str(self.path))
         return data
+
+    def _fill(self, handle: int, offset: int, data: memoryview) -> int:
+        found, done = _state(os.fstat(handle)), 0
+        if found != self.state:
+            raise Refused("the file has changed since it was opened", node=str(self.path), way_out="start again")
+        while done < len(data) and (got := os.preadv(handle, [data[done:]], offset + done)):
+            done += got
+        return done
 
 
 def _state(found: os.stat_result) -> tuple[int, int, int]:
@@ -81,19 +107,23 @@ class FileTensor(torch.Tensor):
     @staticmethod
     def __new__(cls, file: TensorFile, offset: int, stored: torch.dtype, shape: tuple[int, ...], dtype: torch.dtype) -> FileTensor:
         made: FileTensor = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=torch.device("cpu"))  # type: ignore[attr-defined]
-        made.file, made.offset, made.stored = file, offset, stored
+        made.move_to(file, offset, stored)
         return made
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__()
 
+    def move_to(self, file: TensorFile, offset: int, stored: torch.dtype) -> None:
+        """Read from another place from now on, where the same values lie."""
+        self.file, self.offset, self.stored = file, offset, stored
+
     def values(self) -> torch.Tensor:
         """Return the values, in memory."""
-        global _last
-        if _last is None or _last[0] is not self:
-            _last = None  # before the next is made
-            _last = self, self.rows(0, self.shape[0]) if self.ndim else self._read(0, 1).reshape(())
-        return _last[1]
+        return _kept.get(self)
+
+    def read(self) -> torch.Tensor:
+        """Read the values, whether they are kept or not."""
+        return self._read(0, self.numel()).reshape(self.shape)
 
     def rows(self, start: int, stop: int) -> torch.Tensor:
         """Return the values of some rows, in memory; no others are read."""
@@ -120,13 +150,14 @@ class FileTensor(torch.Tensor):
         if func in _WITHOUT_VALUES:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **(kwargs or {}))
-        if func in _SAME and isinstance(args[0], FileTensor):
-            return args[0]
-        if _writes(func) and isinstance(args[0], FileTensor):
-            raise Refused("the constant lies in a file and cannot be written to", operator=func.__name__)
-        if func is torch.Tensor.__getitem__ and isinstance(args[0], FileTensor) and args[0].ndim and _is_run(args[1]):
-            start, stop, _ = args[1].indices(args[0].shape[0])
-            return args[0].rows(start, max(stop, start))
+        if args and isinstance(args[0], FileTensor):
+            if func in _SAME:
+                return args[0]
+            if _writes(func):
+                raise Refused("the constant lies in a file and cannot be written to", operator=func.__name__)
+            if func is torch.Tensor.__getitem__ and args[0].ndim and isinstance(args[1], slice) and args[1].step in (None, 1):
+                start, stop, _ = args[1].indices(args[0].shape[0])
+                return args[0].rows(start, max(stop, start))
         args, kwargs = pytree.tree_map(in_memory, (args, dict(kwargs or {})))
         return func(*args, **kwargs)
 
@@ -134,24 +165,54 @@ class FileTensor(torch.Tensor):
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None) -> Any:
         if func is torch.ops.aten.detach.default:
             return args[0]
-        if func._schema.is_mutable and any(isinstance(value, FileTensor) for value in args[:1]):
+        if func._schema.is_mutable:
             raise Refused("the constant lies in a file and cannot be written to", operator=str(func))
         args, kwargs = pytree.tree_map(in_memory, (args, dict(kwargs or {})))
         return func(*args, **kwargs)
 
 
-_last: tuple[FileTensor, torch.Tensor] | None = None  # the tensor read last, and its values
+class _Kept:
+    """The values read last, up to ``KEPT`` bytes."""
+
+    def __init__(self) -> None:
+        self._values: OrderedDict[int, tuple[weakref.ref[FileTensor], torch.Tensor]] = OrderedDict()
+        self._lock = threading.RLock()
+
+    def get(self, tensor: FileTensor) -> torch.Tensor:
+        with self._lock:
+            known = self._values.pop(id(tensor), None)
+            if known is None or known[0]() is not tensor:
+                self._make_room(tensor.nbytes)
+                known = weakref.ref(tensor), tensor.read()
+            self._values[id(tensor)] = known
+            return known[1]
+
+    def _make_room(self, size: int) -> None:
+        """Drop values, those used longest ago first: before others are read, not after."""
+        used = sum(values.nbytes for _, values in self._values.values())
+        while self._values and used + size > KEPT:
+            used -= self._values.popitem(last=False)[1][1].nbytes
 
 
-def forget_last() -> None:
-    """Drop the values of the tensor read last."""
-    global _last
-    _last = None
+_kept = _Kept()
 
 
 def in_memory(value: Any) -> Any:
     """Return a FileTensor's values, anything else as it is."""
     return value.values() if isinstance(value, FileTensor) else value
+
+
+def read_if_small(tensor: FileTensor) -> torch.Tensor:
+    """Return a tensor of less than ``LARGE`` bytes in memory, a larger one as it is."""
+    return tensor if tensor.nbytes >= LARGE else tensor.read()
+
+
+def parts_of(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
+    """Yield a tensor's values in order and flat: of one in a file a part at a time, of others all."""
+    if isinstance(tensor, FileTensor):
+        yield from tensor.chunks()
+    else:
+        yield tensor.detach().contiguous().reshape(-1)
 
 
 def _writes(func: Callable[..., Any]) -> bool:
@@ -161,19 +222,15 @@ def _writes(func: Callable[..., Any]) -> bool:
     return name in _WRITING or (name.endswith("_") and not name.endswith("__"))
 
 
-def _is_run(index: Any) -> bool:
-    return isinstance(index, slice) and index.step in (None, 1)
-
-
 _Tensor: Any = torch.Tensor
+_PROPERTIES = ("shape", "dtype", "device", "layout", "ndim", "requires_grad", "nbytes", "itemsize", "_version", "is_leaf", "grad_fn",
+               "is_meta", "is_sparse", "is_quantized")  # fmt: skip
+_METHODS = ("size", "dim", "ndimension", "numel", "nelement", "stride", "element_size", "is_floating_point", "is_complex", "is_contiguous",
+            "__len__", "__hash__", "__repr__")  # fmt: skip
 _WITHOUT_VALUES = frozenset(
-    [getattr(_Tensor, name).__get__ for name in ("shape", "dtype", "device", "layout", "ndim", "requires_grad", "nbytes", "_version", "is_leaf",
-                                                 "grad_fn", "is_meta", "is_sparse", "is_quantized", "itemsize")]
-    + [getattr(_Tensor, name) for name in ("size", "dim", "numel", "nelement", "stride", "element_size", "is_floating_point", "is_complex",
-                                           "is_contiguous", "__len__", "ndimension", "__hash__", "__repr__")]
-    + [torch.is_floating_point, torch.numel]
+    [*(getattr(_Tensor, name).__get__ for name in _PROPERTIES), *(getattr(_Tensor, name) for name in _METHODS),
+     torch.is_floating_point, torch.numel]
 )  # fmt: skip
-_WRITING = frozenset(
-    ["__setitem__", *(f"__i{word}__" for word in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor"))]
-)
+_IN_PLACE = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor")
+_WRITING = frozenset(["__setitem__", *(f"__i{word}__" for word in _IN_PLACE)])
 _SAME = frozenset([_Tensor.detach, _Tensor.contiguous])

@@ -13,8 +13,9 @@ import torch
 
 from qcompile import Refused
 from qcompile.capture import capture, huggingface
-from qcompile.capture.weight_files import open_file, open_weights
+from qcompile.capture.weight_files import open_weights
 from qcompile.graph.file_tensor import FileTensor, TensorFile
+from qcompile.safetensors_file import open_path
 
 _SIZES = {"vocab_size": 61, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24,
           "max_position_embeddings": 32}  # fmt: skip
@@ -200,7 +201,7 @@ def test_a_head_that_lies_is_refused(tmp_path: Path, data: bytes) -> None:
 def test_a_file_that_changes_later_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     path.write_bytes(head())
-    tensor = open_file(path)["a"]
+    tensor = open_path(path)["a"]
     assert tensor.tolist() == [0, 0]
     path.write_bytes(head() + b"x")
     with pytest.raises(Refused, match="changed since"):
