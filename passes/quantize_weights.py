@@ -151,7 +151,13 @@ def _describe(graph: Graph, node: fx.Node, takes_gram: bool) -> _Weight:
     whole_rows = value.ndim == 2 or isinstance(quantizer.scheme.granularity, (Tensor, Channel))
     if value.ndim < 2 or not whole_rows:
         return _Weight(
-            layer, quantizer, value, node_name(node), False, (), f"its scales ({quantizer.scheme.granularity}) do not lie along the kernel's inputs"
+            layer,
+            quantizer,
+            value,
+            node_name(node),
+            False,
+            (),
+            f"its scales ({quantizer.scheme.granularity}) do not lie along the kernel's inputs",
         )
     found = [_gram_request(user, node) for user in users] if takes_gram else []
     requests = tuple(dict.fromkeys(request for request in found if isinstance(request, Gram)))
@@ -241,7 +247,9 @@ class _Solver:
         context.notes += [(weight.layer, text) for text in said]
         if self.name != "nearest":
             mine, nearest = (sum(parts) for parts in zip(*errors, strict=True))
-            context.notes.append((weight.layer, f"{self.name}: {mine / nearest if nearest > 0 else 1:.3f} of the error of nearest rounding"))
+            context.notes.append(
+                (weight.layer, f"{self.name}: {mine / nearest if nearest > 0 else 1:.3f} of the error of nearest rounding")
+            )
         return _joined(found)
 
 
@@ -259,7 +267,8 @@ def _joined(parts: Sequence[Quantized]) -> Quantized:
     if len(parts) == 1:
         return parts[0]
     codes, scale, *others = (
-        None if part[0] is None else torch.cat(part) for part in zip(*((q.codes, q.scale, q.zero_point, q.table) for q in parts), strict=True)
+        None if part[0] is None else torch.cat(part)
+        for part in zip(*((q.codes, q.scale, q.zero_point, q.table) for q in parts), strict=True)
     )
     return Quantized(codes, scale, others[0], parts[0].scheme, others[1])
 

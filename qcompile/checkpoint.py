@@ -2,10 +2,11 @@
 
 Beside the artifact, in ``model.qc.partial/``: one ``NNN.txt`` for each finished pass, every constant once as ``<digest>.safetensors``, and
 ``journal.json``, which is replaced last: what it does not name does not exist. A pass that takes long adds a line to ``NNN.parts`` for
-each part of it that is finished. Weights that lie in the model's own files are not copied.
-Large constants that passes make are written as soon as they are made and read from there (``keep``), so a compile holds few at a time. The journal's key covers everything that the result
-depends on. Constants are not flushed to disk, which would take longer than many passes: one that a power cut left half written does not
-have the digest that it is named by.
+each part of it that is finished. Weights that lie in the model's own files are not copied. Large constants that passes make are written as
+soon as they are made and read from there (``keep``), so a compile holds few at a time.
+
+The journal's key covers everything that the result depends on. Constants are not flushed to disk, which would take longer than many
+passes: one that a power cut left half written does not have the digest that it is named by.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ import torch
 from qcompile.errors import Refused
 from qcompile.files import atomic_file, write_atomic
 from qcompile.graph import Graph, parse_graph, print_graph, tensor_digest
-from qcompile.graph.graph import adopt_digest
 from qcompile.graph.file_tensor import LARGE, FileTensor, read_if_small
+from qcompile.graph.graph import adopt_digest
 from qcompile.graph.text import DIGEST_LENGTH
 from qcompile.safetensors_file import Content, open_path
 
