@@ -10,13 +10,17 @@ weight. x is what the layer reads in the graph as it stands: rounded, where a qu
 ``sequential`` solves layers in the order in which they run, each on what the layers before it have become (Frantar et al. 2022, section 4):
 the sweep runs one product at a time, and twice where weights changed. Otherwise all layers see one sweep, in which every weight is rounded
 to the nearest code.
+
+A weight is read when its turn comes, the codes of a large one go where the graph keeps constants, and each solved weight is a part of the
+pass that a resumed compile takes over: memory and what a kill loses are bounded by a weight. Solvers that treat rows apart are given
+runs of at most ``ROWS_AT_ONCE`` weights.
 """
 
 from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
@@ -38,6 +42,8 @@ from qcompile.solvers.gptq import row_errors
 from qcompile.statistics import Gram, Request, collect_sequentially
 from qcompile.statistics.collectors import Result
 from qcompile.statistics.regions import split_after_products
+
+ROWS_AT_ONCE = 1 << 22  # weights: solvers work in float64 and with several copies
 
 
 @dataclass(frozen=True)
@@ -73,14 +79,14 @@ class QuantizeWeights(Pass):
     def run(self, graph: Graph, context: Context) -> int:
         weights = self._weights(graph, context)
         solver = _Solver.of(self)
-        waiting = list(weights)
+        waiting = [weight for weight in weights if not _restored(weight, context)]
         gathered: dict[Request, Result] = dict(context.statistics or {})
 
         def solve_ready(nodes: Sequence[fx.Node], statistics: Mapping[Request, Result]) -> bool:
             gathered.update(statistics)
             ready = [weight for weight in waiting if all(request in gathered for request in weight.requests)]
             for weight in ready:
-                solver.install(weight, [gathered[request] for request in weight.requests], context)
+                solver.install(graph, weight, [gathered[request] for request in weight.requests], context)
                 waiting.remove(weight)
             for request in set(gathered) - {request for weight in waiting for request in weight.requests}:
                 del gathered[request]
@@ -121,7 +127,8 @@ class _Weight:
         layer: name of the node that reads it.
         quantizer: is given the codes.
         value: the weight.
-        matrix: the same as [out, in], or None where its scales do not lie along that.
+        name: of the quantizer, which no other has.
+        as_matrix: whether its scales lie along [out, in].
         requests: for each product that reads it, the Gram matrix of the product's other operand.
         obstacle: why there are none.
     """
@@ -129,7 +136,8 @@ class _Weight:
     layer: str
     quantizer: Quantizer
     value: torch.Tensor
-    matrix: torch.Tensor | None
+    name: str
+    as_matrix: bool
     requests: tuple[Request, ...] = ()
     obstacle: str = ""
 
@@ -141,16 +149,21 @@ def _describe(graph: Graph, node: fx.Node, takes_gram: bool) -> _Weight:
     users = list(node.users)
     layer = node_name(users[0]) if users else node_name(node)
     whole_rows = value.ndim == 2 or isinstance(quantizer.scheme.granularity, (Tensor, Channel))
-    matrix = value.reshape(len(value), -1) if value.ndim >= 2 and whole_rows else None
-    if matrix is None:
+    if value.ndim < 2 or not whole_rows:
         return _Weight(
-            layer, quantizer, value, None, (), f"its scales ({quantizer.scheme.granularity}) do not lie along the kernel's inputs"
+            layer,
+            quantizer,
+            value,
+            node_name(node),
+            False,
+            (),
+            f"its scales ({quantizer.scheme.granularity}) do not lie along the kernel's inputs",
         )
     takes_gram = takes_gram and quantizer.scheme.format.scaled
     found = [_gram_request(user, node) for user in users] if takes_gram else []
     requests = tuple(dict.fromkeys(request for request in found if isinstance(request, Gram)))
     obstacle = next((reason for reason in found if isinstance(reason, str)), "nothing reads it" if takes_gram else "")
-    return _Weight(layer, quantizer, value, matrix, requests, "" if requests else obstacle)
+    return _Weight(layer, quantizer, value, node_name(node), True, requests, "" if requests else obstacle)
 
 
 def _gram_request(user: fx.Node, weight: fx.Node) -> Gram | str:
@@ -199,40 +212,84 @@ class _Solver:
                 raise Refused(f"the solver {settings.solver} has no option {f.name}")
         return cls(settings.solver, solve, {f.name: getattr(settings, f.name) for f in own if f.name in known})
 
-    def install(self, weight: _Weight, results: Sequence[Result], context: Context) -> None:
+    def install(self, graph: Graph, weight: _Weight, results: Sequence[Result], context: Context) -> None:
         """Give a weight its codes and note what was gained over nearest rounding.
 
         Raises:
             Refused: the solver fails; the message names the layer.
         """
-        statistics = _merge(results)
+        statistics, noted = _merge(results), len(context.notes)
         try:
             found = self._solve(weight, statistics, context)
         except (Refused, RuntimeError) as error:
             raise Refused(f"{self.name} fails: {str(error).splitlines()[0]}", node=weight.layer) from error
-        weight.quantizer.scale, weight.quantizer.zero_point = found.scale, found.zero_point
-        weight.quantizer.codes, weight.quantizer.table = found.codes.reshape(weight.value.shape), found.table
+        codes = graph.keep(found.codes.reshape(weight.value.shape))
+        tensors = {"scale": found.scale, "zero_point": found.zero_point, "codes": codes, "table": found.table}
+        _set_codes(weight, tensors)
+        if context.parts:
+            context.parts.save(weight.name, {key: value for key, value in tensors.items() if value is not None}, context.notes[noted:])
 
     def _solve(self, weight: _Weight, statistics: Result, context: Context) -> Quantized:
         scheme = weight.quantizer.scheme
         if not scheme.format.scaled:  # codes are values: the nearest are all there is to choose
             return quantize_tensor(weight.value, scheme)
-        if weight.matrix is None:
+        if not weight.as_matrix:
             context.notes.append((weight.layer, f"weight rounded to nearest, not by {self.name}: {weight.obstacle}"))
             return quantize_tensor(weight.value, scheme)
         lacking = [name for name in _statistics_of(self.solve, optional=False) if name not in statistics]
         if lacking:
             context.notes.append((weight.layer, f"weight rounded with least squared error, not by {self.name}: {weight.obstacle}"))
-            return mse.solve(weight.matrix, {}, scheme)
-        options = dict(self.options)
+            return _joined([mse.solve(part, {}, scheme) for part in _runs(weight, mse.BY_ROWS)])
+        options, said = dict(self.options), dict[str, None]()
         if "say" in inspect.signature(self.solve).parameters:
-            options["say"] = lambda text: context.notes.append((weight.layer, text))
-        found = self.solve(weight.matrix, statistics, scheme, **options)
+            options["say"] = said.setdefault
+        found, errors = [], []
+        for part in _runs(weight, getattr(sys.modules[self.solve.__module__], "BY_ROWS", False)):
+            found.append(self.solve(part, statistics, scheme, **options))
+            errors.append(_errors(part, found[-1], statistics) if self.name != "nearest" else (0.0, 0.0))
+        context.notes += [(weight.layer, text) for text in said]
         if self.name != "nearest":
+            mine, nearest = (sum(parts) for parts in zip(*errors, strict=True))
             context.notes.append(
-                (weight.layer, f"{self.name}: {_gain(weight.matrix, found, statistics):.3f} of the error of nearest rounding")
+                (weight.layer, f"{self.name}: {mine / nearest if nearest > 0 else 1:.3f} of the error of nearest rounding")
             )
-        return found
+        return _joined(found)
+
+
+def _runs(weight: _Weight, by_rows: bool) -> Iterator[torch.Tensor]:
+    """Yield a weight as [out, in], a run of rows at a time where it is large and each has its own scales."""
+    value = weight.value
+    apart = by_rows and value.ndim == 2 and not isinstance(weight.quantizer.scheme.granularity, Tensor)
+    rows = max(ROWS_AT_ONCE * len(value) // max(value.numel(), 1), 1) if apart else len(value)
+    for start in range(0, len(value), rows):
+        part = value[start : start + rows]
+        yield part.reshape(len(part), -1)
+
+
+def _joined(parts: Sequence[Quantized]) -> Quantized:
+    if len(parts) == 1:
+        return parts[0]
+    codes, scale, *others = (
+        None if part[0] is None else torch.cat(part)
+        for part in zip(*((q.codes, q.scale, q.zero_point, q.table) for q in parts), strict=True)
+    )
+    return Quantized(codes, scale, others[0], parts[0].scheme, others[1])
+
+
+def _set_codes(weight: _Weight, tensors: Mapping[str, torch.Tensor | None]) -> None:
+    for key in ("scale", "zero_point", "codes", "table"):
+        setattr(weight.quantizer, key, tensors.get(key))
+
+
+def _restored(weight: _Weight, context: Context) -> bool:
+    """Give a weight the codes that a killed compile found for it, and return whether there are any."""
+    found = context.parts.load(weight.name) if context.parts else None
+    if found is None:
+        return False
+    tensors, notes = found
+    _set_codes(weight, tensors)
+    context.notes += notes
+    return True
 
 
 def _merge(results: Sequence[Result]) -> Result:
@@ -243,8 +300,8 @@ def _merge(results: Sequence[Result]) -> Result:
     return {"gram": sum((result["gram"] * (result["rows"] / rows) for result in results), torch.zeros(())), "rows": torch.as_tensor(rows)}
 
 
-def _gain(weight: torch.Tensor, found: Quantized, statistics: Result) -> float:
-    """Return the error of the layer's output (or of the weight, where its input is not known) against nearest rounding's."""
+def _errors(weight: torch.Tensor, found: Quantized, statistics: Result) -> tuple[float, float]:
+    """Return the error of the layer's output (or of the weight, where its input is not known), and nearest rounding's."""
     gram = statistics.get("gram", torch.eye(weight.shape[1], dtype=torch.float64))
-    errors = [float(row_errors(weight, q.dequantize(), gram).sum()) for q in (found, quantize_tensor(weight, found.scheme))]
-    return errors[0] / errors[1] if errors[1] > 0 else 1.0
+    mine, nearest = (float(row_errors(weight, q.dequantize(), gram).sum()) for q in (found, quantize_tensor(weight, found.scheme)))
+    return mine, nearest

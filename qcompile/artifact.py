@@ -24,7 +24,7 @@ import re
 import struct
 import threading
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from io import BytesIO
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -37,19 +37,22 @@ from qcompile.capture.examples import table_rows
 from qcompile.errors import Refused
 from qcompile.files import atomic_file, remove_strays
 from qcompile.graph import Graph, parse_graph, print_graph, tensor_digest
+from qcompile.graph.file_tensor import CHUNK, FileTensor, TensorFile, read_if_small
 from qcompile.graph.stored import check_stored
 from qcompile.graph.text import DIGEST_LENGTH
 from qcompile.kernel_tiles import KernelTiles, parse_tiles
 from qcompile.native_code import NativeCode
 from qcompile.registry import check_name, find_target
 from qcompile.runtime import check_indices, check_inputs, to_output_kind
+from qcompile.safetensors_file import Content, open_tensors
 from qcompile.target import Executable
 
 FORMAT_VERSION = 1
 ALIGNMENT = 64
 MAGIC = "qcompile"
 LARGEST_HEADER = 16 << 20  # manifest, report and graph text: no honest one comes near
-LARGE = ("constants.safetensors", "golden.safetensors", "code/")  # members, and a folder, that may be larger
+CONSTANTS = "constants.safetensors"
+LARGE = (CONSTANTS, "golden.safetensors", "code/")  # members, and a folder, that may be larger
 FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
 
 
@@ -178,14 +181,22 @@ class Artifact:
         self._write(buffer)
         return hashlib.sha256(buffer.getvalue()).hexdigest()
 
-    def _members(self) -> dict[str, bytes]:
-        constants = {tensor_digest(t)[:DIGEST_LENGTH]: t.contiguous() for t in _all_tensors(self.graph)}
-        golden = {f"input.{i}": t.contiguous() for i, t in enumerate(self.golden_inputs)}
-        golden |= {f"output.{i}": t.contiguous() for i, t in enumerate(self.golden_outputs)}
-        members = {
+    def move_constants(self, path: Path) -> None:
+        """Read constants that lie in files from the artifact that was saved at ``path``, so that those files may go."""
+        kept = {tensor_digest(t)[:DIGEST_LENGTH]: t for t in self.graph.tensors if isinstance(t, FileTensor)}
+        if kept:
+            found = _open_constants(path)
+            for digest, tensor in kept.items():
+                tensor.move_to(found[digest].file, found[digest].offset, found[digest].stored)
+
+    def _members(self) -> dict[str, bytes | Content]:
+        constants = {tensor_digest(t)[:DIGEST_LENGTH]: t for t in self.graph.tensors}
+        golden = {f"input.{i}": t for i, t in enumerate(self.golden_inputs)}
+        golden |= {f"output.{i}": t for i, t in enumerate(self.golden_outputs)}
+        members: dict[str, bytes | Content] = {
             "graph.txt": print_graph(self.graph).encode(),
-            "constants.safetensors": safetensors.torch.save(_unshared(constants)),
-            "golden.safetensors": safetensors.torch.save(_unshared(golden)),
+            "constants.safetensors": Content(constants),
+            "golden.safetensors": Content(golden),
             "report.json": _json(self.report),
         }
         members |= {"tokenizer.json": self.tokenizer} if self.tokenizer else {}
@@ -194,7 +205,7 @@ class Artifact:
             {f"code/{self.native.target}/{name}": data for name, data in sorted(self.native.files.items())} if self.native else {}
         )
 
-    def manifest(self, members: Mapping[str, bytes] | None = None) -> Manifest:
+    def manifest(self, members: Mapping[str, bytes | Content] | None = None) -> Manifest:
         """Return the manifest of these members, by default of those that ``save`` would write."""
         members = self._members() if members is None else members
         graph = self.graph
@@ -206,7 +217,7 @@ class Artifact:
         )
         return Manifest(
             format=FORMAT_VERSION, versions=self.versions, recipe=self.recipe, pipeline=self.pipeline, target=self.target, entries=[entry],
-            members={name: Member(bytes=len(data), sha256=hashlib.sha256(data).hexdigest()) for name, data in members.items()},
+            members={name: Member(bytes=len(data), sha256=_sha256(_parts(data))) for name, data in members.items()},
             end_tokens=list(self.end_tokens),
             # As it was read: signing code that came from elsewhere would make it this user's.
             native=Native(target=code.target, key=dict(code.key), signature=code.signature) if (code := self.native) else None,
@@ -217,7 +228,11 @@ class Artifact:
         manifest = _json(self.manifest(members).model_dump(exclude_none=True))
         with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
             for name, data in {"manifest.json": manifest, **members}.items():
-                archive.writestr(_aligned_header(name, archive.start_dir), data)
+                header = _aligned_header(name, archive.start_dir)
+                header.file_size = len(data)
+                with archive.open(header, "w") as member:
+                    for part in _parts(data):
+                        member.write(part)
             archive.comment = _comment(manifest)
 
 
@@ -236,11 +251,11 @@ def load(path: str | Path, *, target: str | None = None, threads: int | None = N
         Refused: the file is missing, damaged, of another format version, or no artifact.
     """
     path = Path(path)
-    members = read_members(path)
+    members = read_members(path, leave=(CONSTANTS,))
     manifest = _parse_manifest(path, members.pop("manifest.json"))
     check_name("target", target or manifest.target)
     try:
-        constants = safetensors.torch.load(members["constants.safetensors"])
+        constants = {digest: read_if_small(tensor) for digest, tensor in _open_constants(path, manifest.members[CONSTANTS]).items()}
         golden = safetensors.torch.load(members["golden.safetensors"])
         report = json.loads(members["report.json"])
         graph = parse_graph(members["graph.txt"].decode(), constants)
@@ -278,8 +293,25 @@ def _native_code(path: Path, manifest: Manifest, members: Mapping[str, bytes]) -
     return NativeCode(manifest.native.target, manifest.native.key, files, manifest.native.signature)
 
 
-def read_members(path: Path) -> dict[str, bytes]:
-    """Return all members of an artifact after checking sizes, digests and that there is nothing else in the file.
+def _open_constants(path: Path, checked: Member | None = None) -> dict[str, FileTensor]:
+    """Return the constants of an artifact by digest, where they lie in the file, which stays open.
+
+    Raises:
+        Refused: the bytes are not those of the member that the manifest declares.
+    """
+    with zipfile.ZipFile(path) as archive:
+        info = archive.getinfo(CONSTANTS)
+    file = TensorFile.of(path, hold=True)
+    start = info.header_offset + 30 + len(info.filename.encode()) + len(info.extra)
+    if checked is not None:
+        parts = (file.read(start + at, min(CHUNK, info.file_size - at)) for at in range(0, info.file_size, CHUNK))
+        if info.file_size != checked.bytes or _sha256(parts) != checked.sha256:
+            raise _damaged(path, CONSTANTS)
+    return open_tensors(file, start, info.file_size)
+
+
+def read_members(path: Path, *, leave: Collection[str] = ()) -> dict[str, bytes]:
+    """Return all members of an artifact but those in ``leave``, after checking sizes, digests and that there is nothing else in the file.
 
     Raises:
         Refused: naming what is wrong.
@@ -292,7 +324,7 @@ def read_members(path: Path) -> dict[str, bytes]:
             manifest = archive.read("manifest.json")
             if archive.comment != _comment(manifest):
                 raise Refused("the manifest is damaged: its digest is not the one in the file's comment", node=str(path))
-            return {"manifest.json": manifest} | _read_checked(path, archive, _parse_manifest(path, manifest))
+            return {"manifest.json": manifest} | _read_checked(path, archive, _parse_manifest(path, manifest), leave)
     except (
         zipfile.BadZipFile,
         KeyError,
@@ -333,7 +365,7 @@ def _check_archive(path: Path, archive: zipfile.ZipFile) -> None:
         raise Refused(f"the manifest is not the first member, or larger than {LARGEST_HEADER} bytes", node=str(path))
 
 
-def _read_checked(path: Path, archive: zipfile.ZipFile, manifest: Manifest) -> dict[str, bytes]:
+def _read_checked(path: Path, archive: zipfile.ZipFile, manifest: Manifest, leave: Collection[str]) -> dict[str, bytes]:
     found = {info.filename: info.file_size for info in archive.infolist()} | {"manifest.json": 0}
     if set(found) - {"manifest.json"} != set(manifest.members):
         odd = sorted(set(found) ^ set(manifest.members) - {"manifest.json"})
@@ -342,14 +374,29 @@ def _read_checked(path: Path, archive: zipfile.ZipFile, manifest: Manifest) -> d
     for name, member in manifest.members.items():
         if not name.startswith(LARGE) and found[name] > LARGEST_HEADER:
             raise Refused(f"{name} is larger than {LARGEST_HEADER} bytes", node=str(path))
+        if name in leave:
+            continue
         data[name] = archive.read(name)
         if len(data[name]) != member.bytes or hashlib.sha256(data[name]).hexdigest() != member.sha256:
-            raise Refused(
-                f"{name} is damaged: its digest is not the one in the manifest",
-                node=str(path),
-                way_out="compile or copy the artifact again",
-            )
+            raise _damaged(path, name)
     return data
+
+
+def _damaged(path: Path, name: str) -> Refused:
+    return Refused(
+        f"{name} is damaged: its digest is not the one in the manifest", node=str(path), way_out="compile or copy the artifact again"
+    )
+
+
+def _parts(data: bytes | Content) -> Iterable[bytes | memoryview]:
+    return data.parts() if isinstance(data, Content) else (data,)
+
+
+def _sha256(parts: Iterable[bytes | bytearray | memoryview]) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part)
+    return digest.hexdigest()
 
 
 def _parse_manifest(path: Path, data: bytes) -> Manifest:
@@ -377,15 +424,6 @@ def _aligned_header(name: str, offset: int) -> zipfile.ZipInfo:
     data_start = offset + 30 + len(name) + 4  # local header, name, and the extra field's own head
     info.extra = struct.pack("<HH", 0x5143, -data_start % ALIGNMENT) + bytes(-data_start % ALIGNMENT)
     return info
-
-
-def _all_tensors(graph: Graph) -> list[torch.Tensor]:
-    return graph.tensors
-
-
-def _unshared(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Return the tensors with memory of their own, as safetensors demands, in the order of their names."""
-    return {name: tensors[name].detach().clone() for name in sorted(tensors)}
 
 
 def _numbered(tensors: Mapping[str, torch.Tensor], word: str) -> list[torch.Tensor]:

@@ -23,6 +23,7 @@ from qcompile.checkpoint import Checkpoints
 from qcompile.errors import Refused
 from qcompile.files import cache_folder, write_atomic
 from qcompile.graph import Graph, Stage, print_graph
+from qcompile.graph.file_tensor import parts_of
 from qcompile.native_code import build_native_code
 from qcompile.pipeline import Context, Observer, Pass, Pipeline, Step
 from qcompile.recipe import Recipe, load_recipe
@@ -140,14 +141,13 @@ def run_compile(
 def check_finite(graph: Graph) -> None:
     """Raise Refused naming the first constant that holds NaN or infinity."""
     for name, tensor in graph.constants.items():
-        if not tensor.is_floating_point() or not tensor.numel():
-            continue
-        largest = tensor.max()  # NaN where there is one
-        if torch.isnan(largest):
-            raise Refused("the weight holds NaN", node=name, way_out="repair or retrain the model")
-        # Masks use infinities by design; weights have more than one element for each row.
-        if tensor.ndim > 0 and torch.isposinf(largest):
-            raise Refused("the weight holds infinity", node=name, way_out="repair or retrain the model")
+        for part in parts_of(tensor) if tensor.is_floating_point() and tensor.numel() else ():
+            largest = part.max()  # NaN where there is one
+            if torch.isnan(largest):
+                raise Refused("the weight holds NaN", node=name, way_out="repair or retrain the model")
+            # Masks use infinities by design; weights have more than one element for each row.
+            if tensor.ndim > 0 and torch.isposinf(largest):
+                raise Refused("the weight holds infinity", node=name, way_out="repair or retrain the model")
 
 
 def _stopped(pipeline: Pipeline, name: str) -> Pipeline:
@@ -195,6 +195,7 @@ def _run_pipeline(captured: Captured, pipeline: Pipeline, context: Context, opti
         checkpoints = Checkpoints(options.output, _key(captured, pipeline, context), resume=options.resume)
         if checkpoints.done:
             first, graph, state = _resumed(checkpoints, captured.graph, context)
+        graph.keep = checkpoints.keep
         if not checkpoints.done:
             checkpoints.save(graph, "capture", state.dump(context))
     if options.dump:
@@ -207,6 +208,7 @@ def _run_pipeline(captured: Captured, pipeline: Pipeline, context: Context, opti
         if item.stage == Stage.SIMULATED and item.gives == Stage.INTEGER and state.float_graph is not None:
             state.errors = layer_errors(state.float_graph, graph, captured.example_inputs)
             state.float_graph = None
+        context.parts = checkpoints.parts() if checkpoints else None
         if options.progress:
             options.progress(f"[{number + 1}/{len(pipeline.passes)}] {item}")
 
@@ -233,8 +235,8 @@ def _resumed(checkpoints: Checkpoints, captured: Graph, context: Context) -> tup
     """Return number of passes done, graph and state where a killed compile stopped; from the start where its checkpoints are damaged."""
     number = checkpoints.done - 1
     try:
-        graph = checkpoints.load(number)
-        return number, graph, _State.restore(checkpoints.journal["state"], checkpoints, context)
+        graph = checkpoints.load(number, captured)
+        return number, graph, _State.restore(checkpoints, captured, context)
     except Refused:
         checkpoints.restart()
         return 0, captured, _State()
@@ -258,9 +260,10 @@ class _State:
                 "kernel_times": context.kernel_times_used, "reasons": context.log.reasons}  # fmt: skip
 
     @classmethod
-    def restore(cls, saved: Mapping[str, Any], checkpoints: Checkpoints, context: Context) -> _State:
+    def restore(cls, checkpoints: Checkpoints, captured: Graph, context: Context) -> _State:
+        saved = checkpoints.journal["state"]
         number = saved["float_number"]
-        state = cls(dict(saved["errors"]), checkpoints.load(number) if number is not None else None, number)
+        state = cls(dict(saved["errors"]), checkpoints.load(number, captured) if number is not None else None, number)
         context.notes += [tuple(note) for note in saved["notes"]]
         context.warnings += saved["warnings"]
         context.kernel_times_used = dict(saved["kernel_times"])
@@ -289,5 +292,6 @@ def _make_artifact(captured: Captured, graph: Graph, pipeline: Pipeline, context
 def finish(artifact: Artifact, output: Path) -> int:
     """Write the artifact, then remove the checkpoints that led to it; return its bytes."""
     size = artifact.save(output)
+    artifact.move_constants(output)
     Checkpoints.discard(output)
     return size

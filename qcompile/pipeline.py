@@ -10,10 +10,10 @@ import ast
 import dataclasses
 import re
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, get_type_hints
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, get_type_hints
 
 import torch
 
@@ -53,6 +53,16 @@ def approximately(min_sqnr_db: float | None = None) -> Keeps:
     return Keeps("approximately" if min_sqnr_db is None else f"approximately({min_sqnr_db:g} dB)", min_sqnr_db)
 
 
+class Parts(Protocol):
+    """What a pass has finished, by names of its own, for a compile that goes on after a kill."""
+
+    def load(self, name: str) -> tuple[dict[str, torch.Tensor], list[tuple[str, str]]] | None:
+        """Return tensors and notes of a part, or None where it is not finished."""
+
+    def save(self, name: str, tensors: Mapping[str, torch.Tensor], notes: Sequence[tuple[str, str]]) -> None:
+        """Record that a part is finished."""
+
+
 @dataclass
 class Context:
     """What passes are given beside the graph.
@@ -70,6 +80,7 @@ class Context:
         progress: show a progress bar while data are swept.
         kernel_times: table of measured kernel times, None for the one in the cache folder.
         kernel_times_used: the entries of that table that decided something.
+        parts: finished parts of the pass that runs, for one that takes long; None where nothing is kept of a killed compile.
     """
 
     target: Target
@@ -84,6 +95,7 @@ class Context:
     progress: bool = False
     kernel_times: Path | None = None
     kernel_times_used: dict[str, dict[str, float]] = field(default_factory=dict)
+    parts: Parts | None = None
 
 
 @dataclass(frozen=True)

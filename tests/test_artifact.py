@@ -266,7 +266,7 @@ def forgeries(members: dict[str, bytes], path: Path) -> dict[str, tuple[Callable
             lambda: rebuild(path, members | {"golden.safetensors": altered}),
             r"golden\.safetensors is damaged: its digest is not",
         ),
-        "swapped": (lambda: rebuild(path, swapped), r"constants\.safetensors is damaged"),
+        "swapped": (lambda: rebuild(path, swapped), r"(golden|constants)\.safetensors is damaged"),
         "swapped-declared": (lambda: rebuild(path, declared(swapped)), "constant|digest"),
         "wrong-graph": (lambda: rebuild(path, declared(members | {"graph.txt": other})), "line|type"),
         "no-graph": (lambda: rebuild(path, declared(members | {"graph.txt": b"\xff\xfe"})), "a member is not what its name says"),

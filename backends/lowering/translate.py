@@ -27,6 +27,7 @@ from tvm.ir import IRModule
 from tvm.ir.expr import GenericConst
 
 from qcompile.errors import Refused
+from qcompile.graph.file_tensor import in_memory
 
 TO_CHANNELS_LAST = (0, 2, 3, 1)
 TO_PLAIN = (0, 3, 1, 2)
@@ -183,7 +184,7 @@ class Walk:
     def parameter(self, name: str, make: Callable[[], torch.Tensor]) -> Any:
         """Return the Relax value of a constant; ``name`` identifies it and ``make`` runs once for each name."""
         if name not in self._parameters:
-            tensor = make().detach().contiguous()
+            tensor = in_memory(make().detach().contiguous())
             if tensor.nbytes <= INLINE_BYTES:
                 self._parameters[name] = relax.const(tensor.numpy(), dtype_name(tensor.dtype))
             else:

@@ -1,19 +1,28 @@
 """Capture of Hugging Face folders: encoders, classifiers and, as one function of the tokens, decoders.
 
 Only local files are read and no code from the folder is run.
+
+Weights in safetensors files are not loaded. The model is built with parameters whose memory nothing ever writes to, so they take none; it
+is traced, and then each constant of the graph that is a parameter becomes the tensor of that name in the files (``FileTensor``).
+Buffers that no file holds, such as frequencies of rotary positions, have the values that the model's own code gave them. Weights that
+transformers would put together from several tensors, that are quantized, or in other files, are loaded whole, by transformers.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from qcompile.capture.torch_export import capture_module
+from qcompile.capture.weight_files import open_weights
 from qcompile.errors import Refused
-from qcompile.graph import Graph
+from qcompile.graph import Graph, tensor_digest
+from qcompile.graph.file_tensor import FileTensor
 
 EXAMPLE_TOKENS = 16
 
@@ -59,23 +68,46 @@ def capture_folder(folder: Path) -> tuple[Graph, tuple[torch.Tensor, ...]]:
         Refused: no configuration, an unknown architecture, missing or damaged weights.
     """
     config = _read_config(folder)
-    model, output = _load(folder, config)
-    if config.get("image_size") and "vocab_size" not in config:
-        side = config["image_size"]
-        pixels = torch.randn(1, config.get("num_channels", 3), side, side, generator=torch.Generator().manual_seed(0))
-        return capture_module(_ImageModel(model, output), (pixels,), [{0: "batch"}]), (pixels,)
-    tokens = torch.randint(0, min(1000, config.get("vocab_size", 1000)), (1, EXAMPLE_TOKENS), generator=torch.Generator().manual_seed(0))
-    if output == "logits" and _is_decoder(config):
-        graph = capture_module(_Decoder(model), (tokens,), [{0: "batch", 1: "seq"}])
+    model, output, weights = _load(folder, config)
+    module, examples, shapes = _wrapped(config, model, output)
+    graph = capture_module(module, examples, shapes)
+    _place(graph, weights, folder)
+    if isinstance(module, _Decoder):
         low, high = graph.symbols.ranges["seq"]
         longest = getattr(model.config, "max_position_embeddings", None) or high
         graph.symbols.ranges["seq"] = (low, min(high, longest))
-        return graph, (tokens,)
-    examples: tuple[torch.Tensor, ...] = (tokens, torch.ones_like(tokens))
-    kind = _TokenModel
+    return graph, examples
+
+
+def _wrapped(config: dict[str, Any], model: Any, output: str) -> tuple[torch.nn.Module, tuple[torch.Tensor, ...], list[dict[int, str]]]:
+    """Return the function to trace, with example inputs and the names of their dynamic axes."""
+    if config.get("image_size") and "vocab_size" not in config:
+        side = config["image_size"]
+        pixels = torch.randn(1, config.get("num_channels", 3), side, side, generator=torch.Generator().manual_seed(0))
+        return _ImageModel(model, output), (pixels,), [{0: "batch"}]
+    tokens = torch.randint(0, min(1000, config.get("vocab_size", 1000)), (1, EXAMPLE_TOKENS), generator=torch.Generator().manual_seed(0))
+    axes = {0: "batch", 1: "seq"}
+    if output == "logits" and _is_decoder(config):
+        return _Decoder(model), (tokens,), [axes]
     if output == "logits" and config.get("type_vocab_size", 0) > 1:  # sentence pairs
-        kind, examples = _TokenModelWithTypes, (*examples, torch.zeros_like(tokens))
-    return capture_module(kind(model, output), examples, [{0: "batch", 1: "seq"}] * len(examples)), examples
+        return _TokenModelWithTypes(model, output), (tokens, torch.ones_like(tokens), torch.zeros_like(tokens)), [axes] * 3
+    return _TokenModel(model, output), (tokens, torch.ones_like(tokens)), [axes] * 2
+
+
+def _place(graph: Graph, weights: _Weights, folder: Path) -> None:
+    """Make each constant that is a weight the tensor in its file.
+
+    Raises:
+        Refused: the files do not hold it.
+    """
+    for node in graph.nodes:
+        name = str(node.target).removeprefix("model.")  # the model is the member of this name of what was traced
+        if node.op != "get_attr":
+            continue
+        if name in weights.missing:
+            raise Refused("the files of the model do not hold this weight", node=name, way_out=f"complete {folder}")
+        if name in weights.places:
+            graph.set_constant(node, weights.places[name])
 
 
 def end_tokens(folder: Path) -> tuple[int, ...]:
@@ -112,7 +144,20 @@ def _is_decoder(config: dict[str, Any]) -> bool:
     return any("CausalLM" in name or "LMHead" in name for name in config.get("architectures") or [])
 
 
-def _load(folder: Path, config: dict[str, Any]) -> tuple[torch.nn.Module, str]:
+@dataclass(frozen=True)
+class _Weights:
+    """Where the weights of a model lie.
+
+    Attributes:
+        places: tensors in files, by the model's names; a name that is in neither has its value in the model.
+        missing: names that no file holds.
+    """
+
+    places: Mapping[str, FileTensor]
+    missing: frozenset[str]
+
+
+def _load(folder: Path, config: dict[str, Any]) -> tuple[torch.nn.Module, str, _Weights]:
     try:
         import transformers
     except ImportError as error:
@@ -125,17 +170,79 @@ def _load(folder: Path, config: dict[str, Any]) -> tuple[torch.nn.Module, str]:
         kind, output = transformers.AutoModelForImageClassification, "logits"
     elif _is_decoder(config):
         kind, output = transformers.AutoModelForCausalLM, "logits"
+    files = None if "quantization_config" in config else open_weights(folder)
     verbosity = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     try:
-        model = kind.from_pretrained(
-            folder, local_files_only=True, trust_remote_code=False, dtype=torch.float32, attn_implementation="sdpa"
-        )
+        model = _build_empty(kind, folder) if files is not None else None
+        weights = _find_weights(model, files) if files is not None else None
+        if weights is None:
+            model, weights = _load_whole(kind, folder)
+    except Refused:
+        raise
     except Exception as error:
         raise Refused(
             f"the model cannot be loaded: {type(error).__name__}: {' '.join(str(error).split())[:200]}", node=str(folder)
         ) from error
     finally:
         transformers.logging.set_verbosity(verbosity)
-    return model.eval(), output
+    return model.eval(), output, weights
+
+
+_OPTIONS: dict[str, Any] = {"trust_remote_code": False, "dtype": torch.float32, "attn_implementation": "sdpa"}
+
+
+def _load_whole(kind: Any, folder: Path) -> tuple[Any, _Weights]:
+    model, said = kind.from_pretrained(folder, local_files_only=True, output_loading_info=True, **_OPTIONS)
+    return model, _Weights({}, frozenset(said["missing_keys"]))
+
+
+def _build_empty(kind: Any, folder: Path) -> Any:
+    """Return the model with parameters that nothing was written to."""
+    import transformers
+    from transformers.initialization import no_init_weights
+
+    config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    with no_init_weights():
+        model = kind.from_config(config, **_OPTIONS)
+    model.tie_weights()
+    return model
+
+
+def _find_weights(model: Any, files: Mapping[str, FileTensor]) -> _Weights | None:
+    """Return the place of each weight under the names that transformers gives it; None where only transformers can say what they are.
+
+    Raises:
+        Refused: a tensor has another shape than the model's.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming, rename_source_key
+
+    state = model.state_dict()
+    changes = get_model_conversion_mapping(model)
+    renamings = [change for change in changes if isinstance(change, WeightRenaming)]
+    converters = [change for change in changes if not isinstance(change, WeightRenaming)]
+    places: dict[str, FileTensor] = {}
+    for name, tensor in files.items():
+        renamed, converter = rename_source_key(name, renamings, converters, model.base_model_prefix, state)
+        if renamed not in state and name in state:
+            renamed, converter = rename_source_key(name, [], [], model.base_model_prefix, state)
+        if renamed not in state:
+            continue
+        if converter is not None or tensor.dtype != state[renamed].dtype:
+            return None
+        if tensor.shape != state[renamed].shape:
+            raise Refused(
+                f"the file holds it as {list(tensor.shape)}, the configuration asks for {list(state[renamed].shape)}",
+                node=name, way_out="take config.json and weights of one model",
+            )  # fmt: skip
+        places[renamed] = tensor
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    held: dict[int, FileTensor] = {}
+    for name, place in places.items():
+        other = held.setdefault(id(parameters.get(name)), place)
+        if name in parameters and other is not place and tensor_digest(other) != tensor_digest(place):
+            return None  # tied by the configuration and different in the files: transformers decides
+    places |= {name: held[id(parameter)] for name, parameter in parameters.items() if id(parameter) in held}
+    return _Weights(places, frozenset(name for name in parameters if name not in places))

@@ -7,6 +7,7 @@ Signed codes are stored as two's complement in b bits. 8-bit codes are stored as
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,10 +16,23 @@ if TYPE_CHECKING:
     from qcompile.formats.scheme import Scheme
 
 
+_AT_ONCE = 1 << 22  # codes; in between, each bit takes a byte
+
+
+def _by_rows(change: Callable[[torch.Tensor], torch.Tensor], codes: torch.Tensor) -> torch.Tensor:
+    """Return what ``change`` makes of the codes, a run of rows at a time where there are many."""
+    if codes.ndim < 2 or codes.numel() <= _AT_ONCE:
+        return change(codes)
+    rows = max(_AT_ONCE * len(codes) // codes.numel(), 1)
+    return torch.cat([change(codes[start : start + rows]) for start in range(0, len(codes), rows)])
+
+
 def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
     """Pack codes [.., n] (int8 or uint8) into uint8 [.., ceil(n * bits / 8)]; 8-bit codes are returned unchanged."""
-    if bits == 8:
-        return codes
+    return codes if bits == 8 else _by_rows(lambda rows: _pack(rows, bits), codes)
+
+
+def _pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
     unsigned = codes.to(torch.uint8) & ((1 << bits) - 1)
     spread = (unsigned.unsqueeze(-1) >> torch.arange(bits, dtype=torch.uint8)) & 1  # [.., n, bits]
     flat = spread.flatten(-2)
@@ -28,8 +42,10 @@ def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
 
 def unpack(packed: torch.Tensor, bits: int, signed: bool, size: int) -> torch.Tensor:
     """Undo ``pack``: uint8 [.., ceil(size * bits / 8)] to codes [.., size], int8 if signed else uint8."""
-    if bits == 8:
-        return packed
+    return packed if bits == 8 else _by_rows(lambda rows: _unpack(rows, bits, signed, size), packed)
+
+
+def _unpack(packed: torch.Tensor, bits: int, signed: bool, size: int) -> torch.Tensor:
     spread = ((packed.unsqueeze(-1) >> torch.arange(8, dtype=torch.uint8)) & 1).flatten(-2)[..., : size * bits]
     codes = (spread.unflatten(-1, (size, bits)) << torch.arange(bits, dtype=torch.uint8)).sum(-1, dtype=torch.uint8)
     if not signed:

@@ -24,6 +24,7 @@ from torch._dispatch.python import enable_python_dispatcher
 from torch.utils.weak import WeakIdKeyDictionary
 
 from qcompile.errors import Refused
+from qcompile.graph.file_tensor import FileTensor, parts_of
 from qcompile.graph.quantizer import Quantizer
 from qcompile.graph.stage import Stage, check_legal
 from qcompile.graph.types import SymbolTable, TensorType
@@ -37,11 +38,16 @@ def tensor_digest(tensor: torch.Tensor) -> str:
     known = _digests.get(tensor)
     if known is not None and known[0] == tensor._version:
         return str(known[1])
-    data = tensor.detach().contiguous()
-    digest = hashlib.sha256(f"{data.dtype}{tuple(data.shape)}".encode())
-    digest.update(data.reshape(-1).view(torch.uint8).numpy().data)
+    digest = hashlib.sha256(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
+    for part in parts_of(tensor):
+        digest.update(part.view(torch.uint8).numpy().data)
     _digests[tensor] = (tensor._version, digest.hexdigest())
     return digest.hexdigest()
+
+
+def adopt_digest(tensor: torch.Tensor, other: torch.Tensor) -> None:
+    """Take another tensor's digest for one that holds the same values."""
+    _digests[tensor] = (tensor._version, tensor_digest(other))
 
 
 class Graph:
@@ -55,6 +61,9 @@ class Graph:
         history: names of the passes that ran.
         output_names: one for each output.
         symbols: where nodes have their types already, the table that these belong to; by default types are inferred.
+
+    Attributes:
+        keep: is given every new constant and returns what to hold in its place: the same values, perhaps in a file.
     """
 
     def __init__(
@@ -74,6 +83,7 @@ class Graph:
         self.stage = stage
         self.history = tuple(history)
         self.maker = self.history[-1] if self.history else "capture"
+        self.keep: Callable[[torch.Tensor], torch.Tensor] = lambda tensor: tensor
         for node in module.graph.nodes:
             node.meta.setdefault("notes", {})
         self.output_names = list(output_names) or [f"output{i}" for i in range(len(self.outputs))]
@@ -181,7 +191,7 @@ class Graph:
     def add_constant(self, name: str, value: torch.Tensor, *, before: fx.Node | None = None, like: fx.Node | None = None) -> fx.Node:
         """Add a constant and its ``get_attr`` node, by default before the first operator; a taken name gets a number."""
         name = self._free_name(name)
-        _container(self.module, name).register_buffer(name.rsplit(".", 1)[-1], value.detach().contiguous())
+        _container(self.module, name).register_buffer(name.rsplit(".", 1)[-1], self.keep(value.detach().contiguous()))
         with self.module.graph.inserting_before(before or next(n for n in self.nodes if n.op != "placeholder")):
             node = self.module.graph.create_node("get_attr", name)
         return self._register(node, like)
@@ -189,7 +199,7 @@ class Graph:
     def set_constant(self, node: fx.Node, value: torch.Tensor) -> None:
         """Replace the tensor of a constant that has one user; a shared one must be copied by ``add_constant`` instead."""
         target = str(node.target)
-        _container(self.module, target).register_buffer(target.rsplit(".", 1)[-1], value.detach().contiguous())
+        _container(self.module, target).register_buffer(target.rsplit(".", 1)[-1], self.keep(value.detach().contiguous()))
         self._infer(node)
 
     def own_constant(self, node: fx.Node, user: fx.Node) -> fx.Node:
@@ -255,7 +265,11 @@ class Graph:
                 twin = Quantizer(quantizer.scheme, quantizer.scale, quantizer.zero_point, quantizer.codes, quantizer.table)
                 _container(root, str(node.target)).add_module(str(node.target).rsplit(".", 1)[-1], twin)
         module = fx.GraphModule(root, new)
-        return Graph(module, self.input_types, stage=self.stage, history=self.history, output_names=self.output_names, symbols=self.symbols)
+        copied = Graph(
+            module, self.input_types, stage=self.stage, history=self.history, output_names=self.output_names, symbols=self.symbols
+        )
+        copied.keep = self.keep
+        return copied
 
     # ---- inside -----------------------------------------------------------------------------------------------------------
 
@@ -276,9 +290,14 @@ class Graph:
             free = f"{name}_{number}"
         return free
 
+    def _fake_constant(self, value: torch.Tensor) -> torch.Tensor:
+        if isinstance(value, FileTensor):
+            return self.symbols.fake(TensorType(value.dtype, tuple(value.shape)))
+        return self.symbols.mode.from_tensor(value, static_shapes=True)
+
     def _infer(self, node: fx.Node) -> None:
         if node.op == "get_attr":
-            node.meta["val"] = self.symbols.mode.from_tensor(attribute(self.module, str(node.target)), static_shapes=True)
+            node.meta["val"] = self._fake_constant(attribute(self.module, str(node.target)))
         elif node.op == "call_module":
             node.meta["val"] = node.args[0].meta["val"]
         elif node.op == "call_function":

@@ -23,6 +23,7 @@ from qcompile.formats.quantize import choose_scale, dequantize, quantize
 from qcompile.solvers.mse import input_importance, search_scale
 
 NEEDS = ("gram",)  # statistics that the solver does not work without
+BY_ROWS = True
 
 Grid = tuple[torch.Tensor, torch.Tensor | None]  # scale and zero point
 

@@ -15,6 +15,7 @@ from qcompile.formats.granularity import Block, Channel, Granularity, Group, Ten
 from qcompile.formats.quantize import choose_scale, dequantize, quantize
 
 USES = ("gram",)  # statistics that the solver takes where there is data
+BY_ROWS = True
 
 
 def solve(

@@ -17,6 +17,7 @@ import torch
 import torch.fx as fx
 
 from qcompile.errors import Refused
+from qcompile.graph.file_tensor import in_memory
 from qcompile.graph.graph import Graph, node_name
 from qcompile.statistics.cache import Cache
 from qcompile.statistics.collectors import Collector, Request, Result
@@ -187,7 +188,7 @@ class _Region:
         self.interpreter = fx.Interpreter(graph.module, garbage_collect_values=False)
         self.interpreter.env = {}
         for node in plan.fixed_in(number):
-            self.interpreter.env[node] = self.interpreter.run_node(node)
+            self.interpreter.env[node] = in_memory(self.interpreter.run_node(node))  # every batch reads it
             if node in self.nodes or node in plan.regions[number]:
                 self._observe(node, self.interpreter.env[node])
         self.fixed = self.interpreter.env
