@@ -17,7 +17,7 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar
 
 import torch
@@ -31,13 +31,14 @@ from qcompile.graph.graph import Graph, node_name
 from qcompile.graph.quantizer import Quantizer
 from qcompile.graph.stage import Stage
 from qcompile.graph.text import bound_arguments, operator_name
-from qcompile.pipeline import Context, Keeps, Pass, approximately
-from qcompile.registry import find_solver
+from qcompile.pipeline import Context, Keeps, Pass, approximately, check_options
+from qcompile.registry import find_solver, solver_options
 from qcompile.solvers import mse
 from qcompile.solvers.gptq import row_errors
 from qcompile.statistics import Gram, Request, collect_sequentially
-from qcompile.statistics.collectors import Result
+from qcompile.statistics.collectors import Result, RowWeights
 from qcompile.statistics.regions import split_after_products
+from qcompile.statistics.row_weights import weigher
 
 
 @dataclass(frozen=True)
@@ -45,13 +46,11 @@ class QuantizeWeights(Pass):
     """Solve for the codes of the weights that still have none.
 
     Attributes:
-        solver: nearest, mse, gptq, kmeans, or another of the registry.
+        solver: nearest, mse, gptq, kmeans, or another of the registry (``qcompile solvers``).
         sequential: later layers see what the earlier ones have become; only for solvers that read the layer's input.
-        damping: gptq: share of the mean of H's diagonal that is added to it.
-        act_order: gptq: inputs of large magnitude first; scales of groups are then static, so nothing is reordered at run time.
-        static_groups: gptq: scales of groups from the weight as it was.
-        grid: gptq: ``nearest`` or ``mse`` chooses the scales.
-        table_rows: kmeans: rows of a weight that share a table; 0: all.
+        rows: what each row of a layer's input counts: equal, attention (RSQ) or gradient (GuidedQuant), see ``statistics/row_weights.py``.
+        row_groups: gradient: runs of output channels that have weights of their own.
+        options: of the solver, as (name, value); in text they stand beside the others: ``quantize-weights{solver=gptq, damping=0.1}``.
     """
 
     stage: ClassVar[Stage] = Stage.SIMULATED
@@ -59,11 +58,24 @@ class QuantizeWeights(Pass):
 
     solver: str = "nearest"
     sequential: bool = True
-    damping: float = 0.01
-    act_order: bool = True
-    static_groups: bool = True
-    grid: str = "mse"
-    table_rows: int = 0
+    rows: str = "equal"
+    row_groups: int = 1
+    options: tuple[tuple[str, Any], ...] = ()
+
+    @classmethod
+    def make(cls, options: Mapping[str, Any]) -> QuantizeWeights:
+        own = {f.name for f in fields(cls)} - {"options"}
+        made = super().make({name: value for name, value in options.items() if name in own})
+        assert isinstance(made, QuantizeWeights)
+        further = {name: value for name, value in options.items() if name not in own}
+        if not further:
+            return made
+        known = {name: parameter.annotation for name, parameter in solver_options(made.solver).items()}
+        return replace(made, options=tuple(sorted(check_options(further, known, f"the solver {made.solver}").items())))
+
+    def settings(self) -> dict[str, Any]:
+        settings = super().settings()
+        return settings | dict(settings.pop("options", ()))
 
     def requests(self, graph: Graph, context: Context) -> Sequence[Request]:
         if self.sequential and context.calibration is not None:
@@ -97,11 +109,15 @@ class QuantizeWeights(Pass):
 
     def _weights(self, graph: Graph, context: Context) -> list[_Weight]:
         """Return the weights that still need codes, each with the statistics that the solver takes for it."""
-        takes_gram = "gram" in _statistics_of(find_solver(self.solver), optional=context.calibration is not None)
+        statistics = _statistics_of(find_solver(self.solver), optional=context.calibration is not None)
         open_nodes = [
             node for node in graph.nodes if (q := graph.quantizer(node)) and q.codes is None and graph.constant(node.args[0]) is not None
         ]
-        return [_describe(graph, node, takes_gram) for node in open_nodes]
+        row_weights: Mapping[fx.Node, RowWeights] = {}
+        if self.rows != "equal" and statistics and context.calibration is not None and open_nodes:
+            layers = [u for node in open_nodes for u in node.users if u.op == "call_function" and operator_name(u.target) == "aten.linear"]
+            row_weights = weigher(self.rows, self.row_groups)(graph, layers, context.calibration)
+        return [_describe(graph, node, statistics, row_weights) for node in open_nodes]
 
 
 def _statistics_of(solve: Callable[..., Quantized], *, optional: bool) -> tuple[str, ...]:
@@ -134,7 +150,7 @@ class _Weight:
     obstacle: str = ""
 
 
-def _describe(graph: Graph, node: fx.Node, takes_gram: bool) -> _Weight:
+def _describe(graph: Graph, node: fx.Node, statistics: Sequence[str], row_weights: Mapping[fx.Node, RowWeights]) -> _Weight:
     quantizer, value = graph.quantizer(node), graph.constant(node.args[0])
     assert quantizer is not None
     assert value is not None
@@ -146,9 +162,14 @@ def _describe(graph: Graph, node: fx.Node, takes_gram: bool) -> _Weight:
         return _Weight(
             layer, quantizer, value, None, (), f"its scales ({quantizer.scheme.granularity}) do not lie along the kernel's inputs"
         )
-    found = [_gram_request(user, node) for user in users] if takes_gram else []
-    requests = tuple(dict.fromkeys(request for request in found if isinstance(request, Gram)))
-    obstacle = next((reason for reason in found if isinstance(reason, str)), "nothing reads it" if takes_gram else "")
+    found = [_gram_request(user, node) for user in users] if statistics else []
+    grams = [
+        replace(request, weights=row_weights.get(user), cross="cross" in statistics)
+        for user, request in zip(users, found, strict=False)
+        if isinstance(request, Gram)
+    ]
+    requests = tuple(dict.fromkeys(grams))
+    obstacle = next((reason for reason in found if isinstance(reason, str)), "nothing reads it" if statistics else "")
     return _Weight(layer, quantizer, value, matrix, requests, "" if requests else obstacle)
 
 
@@ -185,18 +206,8 @@ class _Solver:
 
     @classmethod
     def of(cls, settings: QuantizeWeights) -> _Solver:
-        """Return the solver that a pass names.
-
-        Raises:
-            Refused: an option is set that this solver does not have.
-        """
-        solve = find_solver(settings.solver)
-        known = inspect.signature(solve).parameters
-        own = [f for f in fields(settings) if f.name not in ("solver", "sequential")]
-        for f in own:
-            if f.name not in known and getattr(settings, f.name) != f.default:
-                raise Refused(f"the solver {settings.solver} has no option {f.name}")
-        return cls(settings.solver, solve, {f.name: getattr(settings, f.name) for f in own if f.name in known})
+        """Return the solver that a pass names."""
+        return cls(settings.solver, find_solver(settings.solver), dict(settings.options))
 
     def install(self, weight: _Weight, results: Sequence[Result], context: Context) -> None:
         """Give a weight its codes and note what was gained over nearest rounding.
@@ -233,11 +244,13 @@ class _Solver:
 
 
 def _merge(results: Sequence[Result]) -> Result:
-    """Return the Gram matrix over the inputs of all products that read one weight."""
+    """Return the matrices over the inputs of all products that read one weight."""
     if not results or len({result["gram"].shape for result in results}) > 1:
         return {}
-    rows = sum(result["rows"] for result in results)
-    return {"gram": sum((result["gram"] * (result["rows"] / rows) for result in results), torch.zeros(())), "rows": torch.as_tensor(rows)}
+    rows = sum(int(result["rows"]) for result in results)
+    names = set(results[0]) - {"rows"}
+    merged = {name: torch.stack([result[name] * (int(result["rows"]) / rows) for result in results]).sum(0) for name in names}
+    return {**merged, "rows": torch.tensor(rows)}
 
 
 def _gain(weight: torch.Tensor, found: Quantized, statistics: Result) -> float:

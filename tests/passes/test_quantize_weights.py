@@ -115,7 +115,9 @@ def test_later_layers_see_what_earlier_ones_became() -> None:
 def test_without_sequence_the_pipeline_gathers() -> None:
     graph, given = build(LINEARS, "int4 channel=0 sym"), context(8)
     item = QuantizeWeights(solver="gptq", sequential=False)
-    assert [str(request) for request in item.requests(graph, given)] == ["Gram(%x, unfold=None)", "Gram(%relu, unfold=None)"]
+    assert [str(request) for request in item.requests(graph, given)] == [
+        f"Gram({x}, unfold=None, weights=None, cross=False)" for x in ("%x", "%relu")
+    ]
     assert Pipeline((item,)).run(graph, given)[0].changes == 2
     assert "gptq: 0." in dict(given.notes)["linear"]
 
@@ -126,7 +128,7 @@ def test_gptq_lowers_the_error_of_a_grouped_convolution() -> None:
     x = torch.cat([batch[0] for batch in given.calibration.batches(graph)])  # type: ignore[union-attr]
     exact = torch.nn.functional.conv2d(x, K, None, (2, 1), (1, 0), 1, 2)
     plain = (graph(x)[0] - exact).square().sum()
-    Pipeline((QuantizeWeights(solver="gptq", grid="nearest"),)).run(graph, given)
+    Pipeline((QuantizeWeights.make({"solver": "gptq", "grid": "nearest"}),)).run(graph, given)
     assert codes(graph, "k").shape == K.shape
     ratio = float((graph(x)[0] - exact).square().sum() / plain)
     assert ratio < 0.9
@@ -177,7 +179,7 @@ def test_refusals() -> None:
     graph = build(LINEARS, "int4 channel=0 sym")
     with pytest.raises(Refused, match="needs calibration data"):
         Pipeline((QuantizeWeights(solver="gptq"),)).run(graph, Context(target=None))  # type: ignore[arg-type]
-    with pytest.raises(Refused, match="the solver nearest has no option damping"):
-        QuantizeWeights(damping=0.1).run(graph, Context(target=None))  # type: ignore[arg-type]
+    with pytest.raises(Refused, match="unknown option 'damping' of the solver nearest; known are none"):
+        QuantizeWeights.make({"damping": 0.1})
     with pytest.raises(Refused, match="unknown solver 'gtpq'; did you mean 'gptq'"):
         QuantizeWeights(solver="gtpq").run(graph, Context(target=None))  # type: ignore[arg-type]

@@ -1,6 +1,7 @@
 """What every solver keeps, and GPTQ against an independent solution of its problem."""
 
 import dataclasses
+import functools
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from qcompile.errors import Refused
 from qcompile.formats import Quantized, Scheme, parse_scheme
 from qcompile.registry import find_solver
 from qcompile.solvers.gptq import row_errors
-from qcompile.solvers.gptq import solve as gptq
+from qcompile.solvers.gptq import solve as solve_gptq
 from qcompile.solvers.mse import solve as mse
 from qcompile.solvers.nearest import solve as nearest
 
@@ -23,14 +24,16 @@ SCHEMES = [
     "uint3 group=5 affine",
     "int3 tensor sym",
 ]
+PLAIN = {"act_order": False, "grid": "nearest"}  # gptq as the paper has it
+gptq = functools.partial(solve_gptq, **PLAIN)
 OPTIONS = [
     ("nearest", {}),
     ("mse", {}),
     ("mse", {"weighted": False}),
     ("gptq", {}),
-    ("gptq", {"act_order": True}),
-    ("gptq", {"static_groups": False, "block": 7}),
-    ("gptq", {"grid": "mse"}),
+    ("gptq", PLAIN),
+    ("gptq", {**PLAIN, "act_order": True}),
+    ("gptq", {**PLAIN, "static_groups": False, "block": 7}),
 ]
 every_solver = pytest.mark.parametrize(("name", "options"), OPTIONS, ids=str)
 seeds = st.integers(0, 2**31)
