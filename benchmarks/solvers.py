@@ -52,7 +52,14 @@ ROWS = {
     "gptq": Row("quantize-weights{solver=gptq}"),
     "gptq, rows by attention (RSQ)": Row("quantize-weights{solver=gptq, rows=attention}"),
     "gptq, rows by gradient (GuidedQuant)": Row("quantize-weights{solver=gptq, rows=gradient}"),
-    "kmeans": Row("quantize-weights{solver=kmeans}", CHANNEL),
+    "gptq, toward float": Row("quantize-weights{solver=gptq, toward_float=true}"),
+    "ldlq (QuIP)": Row("quantize-weights{solver=ldlq}"),
+    "comq": Row("quantize-weights{solver=comq}"),
+    "gpfq": Row("quantize-weights{solver=gpfq}"),
+    "kmeans": Row("quantize-weights{solver=kmeans, table_rows=1}", CHANNEL),
+    "lnq": Row("quantize-weights{solver=lnq}", CHANNEL),
+    "lnq, rows by gradient (GuidedQuant)": Row("quantize-weights{solver=lnq, rows=gradient, row_groups=4}", CHANNEL),
+    "lnq, toward float": Row("quantize-weights{solver=lnq, toward_float=true}", CHANNEL),
 }
 
 
@@ -61,7 +68,7 @@ ROWS = {
 @click.option("--bits", multiple=True, type=click.IntRange(1, 8), default=(4, 3, 2), show_default=True)
 @click.option("--folder", type=click.Path(path_type=Path, exists=True), help="A Hugging Face folder [wikilm-5m].")
 @click.option("--samples", default=64, show_default=True, help="Calibration samples of 256 tokens.")
-@click.option("--windows", default=60, show_default=True, help="Windows of 512 tokens that are judged.")
+@click.option("--windows", default=40, show_default=True, help="Windows of 512 tokens that are judged.")
 @click.option("--json", "json_", is_flag=True, help="Print one JSON document instead of the table.")
 def main(only: tuple[str, ...], bits: tuple[int, ...], folder: Path | None, samples: int, windows: int, json_: bool) -> None:
     """Print the table."""
@@ -84,9 +91,8 @@ def main(only: tuple[str, ...], bits: tuple[int, ...], folder: Path | None, samp
 
 
 def _line(row: dict[str, Any]) -> str:
-    return (
-        f"{row['solver']:40} {row['layer_bits']:10.2f} {row['bits']:6.2f} {row['perplexity']:10.2f} {row['worse']:7.1f}% {row['seconds']:8.1f}"
-    )
+    bits = f"{row['layer_bits']:10.2f} {row['bits']:6.2f}"
+    return f"{row['solver']:40} {bits} {row['perplexity']:10.2f} {row['worse']:7.1f}% {row['seconds']:8.1f}"
 
 
 def _measure(folder: Path, recipe: str | Recipe, samples: int, windows: int) -> dict[str, Any]:
@@ -98,7 +104,7 @@ def _measure(folder: Path, recipe: str | Recipe, samples: int, windows: int) -> 
     seconds = time.perf_counter() - start
     judged = evaluate(artifact, "perplexity", f"text:{data / 'test.raw.txt'}?length=512&limit={windows}", None)
     layers = artifact.report["layers"]
-    blocks = [layer for layer in layers if layer["op"] != "aten.embedding" and layer["op"] != "qc.embedding" and "lm_head" not in layer["name"]]
+    blocks = [layer for layer in layers if not layer["op"].endswith(".embedding") and "lm_head" not in layer["name"]]
     elements = sum(layer["elements"] for layer in blocks)
     return {
         "perplexity": judged.value,

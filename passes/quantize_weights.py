@@ -50,6 +50,7 @@ class QuantizeWeights(Pass):
         sequential: later layers see what the earlier ones have become; only for solvers that read the layer's input.
         rows: what each row of a layer's input counts: equal, attention (RSQ) or gradient (GuidedQuant), see ``statistics/row_weights.py``.
         row_groups: gradient: runs of output channels that have weights of their own.
+        toward_float: aim at the layer's output in the float model on what the layer reads here: it makes up for the layers before.
         options: of the solver, as (name, value); in text they stand beside the others: ``quantize-weights{solver=gptq, damping=0.1}``.
     """
 
@@ -60,6 +61,7 @@ class QuantizeWeights(Pass):
     sequential: bool = True
     rows: str = "equal"
     row_groups: int = 1
+    toward_float: bool = False
     options: tuple[tuple[str, Any], ...] = ()
 
     @classmethod
@@ -110,6 +112,8 @@ class QuantizeWeights(Pass):
     def _weights(self, graph: Graph, context: Context) -> list[_Weight]:
         """Return the weights that still need codes, each with the statistics that the solver takes for it."""
         statistics = _statistics_of(find_solver(self.solver), optional=context.calibration is not None)
+        if statistics and self.toward_float:
+            statistics = (*statistics, "cross")
         open_nodes = [
             node for node in graph.nodes if (q := graph.quantizer(node)) and q.codes is None and graph.constant(node.args[0]) is not None
         ]
@@ -203,11 +207,12 @@ class _Solver:
     name: str
     solve: Callable[..., Quantized]
     options: dict[str, Any] = field(default_factory=dict)
+    toward_float: bool = False
 
     @classmethod
     def of(cls, settings: QuantizeWeights) -> _Solver:
         """Return the solver that a pass names."""
-        return cls(settings.solver, find_solver(settings.solver), dict(settings.options))
+        return cls(settings.solver, find_solver(settings.solver), dict(settings.options), settings.toward_float)
 
     def install(self, weight: _Weight, results: Sequence[Result], context: Context) -> None:
         """Give a weight its codes and note what was gained over nearest rounding.
@@ -228,6 +233,12 @@ class _Solver:
         if weight.matrix is None:
             context.notes.append((weight.layer, f"weight rounded to nearest, not by {self.name}: {weight.obstacle}"))
             return quantize_tensor(weight.value, scheme)
+        formats = getattr(sys.modules[self.solve.__module__], "FORMATS", None)
+        if formats and not isinstance(scheme.format, formats):
+            context.notes.append(
+                (weight.layer, f"weight rounded with least squared error, not by {self.name}: that is not for {scheme.format}")
+            )
+            return mse.solve(weight.matrix, statistics, scheme)
         lacking = [name for name in _statistics_of(self.solve, optional=False) if name not in statistics]
         if lacking:
             context.notes.append((weight.layer, f"weight rounded with least squared error, not by {self.name}: {weight.obstacle}"))
@@ -235,12 +246,25 @@ class _Solver:
         options = dict(self.options)
         if "say" in inspect.signature(self.solve).parameters:
             options["say"] = lambda text: context.notes.append((weight.layer, text))
-        found = self.solve(weight.matrix, statistics, scheme, **options)
+        aim = _toward_float(weight.matrix, statistics) if self.toward_float and "cross" in statistics else weight.matrix
+        found = self.solve(aim, statistics, scheme, **options)
         if self.name != "nearest":
-            context.notes.append(
-                (weight.layer, f"{self.name}: {_gain(weight.matrix, found, statistics):.3f} of the error of nearest rounding")
-            )
+            context.notes.append((weight.layer, f"{self.name}: {_gain(aim, found, statistics):.3f} of the error of nearest rounding"))
         return found
+
+
+def _toward_float(weight: torch.Tensor, statistics: Result, damping: float = 0.1) -> torch.Tensor:
+    """Return the weight W' whose output on this layer's input y is nearest to W's on the float model's input x, [out, in].
+
+    ||y W'^T - x W^T||^2 + d ||W' - W||^2 is least for W' = W (y^T x + d)^T (y^T y + d)^-1, d being ``damping`` times the mean of the
+    diagonal (Li et al. 2025, GPTAQ, arXiv 2504.02692, solve the same aim inside GPTQ). Measured on wikilm-5m at 2 bits.
+    """
+    G, C = (statistics[name].to(torch.float64) for name in ("gram", "cross"))
+    G, C = (x.reshape(-1, *x.shape[-2:]) for x in (G, C))
+    d = damping * torch.diagonal(G, dim1=1, dim2=2).mean(1).clamp(min=1e-30)[:, None, None] * torch.eye(G.shape[1], dtype=torch.float64)
+    W = weight.to(torch.float64).reshape(len(G), -1, G.shape[1])
+    moved = torch.linalg.solve(G + d, (C + d) @ W.transpose(1, 2)).transpose(1, 2)
+    return moved.reshape(weight.shape).to(weight.dtype)
 
 
 def _merge(results: Sequence[Result]) -> Result:

@@ -7,5 +7,7 @@ where there is data. Known are
   rows that count more for some outputs than for others;
 - ``cross``: x^T z / rows of the same shape, z being what the layer reads in the float model, where x is what it reads here.
 
+``FORMATS`` names the classes of formats that a solver is for, where it is not for all.
+
 Keyword parameters of a type that text can write are the solver's options: ``quantize-weights{solver=NAME, option=value}``.
 """

@@ -290,7 +290,11 @@ def _batches(plan: _Plan, graph: Graph, data: Data, borders: Sequence[Environmen
 
 
 def _run_batches(
-    region: _Region, batches: Iterable[Environment], keep: bool, tick: Callable[[int], None], float_batches: Iterable[Environment] | None = None
+    region: _Region,
+    batches: Iterable[Environment],
+    keep: bool,
+    tick: Callable[[int], None],
+    float_batches: Iterable[Environment] | None = None,
 ) -> tuple[list[Environment], list[Environment]]:
     """Return the borders after the region for each batch, and those of the float model where it runs beside."""
     kept: list[Environment] = []
