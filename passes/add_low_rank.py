@@ -9,7 +9,7 @@
 With E = W - W_q and S a square matrix of the layer's input, the singular vectors of E S = U s V^T of the largest s give B = U_k s_k and
 A = V_k^T S^-1: B A is the matrix of rank k nearest to E in ||(E - B A) S||. LQER (Zhang et al. 2024, arXiv 2402.02446, section 3) calls it
 LQER for S = 1 (``weigh=none``) and L2QER for S = diag(s), s_i = mean |x_i|, not below 1e-4, over sqrt(min s max s) (``weigh=magnitude``;
-the authors' code takes the largest of the batches' means, here it is the mean of all data). ``weigh=gram`` has S = (x^T x)^(1/2), with which
+the authors' code takes the largest mean of a batch, here it is that of all data). ``weigh=gram`` has S = (x^T x)^(1/2), with which
 ||(E - B A) S|| is the error of the layer's output itself (QERA, Zhang et al. 2024, arXiv 2410.06040, theorem 1).
 """
 

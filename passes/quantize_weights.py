@@ -37,6 +37,7 @@ from qcompile.solvers import mse
 from qcompile.solvers.gptq import row_errors
 from qcompile.statistics import Gram, Request, collect_sequentially
 from qcompile.statistics.collectors import Result, RowWeights
+from qcompile.statistics.head_grams import head_grams
 from qcompile.statistics.regions import split_after_products
 from qcompile.statistics.row_weights import weigher
 
@@ -121,7 +122,11 @@ class QuantizeWeights(Pass):
         if self.rows != "equal" and statistics and context.calibration is not None and open_nodes:
             layers = [u for node in open_nodes for u in node.users if u.op == "call_function" and operator_name(u.target) == "aten.linear"]
             row_weights = weigher(self.rows, self.row_groups)(graph, layers, context.calibration)
-        return [_describe(graph, node, statistics, row_weights) for node in open_nodes]
+        weights = [_describe(graph, node, statistics, row_weights) for node in open_nodes]
+        if "heads" in statistics and context.calibration is not None and open_nodes:
+            found = head_grams(graph, [user for node in open_nodes for user in node.users], context.calibration)
+            weights = [replace(w, heads=found.get(next(iter(n.users), n))) for w, n in zip(weights, open_nodes, strict=True)]
+        return weights
 
 
 def _statistics_of(solve: Callable[..., Quantized], *, optional: bool) -> tuple[str, ...]:
@@ -144,6 +149,7 @@ class _Weight:
         matrix: the same as [out, in], or None where its scales do not lie along that.
         requests: for each product that reads it, the Gram matrix of the product's other operand.
         obstacle: why there are none.
+        heads: what errors of its outputs count in attention scores, see ``statistics/head_grams.py``.
     """
 
     layer: str
@@ -152,6 +158,7 @@ class _Weight:
     matrix: torch.Tensor | None
     requests: tuple[Request, ...] = ()
     obstacle: str = ""
+    heads: torch.Tensor | None = None
 
 
 def _describe(graph: Graph, node: fx.Node, statistics: Sequence[str], row_weights: Mapping[fx.Node, RowWeights]) -> _Weight:
@@ -220,7 +227,7 @@ class _Solver:
         Raises:
             Refused: the solver fails; the message names the layer.
         """
-        statistics = _merge(results)
+        statistics = _merge(results) | ({} if weight.heads is None else {"heads": weight.heads})
         try:
             found = self._solve(weight, statistics, context)
         except (Refused, RuntimeError) as error:

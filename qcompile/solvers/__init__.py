@@ -5,7 +5,8 @@ where there is data. Known are
 
 - ``gram``: x^T x / rows, float64 [in, in], or [groups, in, in] where runs of output channels have their own: a convolution with groups, or
   rows that count more for some outputs than for others;
-- ``cross``: x^T z / rows of the same shape, z being what the layer reads in the float model, where x is what it reads here.
+- ``cross``: x^T z / rows of the same shape, z being what the layer reads in the float model, where x is what it reads here;
+- ``heads``: what errors of the outputs count in the scores of their attention head, float64 [heads, d, d], for queries and keys.
 
 ``FORMATS`` names the classes of formats that a solver is for, where it is not for all.
 

@@ -28,7 +28,7 @@ from qcompile.statistics.sweep import Data, FloatInterpreter
 ATTENTIONS = ("qc.attention", "aten.scaled_dot_product_attention")
 
 
-class _Interpreter(FloatInterpreter):
+class FloatModel(FloatInterpreter):
     """Runs the float model so that gradients flow: operators of the dialect have no derivative of their own, their meanings do."""
 
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -52,7 +52,7 @@ def attention_weights(graph: Graph, layers: Sequence[fx.Node], data: Data, least
         raise Refused("no attention in the graph to weigh tokens by", way_out="put recognize-attention into the pipeline")
     received: dict[fx.Node, list[torch.Tensor]] = {attention: [] for attention in blocks.values()}
 
-    class Recorder(_Interpreter):
+    class Recorder(FloatModel):
         def run_node(self, n: fx.Node) -> Any:
             if n not in received:
                 return super().run_node(n)
@@ -153,7 +153,7 @@ def _runs_with_gradients(
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor, dict[fx.Node, torch.Tensor]]]:
     """Yield for each batch the first output, the first input and the layers' outputs, with what autograd needs between them."""
 
-    class Recorder(_Interpreter):
+    class Recorder(FloatModel):
         def __init__(self, module: fx.GraphModule) -> None:
             super().__init__(module)
             self.values: dict[fx.Node, torch.Tensor] = {}
