@@ -6,8 +6,9 @@
     %w.quantizer = quantizer(%w) {scheme="int8 channel=0 sym"} : f32[8,16]
     %linear = aten.linear(%x.quantizer, %w.quantizer, %b) : f32[4,8]
 
-A value has one quantizer for each scheme, however many layers read it. Attention reads its queries, keys and values so, and a product of
-two computed values both of them. Image-shaped sums and concatenations between quantized
+A value has one quantizer for each scheme, however many layers read it; so has a weight that layers share, such as that of embedding and
+head. Attention reads its queries, keys and values so, and a product of two computed values both of them. Image-shaped sums and
+concatenations between quantized
 convolutions are
 integer too (Krishnamoorthi 2018, section 2): their operands and results get quantizers, and the operands of a concatenation share the
 grid of its result, so that it only moves codes.
@@ -74,7 +75,7 @@ class InsertQuantizers(Pass):
             placed[node] = graph.call_quantizer(
                 Quantizer(scheme, scale, zero_point), node, before=first_user, name=f"{node.name}.quantizer"
             )
-        weights = 0
+        weights: dict[tuple[fx.Node, Scheme], fx.Node] = {}
         for node in graph.nodes:
             scheme = _scheme(node)
             if _is_join(node) and node in activations:
@@ -86,10 +87,11 @@ class InsertQuantizers(Pass):
                     node.replace_input_with(x, placed[x])
             if scheme.weight:
                 weight = bound_arguments(node)["weight"]
-                quantizer = graph.call_quantizer(Quantizer(scheme.weight), weight, before=node, name=f"{weight.target}_quantizer")
-                node.replace_input_with(weight, quantizer)
-                weights += 1
-        return weights + len(placed)
+                if (weight, scheme.weight) not in weights:
+                    name = f"{weight.target}_quantizer"
+                    weights[weight, scheme.weight] = graph.call_quantizer(Quantizer(scheme.weight), weight, before=node, name=name)
+                node.replace_input_with(weight, weights[weight, scheme.weight])
+        return len(weights) + len(placed)
 
 
 def _scheme(node: fx.Node):  # type: ignore[no-untyped-def]

@@ -131,9 +131,24 @@ class Pass:
         """Change the graph in place and return the number of changes."""
         return apply_rules(graph, self.rules, context.log)
 
+    @classmethod
+    def make(cls, options: Mapping[str, Any]) -> Pass:
+        """Return the pass with these options, checked against the types of its fields.
+
+        A pass whose options depend on one another, such as those of a solver it names, overrides this and ``settings``.
+
+        Raises:
+            Refused: an unknown option (naming the nearest) or a value of another type.
+        """
+        types = get_type_hints(cls)
+        return cls(**check_options(options, {f.name: types[f.name] for f in dataclasses.fields(cls)}, cls.name()))
+
+    def settings(self) -> dict[str, Any]:
+        """Return the options that are not at their defaults: ``make(settings())`` is this pass again."""
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if getattr(self, f.name) != f.default}
+
     def __str__(self) -> str:
-        changed = [f for f in dataclasses.fields(self) if getattr(self, f.name) != f.default]
-        options = ", ".join(f"{f.name}={_option_text(getattr(self, f.name))}" for f in changed)
+        options = ", ".join(f"{name}={_option_text(value)}" for name, value in self.settings().items())
         return f"{self.name()}{{{options}}}" if options else self.name()
 
 
@@ -146,25 +161,29 @@ def _option_text(value: Any) -> str:
     return value if plain else f'"{value}"'
 
 
-def make_pass(kind: type[Pass], options: dict[str, Any]) -> Pass:
-    """Return a pass with these options, checked against the types of its fields.
+def check_options(options: Mapping[str, Any], types: Mapping[str, Any], owner: str) -> dict[str, Any]:
+    """Return the options with whole numbers as float where that is their type.
+
+    Args:
+        options: value by name, as the text form gives them.
+        types: of every option there is: int, float, bool or str.
+        owner: whose options they are, for messages.
 
     Raises:
         Refused: an unknown option (naming the nearest) or a value of another type.
     """
-    fields = {f.name: f for f in dataclasses.fields(kind)}
-    types = get_type_hints(kind)
+    checked = dict(options)
     for key, value in options.items():
-        if key not in fields:
-            raise Refused(f"unknown option '{key}' of {kind.name()}", way_out=nearest_name(key, fields))
+        if key not in types:
+            raise Refused(f"unknown option '{key}' of {owner}", way_out=nearest_name(key, types))
         expected = types[key]
         if expected is float and type(value) is int:
-            options = options | {key: float(value)}
+            checked[key] = float(value)
         elif isinstance(expected, type) and type(value) is not expected:
-            raise Refused(f"option {key} of {kind.name()} is {expected.__name__}, not {value!r}")
+            raise Refused(f"option {key} of {owner} is {expected.__name__}, not {value!r}")
         elif isinstance(value, str) and ('"' in value or not value.isprintable()):
-            raise Refused(f"option {key} of {kind.name()} holds a quotation mark or a control character")
-    return kind(**options)
+            raise Refused(f"option {key} of {owner} holds a quotation mark or a control character")
+    return checked
 
 
 # ---- text -----------------------------------------------------------------------------------------------------------------
@@ -187,7 +206,7 @@ def parse_pipeline(text: str, find: Callable[[str], type[Pass]]) -> Pipeline:
             raise Refused(
                 f"the pipeline is not understood at '{text[position : position + 30].strip()}'", way_out="write name{option=value}, name"
             )
-        passes.append(make_pass(find(match[1]), _parse_options(match[2] or "")))
+        passes.append(find(match[1]).make(_parse_options(match[2] or "")))
         position = match.end()
     return Pipeline(tuple(passes))
 

@@ -9,11 +9,12 @@ module ``fold_batch_norm`` with the class ``FoldBatchNorm``. Others plug in by e
 from __future__ import annotations
 
 import importlib
+import inspect
 import pkgutil
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_type_hints
 
 from qcompile.errors import Refused
 from qcompile.nearest import nearest_name
@@ -95,3 +96,14 @@ def find_target(name: str) -> Target:
 def find_solver(name: str) -> Callable[..., Any]:
     """Return the ``solve`` function of this solver, such as ``gptq``."""
     return _load("solver", name, lambda n: "solve")
+
+
+def solver_options(name: str) -> dict[str, inspect.Parameter]:
+    """Return the options of this solver: the keyword parameters of its function that text can write, their types resolved."""
+    solve = find_solver(name)
+    types = get_type_hints(solve)
+    return {
+        key: parameter.replace(annotation=types[key])
+        for key, parameter in inspect.signature(solve).parameters.items()
+        if parameter.kind is inspect.Parameter.KEYWORD_ONLY and types.get(key) in (int, float, bool, str)
+    }

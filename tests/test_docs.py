@@ -226,9 +226,23 @@ def passes_table() -> str:
     rows = []
     for kind in map(find_pass, names("pass")):
         stage = kind.stage.value if kind.gives is None else f"{kind.stage.value} -> {kind.gives.value}"
-        options = ", ".join(f"{f.name}={f.default}" if f.default != "" else f"{f.name}" for f in dataclasses.fields(kind))
+        shown = [f for f in dataclasses.fields(kind) if f.name != "options"]
+        options = ", ".join(f"{f.name}={f.default}" if f.default != "" else f"{f.name}" for f in shown)
         rows.append([f"`{kind.name()}`", stage, kind.keeps, f"`{options}`" if options else "", (kind.__doc__ or "").splitlines()[0]])
     return table(["pass", "stage", "keeps", "options", "what it does"], rows)
+
+
+def solvers_table() -> str:
+    from qcompile.registry import find_solver, names, solver_options
+
+    rows = []
+    for name in names("solver"):
+        module = sys.modules[find_solver(name).__module__]
+        takes = [*getattr(module, "NEEDS", ()), *(f"{statistic} (if there is data)" for statistic in getattr(module, "USES", ()))]
+        options = ", ".join(f"{key}={parameter.default}" for key, parameter in solver_options(name).items())
+        summary = (module.__doc__ or "").strip().split("\n\n")[0].replace("\n", " ")
+        rows.append([f"`{name}`", ", ".join(takes), f"`{options}`" if options else "", summary])
+    return table(["solver", "statistics", "options", "what it does"], rows)
 
 
 def options_text() -> str:
@@ -282,6 +296,7 @@ TABLES = {
     ("targets.md", "kernels"): kernels_table,
     ("recipes.md", "recipes"): recipes_table,
     ("recipes.md", "passes"): passes_table,
+    ("recipes.md", "solvers"): solvers_table,
     ("cli.md", "options"): options_text,
 }
 

@@ -16,8 +16,8 @@ from qcompile.backends.reference.target import ReferenceTarget
 from qcompile.capture import capture
 from qcompile.errors import Refused
 from qcompile.graph import Graph, Stage
-from qcompile.pipeline import BITS, VALUES, Context, Keeps, Pass, Pipeline, approximately, make_pass, parse_pipeline, sqnr_db
-from qcompile.registry import find_pass, names
+from qcompile.pipeline import BITS, VALUES, Context, Keeps, Pass, Pipeline, approximately, parse_pipeline, sqnr_db
+from qcompile.registry import find_pass, names, solver_options
 
 # ---- text -----------------------------------------------------------------------------------------------------------------
 
@@ -28,9 +28,13 @@ VALUES_OF = {int: st.integers(-(10**9), 10**9), float: st.floats(allow_nan=False
 @st.composite
 def passes(draw: st.DrawFn) -> Pass:
     kind = find_pass(draw(st.sampled_from(names("pass"))))
-    types = get_type_hints(kind)
-    chosen = draw(st.lists(st.sampled_from(dataclasses.fields(kind)), unique_by=lambda f: f.name)) if dataclasses.fields(kind) else []
-    return make_pass(kind, {f.name: draw(VALUES_OF[types[f.name]]) for f in chosen})
+    types, fixed = {name: type for name, type in get_type_hints(kind).items() if type in VALUES_OF}, {}
+    if kind.name() == "quantize-weights" and draw(st.booleans()):  # its options are also those of the solver that it names
+        fixed = {"solver": draw(st.sampled_from(names("solver")))}
+        types = {name: type for name, type in types.items() if name != "solver"}
+        types |= {name: parameter.annotation for name, parameter in solver_options(fixed["solver"]).items()}
+    chosen = draw(st.lists(st.sampled_from(sorted(types)), unique=True)) if types else []
+    return kind.make(fixed | {name: draw(VALUES_OF[types[name]]) for name in chosen})
 
 
 @given(st.lists(passes(), max_size=6))
@@ -47,7 +51,7 @@ def test_every_pass_has_simple_options_and_a_summary() -> None:
         kind = find_pass(name)
         assert kind.name() == name
         assert (kind.__doc__ or "").splitlines()[0].endswith(".")
-        assert all(get_type_hints(kind)[f.name] in VALUES_OF for f in dataclasses.fields(kind))
+        assert all(get_type_hints(kind)[f.name] in VALUES_OF for f in dataclasses.fields(kind) if f.name != "options")
 
 
 @pytest.mark.parametrize(
@@ -61,6 +65,7 @@ def test_every_pass_has_simple_options_and_a_summary() -> None:
             'assign-bits{scheme="weight=int4 group=32 sym; activation=float"}',
         ),
         ("quantize-weights{solver=gptq, sequential=false}", "quantize-weights{solver=gptq, sequential=false}"),
+        ("quantize-weights{damping=1, solver=gptq, act_order=false}", "quantize-weights{solver=gptq, act_order=false, damping=1.0}"),
         ('quantize-weights{solver="3"}', 'quantize-weights{solver="3"}'),
         ('quantize-weights{solver="true"}', 'quantize-weights{solver="true"}'),
         (r'quantize-weights{solver="a\new"}', r'quantize-weights{solver="a\new"}'),
@@ -78,7 +83,10 @@ def test_text_forms(text: str, shown: str) -> None:
         ("smooth{alpa=0.5}", r"unknown option 'alpa' of smooth; did you mean 'alpha'\?"),
         ("smooth{alpha=high}", "option alpha of smooth is float, not 'high'"),
         ("quantize-weights{solver=3}", "option solver of quantize-weights is str, not 3"),
-        ("quantize-weights{act_order=1}", "option act_order of quantize-weights is bool, not 1"),
+        ("quantize-weights{solver=gptq, act_order=1}", "option act_order of the solver gptq is bool, not 1"),
+        ("quantize-weights{solver=gptq, act_ordr=true}", r"unknown option 'act_ordr' of the solver gptq; did you mean 'act_order'\?"),
+        ("quantize-weights{damping=0.1}", "unknown option 'damping' of the solver nearest; known are none"),
+        ("quantize-weights{solver=gtpq, damping=0.1}", r"unknown solver 'gtpq'; did you mean 'gptq'\?"),
         ("smooth{alpha=0.5", r"the pipeline is not understood at 'smooth\{alpha=0.5'"),
         ("smooth canonicalize", "the pipeline is not understood at 'smooth canonicalize'"),
         ("smooth{0.5}", r"the options '0.5' are not understood"),

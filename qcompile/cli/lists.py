@@ -34,7 +34,7 @@ def passes(json_: bool) -> None:
     rows = []
     for name in names("pass"):
         kind = find_pass(name)
-        options = {f.name: f.default for f in dataclasses.fields(kind)}
+        options = {f.name: f.default for f in dataclasses.fields(kind) if f.name != "options"}
         gives = kind.gives or kind.stage
         rows.append(
             {
@@ -113,6 +113,29 @@ def formats(json_: bool) -> None:
         {"name": format.name, "summary": summary, "bits": format.bits, "lowest": format.lowest, "highest": format.highest}
         for format, summary in others
     ]
+    _show(rows, json_)
+
+
+@click.command()
+@as_json()
+def solvers(json_: bool) -> None:
+    """List the solvers of quantize-weights: the statistics each takes, and its options."""
+    import sys
+
+    from qcompile.registry import find_solver, names, solver_options
+
+    rows = []
+    for name in names("solver"):
+        module = sys.modules[find_solver(name).__module__]
+        rows.append(
+            {
+                "name": name,
+                "summary": _first_line(module),
+                "needs": list(getattr(module, "NEEDS", ())),
+                "uses": list(getattr(module, "USES", ())),
+                "options": {key: parameter.default for key, parameter in solver_options(name).items()},
+            }
+        )
     _show(rows, json_)
 
 

@@ -35,6 +35,7 @@ COMMANDS = {
     "recipes": ("lists", "List the recipes."),
     "targets": ("lists", "List the targets and their kernels."),
     "formats": ("lists", "List the element formats."),
+    "solvers": ("lists", "List the solvers of quantize-weights and their options."),
     "methods": ("lists", "List the published methods and which of them work."),
 }
 

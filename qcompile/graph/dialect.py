@@ -31,6 +31,8 @@ Conventions shared by all operators:
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -55,12 +57,16 @@ ACTIVATIONS = {
 }
 
 
+MEANINGS: dict[torch._ops.OpOverload, Callable[..., Any]] = {}  # the Python function of each operator, through which gradients flow
+
+
 def _define(schema: str, meaning, shape) -> None:
     """Register one operator: its schema, its meaning, and the rule that gives the meta result."""
     name = schema.partition("(")[0]
     LIBRARY.define(schema)
     LIBRARY.impl(name, meaning, "CompositeExplicitAutograd")
     torch.library.register_fake(f"qc::{name}", shape, lib=LIBRARY)
+    MEANINGS[getattr(torch.ops.qc, name).default] = meaning
 
 
 def _code_dtype(scheme: str) -> torch.dtype:

@@ -34,9 +34,9 @@ def solve(
     scheme: Scheme,
     *,
     damping: float = 0.01,
-    act_order: bool = False,
+    act_order: bool = True,
     static_groups: bool = True,
-    grid: str = "nearest",
+    grid: str = "mse",
     block: int = 128,
     keep_better: bool = True,
     say: Callable[[str], None] = lambda text: None,
@@ -66,8 +66,8 @@ def solve(
         scheme.granularity, (Tensor, Channel, Group)
     ):
         raise Refused(f"gptq takes scales by tensor, output channel or group along the input, not {scheme.granularity}")
-    H = _hessian(weight, statistics)  # [groups, in, in]
-    start = _first_grid(weight, statistics, scheme, grid)
+    H = check_gram(weight, statistics)  # [groups, in, in]
+    start = first_grid(weight, statistics, scheme, grid)
     dynamic = isinstance(scheme.granularity, Group) and not static_groups and not act_order
     columns = _Columns(scheme, weight.shape[0] // len(H), start, grid if dynamic else None)
     codes = _round_columns(weight, H, columns, damping, act_order, block, say)
@@ -75,7 +75,8 @@ def solve(
     return _better_rows(weight, H, found, start) if keep_better else found
 
 
-def _hessian(weight: torch.Tensor, statistics: Mapping[str, torch.Tensor]) -> torch.Tensor:
+def check_gram(weight: torch.Tensor, statistics: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """Return H [groups, in, in], float64; raise Refused where there is none, or it does not fit, or something is not finite."""
     if "gram" not in statistics:
         raise Refused(
             "gptq needs the Gram matrix of the layer's input", way_out="give calibration data, or choose the solver mse or nearest"
@@ -89,7 +90,8 @@ def _hessian(weight: torch.Tensor, statistics: Mapping[str, torch.Tensor]) -> to
     return H
 
 
-def _first_grid(weight: torch.Tensor, statistics: Mapping[str, torch.Tensor], scheme: Scheme, grid: str) -> Grid:
+def first_grid(weight: torch.Tensor, statistics: Mapping[str, torch.Tensor], scheme: Scheme, grid: str) -> Grid:
+    """Return scale and zero point that ``nearest`` (minimum and maximum) or ``mse`` (weighted by H's diagonal) chooses."""
     if grid == "nearest":
         return choose_scale(*scheme.granularity.reduce_range(weight), scheme)
     return search_scale(weight, scheme, input_importance(weight, statistics))
@@ -137,6 +139,20 @@ class _Columns:
         self.grid[0][:, number] = scale
         if self.grid[1] is not None and zero_point is not None:
             self.grid[1][:, number] = zero_point
+
+
+def round_columns(
+    weight: torch.Tensor,
+    H: torch.Tensor,
+    grid: Grid,
+    scheme: Scheme,
+    *,
+    damping: float,
+    act_order: bool,
+    say: Callable[[str], None] = lambda text: None,
+) -> torch.Tensor:
+    """Return GPTQ's codes [out, in] on scales and zero points that are fixed; ``H`` is [groups, in, in]."""
+    return _round_columns(weight, H, _Columns(scheme, weight.shape[0] // len(H), grid, None), damping, act_order, 128, say)
 
 
 def _round_columns(

@@ -23,6 +23,7 @@ from qcompile.formats.quantize import SMALLEST_SCALE
 from qcompile.solvers.mse import granule_sum, input_importance
 
 USES = ("gram",)  # statistics that the solver takes where there is data
+FORMATS = (Codebook,)  # weights of another format are left to least squared error
 
 
 def solve(

@@ -23,7 +23,7 @@ class Collector(Protocol):
     """Gathers one statistic over values that arrive one batch at a time."""
 
     def update(self, value: torch.Tensor) -> None:
-        """Take the value of the node on one batch."""
+        """Take the value of the node on one batch; for a request ``beside_float``, and the float model's as a second argument."""
 
     def result(self) -> Result:
         """Return the statistic as plain tensors."""
@@ -34,6 +34,11 @@ class Request:
     """A statistic of one node's value; ``str(request)`` is its stable text form, used in cache keys."""
 
     node: str
+
+    @property
+    def beside_float(self) -> bool:
+        """Whether the collector is given the float model's value too."""
+        return False
 
     def start(self) -> Collector:
         """Return a new collector."""
@@ -235,43 +240,81 @@ Unfold = tuple[int, int, tuple[int, int], tuple[int, int], tuple[int, int], int]
 
 
 @dataclass(frozen=True)
+class RowWeights:
+    """What each row of a value counts in a Gram matrix.
+
+    Attributes:
+        name: stable text that tells these weights from others on the same graph and data.
+        batches: float32 [rows, groups] for each batch of the data, in order.
+    """
+
+    name: str
+    batches: tuple[torch.Tensor, ...] = dataclasses.field(compare=False, default=())
+
+    def __str__(self) -> str:
+        return self.name
+
+
+@dataclass(frozen=True)
 class Gram(Request):
-    """x^T x / rows over the rows of the last axis: ``gram`` float64 [k, k] and ``rows``.
+    """x^T diag(s) x / rows over the rows of the last axis: ``gram`` float64 [k, k] and ``rows``; s is 1 without ``weights``.
 
     With ``unfold`` = (kh, kw, stride, padding, dilation, groups) the value is the input [batch, channels, height, width] of a
     convolution and its rows are the patches that the kernel sees: k = channels / groups * kh * kw, in the order of the
-    weight; with more than one group ``gram`` is [groups, k, k].
+    weight; with more than one group ``gram`` is [groups, k, k]. So it is with ``weights`` of more than one group.
+
+    With ``cross`` the result has ``cross`` beside it, x^T diag(s) z / rows, where z is the same value in the float model.
     """
 
     unfold: Unfold | None = None
+    weights: RowWeights | None = None
+    cross: bool = False
+
+    @property
+    def beside_float(self) -> bool:
+        return self.cross
 
     def start(self) -> Collector:
-        return _Gram(self.unfold)
+        return _Gram(self)
 
 
 class _Gram:
-    def __init__(self, unfold: Unfold | None) -> None:
-        self.unfold, self.rows = unfold, 0
-        self.total: torch.Tensor | None = None
+    def __init__(self, request: Gram) -> None:
+        self.unfold, self.cross, self.rows = request.unfold, request.cross, 0
+        self.weights = iter(request.weights.batches) if request.weights else None
+        self.totals: dict[str, torch.Tensor] = {}
 
-    def update(self, value: torch.Tensor) -> None:
+    def update(self, value: torch.Tensor, exact: torch.Tensor | None = None) -> None:
         if self.unfold is None:
-            self._add(value.reshape(1, -1, value.shape[-1]))
+            weights = None if self.weights is None else next(self.weights).T.unsqueeze(2)  # [groups, rows, 1]
+            self._add(*(None if x is None else x.reshape(1, -1, value.shape[-1]) for x in (value, exact)), weights)
             return
-        kh, kw, stride, padding, dilation, groups = self.unfold
-        for image in value:  # one at a time: patches of a whole batch take kh * kw times its memory
-            patches = F.unfold(image.unsqueeze(0).float(), (kh, kw), dilation, padding, stride)  # [1, channels * kh * kw, places]
-            self._add(patches.reshape(groups, -1, patches.shape[-1]).transpose(1, 2))
+        for image in range(len(value)):  # one at a time: patches of a whole batch take kh * kw times its memory
+            self._add(self._patches(value[image]), None if exact is None else self._patches(exact[image]), None)
 
-    def _add(self, rows: torch.Tensor) -> None:
+    def _patches(self, image: torch.Tensor) -> torch.Tensor:
+        """Return what the kernel sees, [groups, places, k]."""
+        assert self.unfold is not None
+        kh, kw, stride, padding, dilation, groups = self.unfold
+        patches = F.unfold(image.unsqueeze(0).float(), (kh, kw), dilation, padding, stride)  # [1, channels * kh * kw, places]
+        return patches.reshape(groups, -1, patches.shape[-1]).transpose(1, 2)
+
+    def _add(self, rows: torch.Tensor | None, exact: torch.Tensor | None, weights: torch.Tensor | None) -> None:
+        assert rows is not None
         rows = rows.to(torch.float64)  # [groups, rows, k]
-        product = rows.transpose(1, 2) @ rows
-        self.total = product if self.total is None else self.total.add_(product)
+        weighted = rows if weights is None else rows * weights
+        self._sum("gram", weighted.transpose(1, 2) @ rows)
+        if exact is not None:
+            self._sum("cross", weighted.transpose(1, 2) @ exact.to(torch.float64))
         self.rows += rows.shape[1]
 
+    def _sum(self, name: str, product: torch.Tensor) -> None:
+        self.totals[name] = self.totals[name].add_(product) if name in self.totals else product
+
     def result(self) -> Result:
-        gram = _present(self.total) / max(self.rows, 1)
-        return {"gram": gram[0] if gram.shape[0] == 1 else gram, "rows": torch.tensor(self.rows)}
+        _present(self.totals.get("gram"))
+        means = {name: total / max(self.rows, 1) for name, total in self.totals.items()}
+        return {**{name: m[0] if len(m) == 1 else m for name, m in means.items()}, "rows": torch.tensor(self.rows)}
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ import torch.fx as fx
 from qcompile.errors import Refused
 from qcompile.graph.file_tensor import in_memory
 from qcompile.graph.graph import Graph, node_name
+from qcompile.graph.quantizer import Quantizer
 from qcompile.statistics.cache import Cache
 from qcompile.statistics.collectors import Collector, Request, Result
 from qcompile.statistics.regions import Regions, ancestors, assign_regions, fixed_nodes, split_regions
@@ -152,6 +153,7 @@ class _Plan:
         self.regions = kept[: last + 1]
         self.reads = [{x for node in region if node not in self.fixed for x in node.all_input_nodes} for region in self.regions]
         self.last_region = {node: number for number, reads in enumerate(self.reads) for node in reads}
+        self.beside_float = {node for node, asked in self.requests.items() if any(request.beside_float for request in asked)}
 
     def fixed_in(self, number: int) -> list[fx.Node]:
         """Return the fixed nodes that a region reads or is asked about, in topological order."""
@@ -174,10 +176,17 @@ class _Plan:
         return dead
 
 
-class _Region:
-    """One region, ready to run: constants' values are computed once, here."""
+class FloatInterpreter(fx.Interpreter):
+    """Runs a simulated graph as the float model: quantizers give what they are given."""
 
-    def __init__(self, graph: Graph, plan: _Plan, number: int, *, observe: bool) -> None:
+    def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return args[0] if isinstance(self.fetch_attr(target), Quantizer) else super().call_module(target, args, kwargs)
+
+
+class _Region:
+    """One region, ready to run: constants' values are computed once, here. A region of the float model observes for the other."""
+
+    def __init__(self, graph: Graph, plan: _Plan, number: int, *, observe: bool, as_float: bool = False) -> None:
         self.plan, self.number = plan, number
         self.nodes = [node for node in plan.regions[number] if node not in plan.fixed]
         self.dead = plan.dead_after(number)
@@ -185,7 +194,10 @@ class _Region:
         self.collectors: dict[fx.Node, dict[Request, Collector]] = {
             node: {request: request.start() for request in plan.requests[node]} for node in asked if observe and node in plan.requests
         }
-        self.interpreter = fx.Interpreter(graph.module, garbage_collect_values=False)
+        self.as_float = _Region(graph, plan, number, observe=False, as_float=True) if observe and plan.beside_float else None
+        self.seen: dict[fx.Node, Any] = {}  # of the float model, on the batch at hand
+        self.watched = plan.beside_float if as_float else set()
+        self.interpreter = (FloatInterpreter if as_float else fx.Interpreter)(graph.module, garbage_collect_values=False)
         self.interpreter.env = {}
         for node in plan.fixed_in(number):
             self.interpreter.env[node] = in_memory(self.interpreter.run_node(node))  # every batch reads it
@@ -215,12 +227,15 @@ class _Region:
         return found
 
     def _observe(self, node: fx.Node, value: Any) -> None:
+        if node in self.watched:
+            self.seen[node] = value
         for request, collector in self.collectors.get(node, {}).items():
             if not isinstance(value, torch.Tensor):
                 raise Refused(f"{type(request).__name__} is of tensors, this is {type(value).__name__}", node=node_name(node))
             if not torch.isfinite(value).all():
                 raise Refused("the value is not finite on the calibration data", node=node_name(node), operator=str(node.target))
-            collector.update(value.detach())
+            beside = (self.as_float.seen[node].detach(),) if self.as_float and request.beside_float else ()
+            collector.update(value.detach(), *beside)
 
 
 def _run_node(interpreter: fx.Interpreter, node: fx.Node) -> Any:
@@ -251,18 +266,20 @@ def _gather(
     plan = _Plan(graph, requests, regions)
     found: dict[Request, Result] = {}
     borders: list[Environment] = []
+    float_borders: list[Environment] = []
     with _ticking(progress, len(plan.regions)) as tick, torch.no_grad():
         for number in range(len(plan.regions)):
             keep = number + 1 < len(plan.regions)
             region = _Region(graph, plan, number, observe=True)
-            after = _run_batches(region, _batches(plan, graph, data, borders, number), keep, tick)
+            float_batches = _batches(plan, graph, data, float_borders, number) if region.as_float else None
+            after, float_borders = _run_batches(region, _batches(plan, graph, data, borders, number), keep, tick, float_batches)
             results = region.results()
             if visit is None:
                 found |= results
             elif visit(plan.regions[number], Statistics(results)) and keep:
                 del after, region  # before the second run makes them again
                 region = _Region(graph, plan, number, observe=False)
-                after = _run_batches(region, _batches(plan, graph, data, borders, number), keep, lambda count: None)
+                after, _ = _run_batches(region, _batches(plan, graph, data, borders, number), keep, lambda count: None)
             borders = after
     return found
 
@@ -273,16 +290,28 @@ def _batches(plan: _Plan, graph: Graph, data: Data, borders: Sequence[Environmen
     return (dict(zip(plan.inputs, batch, strict=True)) for batch in data.batches(graph))
 
 
-def _run_batches(region: _Region, batches: Iterable[Environment], keep: bool, tick: Callable[[int], None]) -> list[Environment]:
+def _run_batches(
+    region: _Region,
+    batches: Iterable[Environment],
+    keep: bool,
+    tick: Callable[[int], None],
+    float_batches: Iterable[Environment] | None = None,
+) -> tuple[list[Environment], list[Environment]]:
+    """Return the borders after the region for each batch, and those of the float model where it runs beside."""
     kept: list[Environment] = []
+    float_kept: list[Environment] = []
+    beside = iter(float_batches) if float_batches is not None else None
     count = 0
     for count, batch in enumerate(batches, 1):
+        if region.as_float and beside is not None:
+            float_after = region.as_float.run(next(beside))
+            float_kept += [float_after] if keep else []
         after = region.run(batch)
         kept += [after] if keep else []
         tick(count)
     if not count:
         raise Refused("the calibration data has no batches")
-    return kept
+    return kept, float_kept
 
 
 @contextmanager

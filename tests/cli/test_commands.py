@@ -182,7 +182,8 @@ def test_export(cli: Cli, saved: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("command", "known"), [("passes", "materialize"), ("recipes", "w8a8"), ("targets", "reference"), ("formats", "int4"), ("methods", "")]
+    ("command", "known"),
+    [("passes", "materialize"), ("recipes", "w8a8"), ("targets", "reference"), ("formats", "int4"), ("solvers", "gptq"), ("methods", "")],
 )
 def test_lists(cli: Cli, command: str, known: str) -> None:
     done = cli(command, "--json")

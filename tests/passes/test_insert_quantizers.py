@@ -93,6 +93,16 @@ def test_a_value_read_twice_has_one_quantizer_with_the_range_of_the_data(build: 
     assert [user.name for user in after.node("x").users] == [after.node("x.quantizer").name]
 
 
+def test_a_weight_that_layers_share_has_one_quantizer_for_each_scheme(build: Any) -> None:
+    graph = build(LINEAR.replace("%v)", "%w)"), w=torch.eye(4), v=-torch.eye(4))
+    after, changes = run(graph, scheme="W4A16")
+    assert changes == 1
+    assert {user.name for user in after.node("w_quantizer").users} == {"y", "z"}
+    apart, changes = run(graph, linear="W4A16", layers={"z": "W8A16"})
+    assert changes == 2
+    assert sorted(quantizers(apart).values()) == ["int4 channel=0 sym", "int8 channel=0 sym"]
+
+
 def test_the_result_is_close_and_rounded(build: Any) -> None:
     graph = linear(build)
     after, _ = run(graph, data=DATA)

@@ -11,7 +11,8 @@ from qcompile.graph import parse_graph, print_graph
 from qcompile.graph.graph import Graph, tensor_digest
 from qcompile.graph.quantizer import Quantizer
 from qcompile.graph.stage import Stage
-from qcompile.pipeline import Context, Pipeline
+from qcompile.pipeline import Context, Pipeline, parse_pipeline
+from qcompile.registry import find_pass
 from qcompile.solvers.gptq import row_errors, solve
 from qcompile.solvers.nearest import solve as nearest
 
@@ -115,7 +116,9 @@ def test_later_layers_see_what_earlier_ones_became() -> None:
 def test_without_sequence_the_pipeline_gathers() -> None:
     graph, given = build(LINEARS, "int4 channel=0 sym"), context(8)
     item = QuantizeWeights(solver="gptq", sequential=False)
-    assert [str(request) for request in item.requests(graph, given)] == ["Gram(%x, unfold=None)", "Gram(%relu, unfold=None)"]
+    assert [str(request) for request in item.requests(graph, given)] == [
+        f"Gram({x}, unfold=None, weights=None, cross=False)" for x in ("%x", "%relu")
+    ]
     assert Pipeline((item,)).run(graph, given)[0].changes == 2
     assert "gptq: 0." in dict(given.notes)["linear"]
 
@@ -126,7 +129,7 @@ def test_gptq_lowers_the_error_of_a_grouped_convolution() -> None:
     x = torch.cat([batch[0] for batch in given.calibration.batches(graph)])  # type: ignore[union-attr]
     exact = torch.nn.functional.conv2d(x, K, None, (2, 1), (1, 0), 1, 2)
     plain = (graph(x)[0] - exact).square().sum()
-    Pipeline((QuantizeWeights(solver="gptq", grid="nearest"),)).run(graph, given)
+    Pipeline((QuantizeWeights.make({"solver": "gptq", "grid": "nearest"}),)).run(graph, given)
     assert codes(graph, "k").shape == K.shape
     ratio = float((graph(x)[0] - exact).square().sum() / plain)
     assert ratio < 0.9
@@ -177,7 +180,47 @@ def test_refusals() -> None:
     graph = build(LINEARS, "int4 channel=0 sym")
     with pytest.raises(Refused, match="needs calibration data"):
         Pipeline((QuantizeWeights(solver="gptq"),)).run(graph, Context(target=None))  # type: ignore[arg-type]
-    with pytest.raises(Refused, match="the solver nearest has no option damping"):
-        QuantizeWeights(damping=0.1).run(graph, Context(target=None))  # type: ignore[arg-type]
+    with pytest.raises(Refused, match="unknown option 'damping' of the solver nearest; known are none"):
+        QuantizeWeights.make({"damping": 0.1})
     with pytest.raises(Refused, match="unknown solver 'gtpq'; did you mean 'gptq'"):
         QuantizeWeights(solver="gtpq").run(graph, Context(target=None))  # type: ignore[arg-type]
+
+
+# ---- what all solvers share -----------------------------------------------------------------------------------------------
+
+
+def test_a_solver_of_codebooks_leaves_other_formats_and_says_so() -> None:
+    graph, given = build(LINEARS, "int8 channel=0 sym"), context(8)
+    Pipeline((QuantizeWeights(solver="lnq"),)).run(graph, given)
+    assert ("linear", "weight rounded with least squared error, not by lnq: that is not for int8") in given.notes
+    assert codes(graph, "a").dtype == torch.int8
+
+
+def test_options_reach_the_solver() -> None:
+    found = {}
+    for text in ("quantize-weights{solver=ldlq}", "quantize-weights{solver=ldlq, passes=0, order=false}"):
+        graph = build(LINEARS, "int2 channel=0 sym")
+        parse_pipeline(text, find_pass).run(graph, context(8))
+        found[text] = codes(graph, "a")
+    first, second = found.values()
+    assert not torch.equal(first, second)
+
+
+def test_aiming_at_the_float_model_makes_up_for_the_layers_before() -> None:
+    errors = {}
+    for toward_float in (False, True):
+        graph, given = build(LINEARS, "int3 channel=0 sym"), context(8)
+        assert given.calibration is not None
+        x = torch.cat([batch[0] for batch in given.calibration.batches(graph)])
+        exact = torch.relu(x @ A.T) @ B.T
+        Pipeline((QuantizeWeights(solver="gptq", toward_float=toward_float),)).run(graph, given)
+        errors[toward_float] = float((graph(x)[0] - exact).square().sum())
+    assert errors[True] < 0.9 * errors[False]
+
+
+def test_the_first_layer_has_nothing_to_make_up_for() -> None:
+    plain, aimed = build(LINEARS, "int4 channel=0 sym"), build(LINEARS, "int4 channel=0 sym")
+    Pipeline((QuantizeWeights(solver="gptq"),)).run(plain, context(8))
+    Pipeline((QuantizeWeights(solver="gptq", toward_float=True),)).run(aimed, context(8))
+    assert torch.equal(codes(plain, "a"), codes(aimed, "a"))
+    assert not torch.equal(codes(plain, "b"), codes(aimed, "b"))

@@ -1,6 +1,7 @@
 """What every solver keeps, and GPTQ against an independent solution of its problem."""
 
 import dataclasses
+import functools
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from qcompile.errors import Refused
 from qcompile.formats import Quantized, Scheme, parse_scheme
 from qcompile.registry import find_solver
 from qcompile.solvers.gptq import row_errors
-from qcompile.solvers.gptq import solve as gptq
+from qcompile.solvers.gptq import solve as solve_gptq
 from qcompile.solvers.mse import solve as mse
 from qcompile.solvers.nearest import solve as nearest
 
@@ -23,24 +24,32 @@ SCHEMES = [
     "uint3 group=5 affine",
     "int3 tensor sym",
 ]
+PLAIN = {"act_order": False, "grid": "nearest"}  # gptq as the paper has it
+gptq = functools.partial(solve_gptq, **PLAIN)
 OPTIONS = [
     ("nearest", {}),
     ("mse", {}),
     ("mse", {"weighted": False}),
     ("gptq", {}),
-    ("gptq", {"act_order": True}),
-    ("gptq", {"static_groups": False, "block": 7}),
-    ("gptq", {"grid": "mse"}),
+    ("gptq", PLAIN),
+    ("gptq", {**PLAIN, "act_order": True}),
+    ("gptq", {**PLAIN, "static_groups": False, "block": 7}),
+    ("ldlq", {}),
+    ("ldlq", {"passes": 0, "order": False, "grid": "nearest"}),
+    ("comq", {}),
+    ("comq", {"greedy": False, "refit": False}),
+    ("gpfq", {}),
+    ("gpfq", {"order": False}),
 ]
 every_solver = pytest.mark.parametrize(("name", "options"), OPTIONS, ids=str)
 seeds = st.integers(0, 2**31)
 
 
 def layer(seed: int, out: int = 6, inputs: int = 20) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Return a weight and the Gram matrix of correlated inputs."""
+    """Return a weight and the Gram matrix of correlated inputs, which are the float model's too."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(200, inputs, generator=generator).double() @ torch.randn(inputs, inputs, generator=generator).double()
-    return torch.randn(out, inputs, generator=generator), {"gram": x.T @ x / len(x)}
+    return torch.randn(out, inputs, generator=generator), {"gram": x.T @ x / len(x), "cross": x.T @ x / len(x)}
 
 
 def objective(weight: torch.Tensor, found: Quantized, gram: torch.Tensor) -> float:
@@ -72,6 +81,8 @@ def test_error_on_its_own_objective_is_no_worse_than_nearest(scheme: str, seed: 
     assert objective(weight, mse(weight, statistics, parsed), diagonal) <= objective(weight, plain, diagonal) * (1 + 1e-5)
     for options in ({}, {"act_order": True}, {"static_groups": False}):
         assert objective(weight, gptq(weight, statistics, parsed, **options), gram) < objective(weight, plain, gram)
+    for name in ("ldlq", "comq", "gpfq"):
+        assert objective(weight, find_solver(name)(weight, statistics, parsed), gram) < objective(weight, plain, gram)
 
 
 @every_solver

@@ -101,7 +101,9 @@ def test_samples_are_drawn_evenly() -> None:
 
 
 def test_text_form_is_stable() -> None:
-    assert str(Gram("conv", (3, 3, (1, 1), (0, 0), (1, 1), 1))) == "Gram(%conv, unfold=(3, 3, (1, 1), (0, 0), (1, 1), 1))"
+    assert str(Gram("conv", (3, 3, (1, 1), (0, 0), (1, 1), 1))) == (
+        "Gram(%conv, unfold=(3, 3, (1, 1), (0, 0), (1, 1), 1), weights=None, cross=False)"
+    )
     assert str(Samples("x")) == "Samples(%x, rows=512, seed=0)"
 
 
