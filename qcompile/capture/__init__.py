@@ -51,8 +51,8 @@ def capture(model: Any, example_inputs: Examples | None = None, dynamic_shapes: 
     """Return the graph of a model.
 
     Args:
-        model: a module, an exported program, a Graph, an ONNX ModelProto, or the path of an ``.onnx`` file, a ``.pt2`` file, a Hugging
-            Face folder (its weights may be quantized by GPTQ, AWQ or compressed-tensors), or
+        model: a module, an exported program, a Graph, an ONNX ModelProto, or the path of an ``.onnx`` file, a ``.pt2`` file, a
+            ``.gguf`` file, a Hugging Face folder (its weights may be quantized by GPTQ, AWQ or compressed-tensors), or
             ``python:FILE_OR_MODULE:FUNCTION`` where the function returns (module, example inputs) or (module, example inputs, dynamic
             shapes).
         example_inputs: one batch; needed for a module, else made from the input types.
@@ -97,6 +97,8 @@ def _capture_path(path: str, examples: Examples | None, shapes: DynamicShapes | 
         raise Refused("there is no such file or folder", node=path)
     if place.is_dir():
         return _capture_folder(place, examples)
+    if place.suffix == ".gguf":
+        return _capture_gguf(place, examples)
     if place.suffix == ".onnx":
         graph = _capture_onnx(place)
         tokenizer = place.parent / "tokenizer.json"
@@ -107,7 +109,7 @@ def _capture_path(path: str, examples: Examples | None, shapes: DynamicShapes | 
     raise Refused(
         "the kind of model is not known",
         node=path,
-        way_out="give an .onnx file, a .pt2 file, a Hugging Face folder, or python:FILE_OR_MODULE:FUNCTION",
+        way_out="give an .onnx file, a .pt2 file, a .gguf file, a Hugging Face folder, or python:FILE_OR_MODULE:FUNCTION",
     )
 
 
@@ -123,6 +125,16 @@ def _capture_folder(place: Path, examples: Examples | None) -> Captured:
     tokenizer = place / "tokenizer.json"
     text = tokenizer.read_bytes() if tokenizer.is_file() else None
     return Captured(graph, _ordered(graph, examples) or made, place, end_tokens(place), text, read_config(place))
+
+
+def _capture_gguf(place: Path, examples: Examples | None) -> Captured:
+    from qcompile.interchange import capture_checkpoint
+    from qcompile.interchange.gguf import read_gguf
+
+    checkpoint = read_gguf(place)
+    graph, made = capture_checkpoint(checkpoint, str(place))
+    inputs = _ordered(graph, examples) or made
+    return Captured(graph, inputs, None, checkpoint.end_tokens, checkpoint.tokenizer, checkpoint.config)
 
 
 def _capture_onnx(model: Any) -> Graph:

@@ -80,6 +80,9 @@ def capture_weights(config: dict[str, Any], weights: dict[str, torch.Tensor], pl
     transformers = _transformers()
     kind = _architecture(transformers, config, place)
     name = kind.__name__
+    blocks = config.get("num_hidden_layers", 0)
+    if not isinstance(blocks, int) or blocks > len(weights):
+        raise Refused(f"{len(weights)} weights are no model of {blocks} blocks", node=place)
     with _quietly(transformers, place):
         described = transformers.AutoConfig.for_model(**config)
         model, found = kind.from_pretrained(

@@ -31,7 +31,7 @@ from qcompile.cli.main import as_json, check_folder, print_json
 @click.option("--native", is_flag=True, help="Store the target's code for this machine too; the file then differs from machine to machine.")
 @as_json()
 def compile(model: str, recipe: str | None, target: str, calibrate: str | None, output: Path | None, **flags: Any) -> None:
-    """Compile MODEL (.onnx, .pt2, Hugging Face folder, python:FILE_OR_MODULE:FUNCTION) to an artifact."""
+    """Compile MODEL (.onnx, .pt2, .gguf, Hugging Face folder, python:FILE_OR_MODULE:FUNCTION) to an artifact."""
     from qcompile.compiler import Options, finish, run_compile
 
     start = time.perf_counter()

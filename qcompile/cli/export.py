@@ -8,7 +8,6 @@ from typing import Any
 import click
 
 from qcompile.cli.main import as_json, print_json
-from qcompile.errors import Refused
 
 _ENDINGS = {"onnx": ".onnx", "compressed-tensors": "", "gguf": ".gguf"}
 
@@ -58,9 +57,8 @@ def _export_onnx(loaded: Any, form: str, output: Path) -> int:
 
 
 def _export_checkpoint(loaded: Any, format_: str, output: Path, place: str) -> tuple[int, dict[str, Any]]:
-    from qcompile.interchange.export import export_compressed_tensors
+    from qcompile.interchange.export import export_compressed_tensors, export_gguf
 
-    if format_ == "gguf":
-        raise Refused("not yet")
-    done = export_compressed_tensors(loaded, output, place)
+    write = export_gguf if format_ == "gguf" else export_compressed_tensors
+    done = write(loaded, output, place)
     return done.bytes, {"codes": done.codes, "floats": done.floats, "notes": done.notes}

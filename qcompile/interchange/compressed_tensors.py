@@ -141,7 +141,7 @@ def write_weight(layer: str, weight: StoredWeight) -> dict[str, torch.Tensor]:
     be others than the codes mean.
     """
     quantized = weight.quantized
-    scheme, bits = quantized.scheme, quantized.scheme.bits
+    bits = quantized.scheme.bits
     middle = 1 << (bits - 1)
     offset = middle if quantized.codes.dtype == torch.int8 else 0
     scale = quantized.scale.reshape(weight.shape[0], -1) if quantized.scale.ndim else quantized.scale.reshape(1)

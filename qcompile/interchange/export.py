@@ -16,8 +16,9 @@ import torch
 from qcompile.artifact import Artifact
 from qcompile.capture.huggingface import described_model
 from qcompile.errors import Refused
+from qcompile.files import write_atomic
 from qcompile.formats import Scheme
-from qcompile.interchange import compressed_tensors
+from qcompile.interchange import compressed_tensors, gguf
 from qcompile.interchange.checkpoint import Checkpoint, StoredWeight
 from qcompile.interchange.collect import check_agrees, collect_checkpoint
 from qcompile.interchange.folder import read_folder
@@ -79,6 +80,23 @@ def export_compressed_tensors(artifact: Artifact, output: Path, place: str) -> E
         files |= {"tokenizer.json": checkpoint.tokenizer, "tokenizer_config.json": _json({"tokenizer_class": "PreTrainedTokenizerFast"})}
     done.bytes = sum(map(len, files.values()))
     _write_folder(output, files, lambda folder: check_agrees(artifact, lambda: read_folder(folder), place))
+    return done
+
+
+def export_gguf(artifact: Artifact, output: Path, place: str) -> Exported:
+    """Write a GGUF file that llama.cpp runs: Q4_0, Q8_0 and TQ2_0 hold codes, see ``gguf.write_checkpoint``.
+
+    Raises:
+        Refused: the artifact is none of the models that are written, or none of its weights has a block type.
+    """
+    written = gguf.write_checkpoint(collect_checkpoint(artifact, place), place)
+    done = Exported(len(written.data), written.codes, written.floats, written.notes)
+    _require_codes(done, place)
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / "model.gguf"
+        copy.write_bytes(written.data)
+        check_agrees(artifact, lambda: gguf.read_gguf(copy), place)
+    write_atomic(output, written.data)
     return done
 
 
