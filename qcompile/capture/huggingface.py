@@ -83,6 +83,9 @@ def capture_weights(config: dict[str, Any], weights: dict[str, torch.Tensor], pl
     blocks = config.get("num_hidden_layers", 0)
     if not isinstance(blocks, int) or blocks > len(weights):
         raise Refused(f"{len(weights)} weights are no model of {blocks} blocks", node=place)
+    for weight, shape in described_model(config, place).shapes.items():
+        if weight in weights and tuple(weights[weight].shape) != shape:
+            raise Refused(f"the weight is {list(weights[weight].shape)}, the configuration says {list(shape)}", node=f"{place} {weight}")
     with _quietly(transformers, place):
         described = transformers.AutoConfig.for_model(**config)
         model, found = kind.from_pretrained(

@@ -181,13 +181,16 @@ def read_blocks(data: bytes | memoryview, block: Block, shape: tuple[int, ...]) 
     """Return the weight [out, in] that blocks hold.
 
     Raises:
-        ValueError: the bytes are not as many as the shape takes, or hold a code that means nothing.
+        ValueError: the bytes are not as many as the shape takes, or hold a code or scale that means nothing.
     """
     rows, columns = shape
     blocks = np.frombuffer(data, np.uint8).reshape(-1, block.bytes)
     if columns % block.elements or len(blocks) != rows * columns // block.elements:
         raise ValueError(f"{len(blocks)} blocks of {block.elements} are no weight {list(shape)}")
-    codes, scale, minimum = block.read(blocks)
+    with np.errstate(invalid="ignore"):  # infinity times zero: refused below
+        codes, scale, minimum = block.read(blocks)
+    if not np.isfinite(scale).all() or (minimum is not None and not np.isfinite(minimum).all()):
+        raise ValueError("a scale or minimum is NaN or infinite")
     parts = [torch.from_numpy(np.ascontiguousarray(part).reshape(rows, -1)) for part in (codes, scale) if part is not None]
     quantized = Quantized(parts[0], parts[1], None, parse_scheme(block.scheme))
     return StoredWeight(quantized, None if minimum is None else torch.from_numpy(np.ascontiguousarray(minimum).reshape(rows, -1)))

@@ -185,6 +185,14 @@ def test_a_ternary_digit_of_three_is_refused() -> None:
         read_blocks(bytes([255] * 66), BY_NAME["TQ2_0"], (1, 256))
 
 
+def test_a_scale_that_is_no_number_is_refused() -> None:
+    for name in HALVES:
+        data = random_blocks(BY_NAME[name], 4)
+        data[1, HALVES[name][-1] : HALVES[name][-1] + 2] = np.array([np.nan if name == "Q4_K" else np.inf], np.float16).view(np.uint8)
+        with pytest.raises(ValueError, match="NaN or infinite"):
+            read_blocks(data.tobytes(), BY_NAME[name], (4, BY_NAME[name].elements))
+
+
 def test_columns_and_minima_are_part_of_a_value() -> None:
     codes = torch.tensor([[0, 1, 2, 3], [3, 2, 1, 0]], dtype=torch.uint8)
     quantized = Quantized(codes, torch.tensor([[1.0, 2.0], [4.0, 8.0]]), None, parse_scheme("uint2 group=2 sym"))
