@@ -7,7 +7,7 @@ compares its outputs on the golden inputs with the artifact's.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -49,7 +49,7 @@ def collect_checkpoint(artifact: Artifact, place: str) -> Checkpoint:
             "the artifact holds no configuration of a Hugging Face model", node=place, way_out="compile it from a Hugging Face folder"
         )
     expected = described_model(artifact.config, place)
-    found = _constants(artifact.graph, place, expected.tied)
+    found = _constants(artifact.graph, place, expected.shapes)
     weights: dict[str, torch.Tensor | StoredWeight] = {}
     config = dict(artifact.config)
     for name, shape in expected.shapes.items():
@@ -84,23 +84,37 @@ def check_agrees(artifact: Artifact, read: Callable[[], Checkpoint], place: str)
         )
 
 
-def _constants(graph: Graph, place: str, tied: dict[str, str]) -> dict[str, torch.Tensor | StoredWeight]:
-    """Return the float constants and the weights with codes, by the model's names."""
+def _constants(graph: Graph, place: str, names: Collection[str]) -> dict[str, torch.Tensor | StoredWeight]:
+    """Return the float constants and the weights with codes, by the model's names.
+
+    Equal constants are one in a graph, and so are table and head where they are tied: the module that an operator comes from tells which
+    weight it reads, and the constant's own name where that is none of the model's.
+    """
     found: dict[str, torch.Tensor | StoredWeight] = {}
     for node in graph.nodes:
         operator = operator_name(node.target) if node.op == "call_function" else ""
         if operator in ("qc.quantize", "qc.quantize_dynamic"):
             raise Refused("activations or the cache are quantized; these formats hold weights alone", node=f"{place} {node.name}")
         if operator in _STORED:
-            name, weight = _stored(graph, node, operator)
-            found[_tied_name(name, operator, node, tied)] = weight
-        elif operator in ("aten.linear", "aten.embedding") and (value := graph.constant(bound_arguments(node)["weight"])) is not None:
-            found[_tied_name(_own_name(bound_arguments(node)["weight"]), operator, node, tied)] = value
-        elif node.op == "get_attr":
-            value = graph.constant(node)
-            assert value is not None
+            own, weight = _stored(graph, node, operator)
+            reader = node if operator != "qc.dequantize" else next(iter(node.users))
+            found[_module_name(reader, "weight", names) or own] = weight
+        if node.op != "call_function" or not hasattr(node.target, "_schema"):
+            continue
+        for part in ("weight", "bias"):
+            value = graph.constant(bound_arguments(node).get(part))
+            if value is not None and value.is_floating_point() and (name := _module_name(node, part, names)):
+                found[name] = value
+    for node in graph.nodes:
+        if node.op == "get_attr" and (value := graph.constant(node)) is not None:
             found.setdefault(_own_name(node), value)
     return found
+
+
+def _module_name(node: fx.Node, part: str, names: Collection[str]) -> str:
+    """Return the name of a parameter of the module that a node comes from, or "" where the model has none of it."""
+    name = f"{node.meta.get('scope', '')}.{part}".removeprefix(_WRAPPER)
+    return name if name in names else ""
 
 
 def _stored(graph: Graph, node: fx.Node, operator: str) -> tuple[str, StoredWeight]:
@@ -117,16 +131,6 @@ def _stored(graph: Graph, node: fx.Node, operator: str) -> tuple[str, StoredWeig
 
 def _own_name(node: Any) -> str:
     return str(node.target).removeprefix(_WRAPPER)
-
-
-def _tied_name(name: str, operator: str, node: fx.Node, tied: dict[str, str]) -> str:
-    """Return the name of a weight that is both table and head: capture gives the two one name, what reads it tells them apart."""
-    for other, source in tied.items():
-        if name in (other, source):
-            users = [operator, *(operator_name(user.target) for user in node.users if user.op == "call_function")]
-            gathers = "aten.embedding" in users or operator == "qc.embedding"
-            return source if gathers else other
-    return name
 
 
 def _equal(a: torch.Tensor | StoredWeight, b: torch.Tensor | StoredWeight) -> bool:

@@ -29,6 +29,7 @@ def read_tokenizer(metadata: Mapping[str, Any]) -> bytes | None:
         return None
     if not isinstance(kinds, list) or len(set(tokens)) != len(tokens) or any(" " not in merge for merge in merges):
         return None
+    unused = {token for token, kind in zip(tokens, kinds, strict=False) if kind == _UNUSED}
     plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
     added = [
         {"id": number, "content": token, **plain, "special": kind == _CONTROL}
@@ -42,7 +43,8 @@ def read_tokenizer(metadata: Mapping[str, Any]) -> bytes | None:
         "model": {
             "type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None, "end_of_word_suffix": None,
             "fuse_unk": False, "byte_fallback": False, "ignore_merges": pre == "llama-bpe",
-            "vocab": {token: number for number, token in enumerate(tokens)}, "merges": [merge.split(" ", 1) for merge in merges],
+            "vocab": {token: number for number, token in enumerate(tokens) if token not in unused},
+            "merges": [merge.split(" ", 1) for merge in merges],
         },
     }  # fmt: skip
     return json.dumps(content, ensure_ascii=False).encode()
