@@ -32,6 +32,7 @@ def export(artifact: Path, format_: str, form: str, output: Path | None, json_: 
 
     loaded = load(artifact, target="reference")
     output = output or artifact.with_suffix(_ENDINGS[format_])
+    found: dict[str, Any]
     if format_ == "onnx":
         size, found = _export_onnx(loaded, form, output), {}
     else:

@@ -25,7 +25,8 @@ from qcompile.interchange.gguf_file import GgufFile, write_gguf
 
 _MODELS = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}  # the same names in both worlds
 _PERMUTED = ("llama",)
-_FLOATS = {0: (np.dtype("<f4"), 4), 1: (np.dtype("<f2"), 2), 30: (np.dtype("<u2"), 2)}  # F32, F16, BF16 as its bits
+_BF16 = 30  # its bits are the upper half of a float32's
+_FLOATS: dict[int, tuple[np.dtype[Any], int]] = {0: (np.dtype("<f4"), 4), 1: (np.dtype("<f2"), 2), _BF16: (np.dtype("<u2"), 2)}
 _F32, _F16 = 0, 1
 _FILE_TYPES = {"Q4_0": 2, "Q8_0": 7, "TQ2_0": 37}  # llama.cpp's name for a file that is mostly of one type
 
@@ -95,7 +96,7 @@ def _read(file: GgufFile, name: str) -> torch.Tensor | StoredWeight:
     if info.type in _FLOATS:
         dtype, width = _FLOATS[info.type]
         values = np.frombuffer(file.read(name, elements * width), dtype).reshape(info.shape)
-        if info.type == 30:
+        if info.type == _BF16:
             values = (values.astype(np.uint32) << 16).view(np.float32)
         return torch.from_numpy(values.astype(np.float32))
     block = BY_NUMBER.get(info.type)
@@ -130,8 +131,8 @@ def _config(file: GgufFile) -> dict[str, Any]:
         raise Refused(f"the architecture '{architecture}' is not read", node=str(file.path), way_out=f"known are {', '.join(_MODELS)}")
 
     def entry(key: str, kind: type, default: Any = None) -> Any:
-        value = file.metadata.get(f"{architecture}.{key}", default)
-        if not isinstance(value, kind) or isinstance(value, bool) or (kind is int and not 0 < value < 1 << 24):
+        value: Any = file.metadata.get(f"{architecture}.{key}", default)
+        if isinstance(value, bool) or not isinstance(value, kind) or (isinstance(value, int) and not 0 < value < 1 << 24):
             raise Refused(f"the entry {architecture}.{key} is {value!r}", node=str(file.path))
         return value
 

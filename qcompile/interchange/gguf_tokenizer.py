@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 from qcompile.interchange.gguf_file import Typed
 
@@ -50,7 +50,7 @@ def read_tokenizer(metadata: Mapping[str, Any]) -> bytes | None:
     return json.dumps(content, ensure_ascii=False).encode()
 
 
-def _texts(value: object) -> bool:
+def _texts(value: object) -> TypeGuard[list[str]]:
     return isinstance(value, list) and bool(value) and all(isinstance(item, str) for item in value)
 
 
