@@ -12,6 +12,7 @@ unless it was asked for; ``qcompile.native_code`` says when that is loaded.
 | golden.safetensors | sample inputs and the reference's outputs |
 | report.json | layers with schemes and errors, float operators with reasons, probe digests |
 | tokenizer.json | the model's tokenizer, where it has one |
+| config.json | its Hugging Face configuration, where it has one: what other tools need beside the weights |
 | tiles.json | block sizes of kernels where ``qcompile tune`` put them, see ``qcompile.kernel_tiles`` |
 | code/<target>/<name> | what the target built from the graph, only where it was asked for |
 """
@@ -128,12 +129,14 @@ class Artifact:
         end_tokens: Sequence[int] = (),
         native: NativeCode | None = None,
         tiles: KernelTiles | None = None,
+        config: Mapping[str, Any] | None = None,
     ) -> None:
         self.graph, self.target, self.recipe, self.pipeline = graph, target, recipe, pipeline
         self.golden_inputs, self.golden_outputs = list(golden_inputs), list(golden_outputs)
         self.report = dict(report)
         self.versions, self.tokenizer, self.native = dict(versions), tokenizer, native
         self.end_tokens = tuple(end_tokens)
+        self.config = dict(config) if config else None
         self.tiles = tiles or KernelTiles()
         self.threads: int | None = None
         self.trust_code = False
@@ -200,6 +203,7 @@ class Artifact:
             "report.json": _json(self.report),
         }
         members |= {"tokenizer.json": self.tokenizer} if self.tokenizer else {}
+        members |= {"config.json": _json(self.config)} if self.config else {}
         members |= {"tiles.json": self.tiles.to_json()} if self.tiles.machines else {}
         return members | (
             {f"code/{self.native.target}/{name}": data for name, data in sorted(self.native.files.items())} if self.native else {}
@@ -258,6 +262,7 @@ def load(path: str | Path, *, target: str | None = None, threads: int | None = N
         constants = {digest: read_if_small(tensor) for digest, tensor in _open_constants(path, manifest.members[CONSTANTS]).items()}
         golden = safetensors.torch.load(members["golden.safetensors"])
         report = json.loads(members["report.json"])
+        config = json.loads(members.get("config.json", b"null"))
         graph = parse_graph(members["graph.txt"].decode(), constants)
         check_stored(graph)
     except Refused:
@@ -271,7 +276,7 @@ def load(path: str | Path, *, target: str | None = None, threads: int | None = N
         golden_inputs=_numbered(golden, "input"), golden_outputs=_numbered(golden, "output"), report=report,
         versions=manifest.versions, tokenizer=members.get("tokenizer.json"), end_tokens=manifest.end_tokens,
         native=_native_code(path, manifest, members),
-        tiles=parse_tiles(members.get("tiles.json", b"{}"), f"{path}: tiles.json"),
+        tiles=parse_tiles(members.get("tiles.json", b"{}"), f"{path}: tiles.json"), config=config if isinstance(config, dict) else None,
     )  # fmt: skip
     artifact.threads, artifact.trust_code = threads, trust_code
     return artifact

@@ -26,7 +26,7 @@ from qcompile.graph import Graph, Stage, print_graph
 from qcompile.graph.file_tensor import parts_of
 from qcompile.native_code import build_native_code
 from qcompile.pipeline import Context, Observer, Pass, Pipeline, Step
-from qcompile.recipe import Recipe, load_recipe
+from qcompile.recipe import CODES_RECIPE, DEFAULT_RECIPE, Recipe, load_recipe
 from qcompile.registry import find_target
 from qcompile.report import build_report, layer_errors
 
@@ -78,7 +78,7 @@ def compile(
     model: Any,
     example_inputs: Any = None,
     *,
-    recipe: str | Path | Recipe = "w8a8",
+    recipe: str | Path | Recipe | None = None,
     target: str = "cpu",
     calibration: Any = None,
     dynamic_shapes: DynamicShapes | None = None,
@@ -90,7 +90,8 @@ def compile(
         model: a torch module, an exported program, an ONNX ModelProto, or a path: ``.onnx``, ``.pt2``, a Hugging Face folder, or
             ``python:FILE_OR_MODULE:FUNCTION``.
         example_inputs: one batch as a tuple or dict of tensors; needed for a module.
-        recipe: a name (see ``qcompile recipes``), a YAML file, a Recipe, or pipeline text.
+        recipe: a name (see ``qcompile recipes``), a YAML file, a Recipe, or pipeline text; by default ``w8a8``, and ``stored`` for a model
+            whose weights have codes already.
         target: a name, see ``qcompile targets``.
         calibration: an iterable of batches (tuples or dicts), or text: a file, ``text:FILE``, ``images:FOLDER?..``, ``random``.
         dynamic_shapes: for each input a map from axis to the name of its symbolic size, for a module.
@@ -112,7 +113,7 @@ def run_compile(
     model: Any,
     example_inputs: Any = None,
     *,
-    recipe: str | Path | Recipe = "w8a8",
+    recipe: str | Path | Recipe | None = None,
     target: str = "cpu",
     calibration: Any = None,
     dynamic_shapes: DynamicShapes | None = None,
@@ -120,11 +121,14 @@ def run_compile(
 ) -> Compilation:
     """Compile as ``compile`` does, with options, and return what happened on the way."""
     options = options or Options()
-    chosen, place = load_recipe(recipe), find_target(target)
+    chosen, place = load_recipe(recipe or DEFAULT_RECIPE), find_target(target)
     if options.native and not place.native:
         raise Refused(f"target {place.name} has no native code to store", way_out="leave out --native")
     pipeline = _stopped(chosen.parsed_pipeline(), options.stop_after)
     captured = capture(model, example_inputs, dynamic_shapes)
+    if recipe is None and captured.brings_codes:
+        chosen = load_recipe(CODES_RECIPE)
+        pipeline = _stopped(chosen.parsed_pipeline(), options.stop_after)
     gc.collect()  # tracing leaves the float model in cycles: its weights would stay beside those that passes make
     check_finite(captured.graph)
     data = _calibration(calibration, captured, chosen, options)
@@ -273,7 +277,6 @@ class _State:
 
 def _make_artifact(captured: Captured, graph: Graph, pipeline: Pipeline, context: Context, errors: Mapping[str, float]) -> Artifact:
     assert context.recipe is not None
-    tokenizer = captured.folder / "tokenizer.json" if captured.folder else None
     examples = [example.contiguous() for example in captured.example_inputs]
     return Artifact(
         graph,
@@ -284,7 +287,8 @@ def _make_artifact(captured: Captured, graph: Graph, pipeline: Pipeline, context
         golden_outputs=[output.contiguous() for output in graph(*examples)],
         report=build_report(graph, context, errors),
         versions=versions(),
-        tokenizer=tokenizer.read_bytes() if tokenizer and tokenizer.is_file() else None,
+        tokenizer=captured.tokenizer,
+        config=captured.config,
         end_tokens=captured.end_tokens,
     )
 

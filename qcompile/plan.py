@@ -10,7 +10,7 @@ from qcompile.capture import capture
 from qcompile.formats import LayerScheme, parse_layer_scheme, stored_bytes
 from qcompile.graph.text import bound_arguments, operator_name
 from qcompile.pipeline import Context, Pipeline
-from qcompile.recipe import Recipe, load_recipe
+from qcompile.recipe import CODES_RECIPE, DEFAULT_RECIPE, Recipe, load_recipe
 from qcompile.registry import find_target
 from qcompile.report import float_operators
 
@@ -19,7 +19,7 @@ _PLANNED = ("canonicalize", "fold-constants", "fold-batch-norm", "recognize-atte
 COMPILER_BYTES = 700 << 20  # torch, tvm and the interpreter: measured 500 to 700 MB resident
 
 
-def plan(model: Any, *, recipe: str | Path | Recipe = "w8a8", target: str = "cpu") -> dict[str, Any]:
+def plan(model: Any, *, recipe: str | Path | Recipe | None = None, target: str = "cpu") -> dict[str, Any]:
     """Return what a compile is predicted to give.
 
     The keys are ``bytes``, ``float_bytes``, ``bits_per_weight``, ``peak_memory_bytes``, ``kernels``, ``float_ops``, ``warnings``,
@@ -28,8 +28,10 @@ def plan(model: Any, *, recipe: str | Path | Recipe = "w8a8", target: str = "cpu
     Raises:
         Refused: the model cannot be captured, or a scheme has no kernel on the target.
     """
-    chosen, place = load_recipe(recipe), find_target(target)
+    chosen, place = load_recipe(recipe or DEFAULT_RECIPE), find_target(target)
     captured = capture(model)
+    if recipe is None and captured.brings_codes:
+        chosen = load_recipe(CODES_RECIPE)
     pipeline = chosen.parsed_pipeline()
     graph, context = captured.graph, Context(place, chosen, example_inputs=captured.example_inputs)
     Pipeline(tuple(p for p in pipeline.passes if p.name() in _PLANNED)).run(graph, context)

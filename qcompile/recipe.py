@@ -14,6 +14,9 @@ from qcompile.nearest import nearest_name
 from qcompile.pipeline import Pipeline, parse_pipeline
 from qcompile.registry import find_pass
 
+DEFAULT_RECIPE = "w8a8"
+CODES_RECIPE = "stored"  # the default for a model whose weights have codes already
+
 
 class Schemes(BaseModel):
     """Schemes by kind of layer, as ``parse_layer_scheme`` reads them, and by pattern over names of weights, nodes and modules.

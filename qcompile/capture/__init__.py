@@ -30,20 +30,29 @@ class Captured:
         example_inputs: one batch, in graph order.
         folder: where its tokenizer lies, if it has one.
         end_tokens: tokens that end a text, for a language model that names them.
+        tokenizer: content of a ``tokenizer.json``, where there is one.
+        config: the Hugging Face configuration, where there is one.
     """
 
     graph: Graph
     example_inputs: tuple[torch.Tensor, ...]
     folder: Path | None = None
     end_tokens: tuple[int, ...] = ()
+    tokenizer: bytes | None = None
+    config: dict[str, Any] | None = None
+
+    @property
+    def brings_codes(self) -> bool:
+        """Whether weights have codes already, which the recipe ``stored`` keeps."""
+        return any("codes" in node.meta.get("notes", {}) for node in self.graph.nodes)
 
 
 def capture(model: Any, example_inputs: Examples | None = None, dynamic_shapes: DynamicShapes | None = None) -> Captured:
     """Return the graph of a model.
 
     Args:
-        model: a module, an exported program, a Graph, an ONNX ModelProto, or the path of an ``.onnx`` file, a ``.pt2`` file, a Hugging
-            Face folder, or
+        model: a module, an exported program, a Graph, an ONNX ModelProto, or the path of an ``.onnx`` file, a ``.pt2`` file, a
+            ``.gguf`` file, a Hugging Face folder (its weights may be quantized by GPTQ, AWQ or compressed-tensors), or
             ``python:FILE_OR_MODULE:FUNCTION`` where the function returns (module, example inputs) or (module, example inputs, dynamic
             shapes).
         example_inputs: one batch; needed for a module, else made from the input types.
@@ -87,22 +96,45 @@ def _capture_path(path: str, examples: Examples | None, shapes: DynamicShapes | 
     if not place.exists():
         raise Refused("there is no such file or folder", node=path)
     if place.is_dir():
-        from qcompile.capture.huggingface import capture_folder, end_tokens
-
-        graph, made = capture_folder(place)
-        return Captured(graph, _ordered(graph, examples) or made, place, end_tokens(place))
+        return _capture_folder(place, examples)
+    if place.suffix == ".gguf":
+        return _capture_gguf(place, examples)
     if place.suffix == ".onnx":
         graph = _capture_onnx(place)
-        return Captured(
-            graph, _ordered(graph, examples) or make_examples(graph), place.parent if (place.parent / "tokenizer.json").exists() else None
-        )
+        tokenizer = place.parent / "tokenizer.json"
+        found = (place.parent, (), tokenizer.read_bytes()) if tokenizer.is_file() else (None, (), None)
+        return Captured(graph, _ordered(graph, examples) or make_examples(graph), *found)
     if place.suffix == ".pt2":
         return capture(_load_program(place), examples, shapes)
     raise Refused(
         "the kind of model is not known",
         node=path,
-        way_out="give an .onnx file, a .pt2 file, a Hugging Face folder, or python:FILE_OR_MODULE:FUNCTION",
+        way_out="give an .onnx file, a .pt2 file, a .gguf file, a Hugging Face folder, or python:FILE_OR_MODULE:FUNCTION",
     )
+
+
+def _capture_folder(place: Path, examples: Examples | None) -> Captured:
+    from qcompile.capture.huggingface import capture_folder, end_tokens, read_config
+    from qcompile.interchange import capture_checkpoint, is_quantized_folder, read_folder
+
+    if is_quantized_folder(place):
+        checkpoint = read_folder(place)
+        graph, made = capture_checkpoint(checkpoint, str(place))
+        return Captured(graph, _ordered(graph, examples) or made, place, checkpoint.end_tokens, checkpoint.tokenizer, checkpoint.config)
+    graph, made = capture_folder(place)
+    tokenizer = place / "tokenizer.json"
+    text = tokenizer.read_bytes() if tokenizer.is_file() else None
+    return Captured(graph, _ordered(graph, examples) or made, place, end_tokens(place), text, read_config(place))
+
+
+def _capture_gguf(place: Path, examples: Examples | None) -> Captured:
+    from qcompile.interchange import capture_checkpoint
+    from qcompile.interchange.gguf import read_gguf
+
+    checkpoint = read_gguf(place)
+    graph, made = capture_checkpoint(checkpoint, str(place))
+    inputs = _ordered(graph, examples) or made
+    return Captured(graph, inputs, None, checkpoint.end_tokens, checkpoint.tokenizer, checkpoint.config)
 
 
 def _capture_onnx(model: Any) -> Graph:

@@ -10,8 +10,9 @@ transformers would put together from several tensors, that are quantized, or in 
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -67,11 +68,86 @@ def capture_folder(folder: Path) -> tuple[Graph, tuple[torch.Tensor, ...]]:
     Raises:
         Refused: no configuration, an unknown architecture, missing or damaged weights.
     """
-    config = _read_config(folder)
+    config = read_config(folder)
     model, output, weights = _load(folder, config)
+    graph, examples = _capture(model, output, config)
+    _place(graph, weights, folder)
+    return graph, examples
+
+
+def capture_weights(config: dict[str, Any], weights: dict[str, torch.Tensor], place: str) -> tuple[Graph, tuple[torch.Tensor, ...]]:
+    """Return graph and example inputs of the model that a configuration describes, with these weights.
+
+    Args:
+        config: as ``config.json`` holds it, without ``quantization_config``.
+        weights: float32, by the model's own names.
+        place: file or folder, for messages.
+
+    Raises:
+        Refused: an unknown architecture, or weights that are missing or of another shape.
+    """
+    transformers = _transformers()
+    kind = _architecture(transformers, config, place)
+    name = kind.__name__
+    blocks = config.get("num_hidden_layers", 0)
+    if not isinstance(blocks, int) or blocks > len(weights):
+        raise Refused(f"{len(weights)} weights are no model of {blocks} blocks", node=place)
+    for weight, shape in described_model(config, place).shapes.items():
+        if weight in weights and tuple(weights[weight].shape) != shape:
+            raise Refused(f"the weight is {list(weights[weight].shape)}, the configuration says {list(shape)}", node=f"{place} {weight}")
+    with _quietly(transformers, place):
+        described = transformers.AutoConfig.for_model(**config)
+        model, found = kind.from_pretrained(
+            None, config=described, state_dict=weights, dtype=torch.float32, attn_implementation="sdpa", output_loading_info=True
+        )
+    if missing := sorted(found["missing_keys"]):
+        raise Refused(f"{len(missing)} weights of {name} are missing", node=f"{place} {missing[0]}")
+    if unexpected := sorted(found["unexpected_keys"]):
+        raise Refused(f"{name} has no such weight", node=f"{place} {unexpected[0]}")
+    return _capture(model.eval(), "logits" if _is_decoder(config) else "last_hidden_state", config)
+
+
+@dataclass(frozen=True)
+class Described:
+    """What a configuration says of a model's parameters.
+
+    Attributes:
+        shapes: by name.
+        tied: names of parameters that are stored under another name, and that name.
+        linear: the weights of linear layers.
+    """
+
+    shapes: dict[str, tuple[int, ...]]
+    tied: dict[str, str]
+    linear: frozenset[str]
+
+
+def described_model(config: dict[str, Any], place: str) -> Described:
+    """Return the parameters of the model that a configuration describes; nothing is allocated.
+
+    Raises:
+        Refused: transformers is missing, or does not know the architecture.
+    """
+    transformers = _transformers()
+    kind = _architecture(transformers, config, place)
+    with _quietly(transformers, place), torch.device("meta"):
+        model = kind(transformers.AutoConfig.for_model(**config))
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    linear = frozenset(f"{name}.weight" for name, module in model.named_modules() if isinstance(module, torch.nn.Linear))
+    return Described({name: tuple(value.shape) for name, value in model.state_dict().items()}, dict(tied), linear)
+
+
+def _architecture(transformers: Any, config: dict[str, Any], place: str) -> Any:
+    name = (config.get("architectures") or [""])[0]
+    kind = getattr(transformers, str(name), None)
+    if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
+        raise Refused(f"transformers has no architecture '{name}'", node=place)
+    return kind
+
+
+def _capture(model: torch.nn.Module, output: str, config: dict[str, Any]) -> tuple[Graph, tuple[torch.Tensor, ...]]:
     module, examples, shapes = _wrapped(config, model, output)
     graph = capture_module(module, examples, shapes)
-    _place(graph, weights, folder)
     if isinstance(module, _Decoder):
         low, high = graph.symbols.ranges["seq"]
         longest = getattr(model.config, "max_position_embeddings", None) or high
@@ -114,23 +190,29 @@ def end_tokens(folder: Path) -> tuple[int, ...]:
     """Return the tokens that end a text, by ``generation_config.json``, else by ``config.json``; none where neither names any."""
     for name in ("generation_config.json", "config.json"):
         path = folder / name
-        found = _read_object(path).get("eos_token_id") if path.is_file() else None
+        found = read_object(path).get("eos_token_id") if path.is_file() else None
         if found is not None:
             return tuple(int(token) for token in (found if isinstance(found, list) else [found]))
     return ()
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
+def read_config(folder: Path) -> dict[str, Any]:
+    """Return the folder's configuration.
+
+    Raises:
+        Refused: there is none, or it is damaged.
+    """
     path = folder / "config.json"
     if not path.is_file():
         raise Refused("the folder holds no config.json", node=str(folder), way_out="give a Hugging Face model folder")
-    config = _read_object(path)
+    config = read_object(path)
     if "model_type" not in config:
         raise Refused("the configuration names no model_type", node=str(path))
     return config
 
 
-def _read_object(path: Path) -> dict[str, Any]:
+def read_object(path: Path) -> dict[str, Any]:
+    """Return the object in a JSON file; raises Refused for anything else."""
     try:
         read = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, OSError) as error:
@@ -158,10 +240,7 @@ class _Weights:
 
 
 def _load(folder: Path, config: dict[str, Any]) -> tuple[torch.nn.Module, str, _Weights]:
-    try:
-        import transformers
-    except ImportError as error:
-        raise Refused("reading Hugging Face folders needs transformers", way_out="pip install qcompile[hf]") from error
+    transformers = _transformers()
     architecture = (config.get("architectures") or [""])[0]
     kind, output = transformers.AutoModel, "last_hidden_state"
     if architecture.endswith("ForSequenceClassification"):
@@ -171,23 +250,36 @@ def _load(folder: Path, config: dict[str, Any]) -> tuple[torch.nn.Module, str, _
     elif _is_decoder(config):
         kind, output = transformers.AutoModelForCausalLM, "logits"
     files = None if "quantization_config" in config else open_weights(folder)
-    verbosity = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    try:
+    with _quietly(transformers, str(folder)):
         model = _build_empty(kind, folder) if files is not None else None
         weights = _find_weights(model, files) if files is not None else None
         if weights is None:
             model, weights = _load_whole(kind, folder)
+    return model.eval(), output, weights
+
+
+def _transformers() -> Any:
+    try:
+        import transformers
+    except ImportError as error:
+        raise Refused("reading Hugging Face folders needs transformers", way_out="pip install qcompile[hf]") from error
+    return transformers
+
+
+@contextlib.contextmanager
+def _quietly(transformers: Any, place: str) -> Iterator[None]:
+    """Load without progress bars and notices; what fails is refused in one line."""
+    verbosity = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    try:
+        yield
     except Refused:
         raise
     except Exception as error:
-        raise Refused(
-            f"the model cannot be loaded: {type(error).__name__}: {' '.join(str(error).split())[:200]}", node=str(folder)
-        ) from error
+        raise Refused(f"the model cannot be loaded: {type(error).__name__}: {' '.join(str(error).split())[:200]}", node=place) from error
     finally:
         transformers.logging.set_verbosity(verbosity)
-    return model.eval(), output, weights
 
 
 _OPTIONS: dict[str, Any] = {"trust_remote_code": False, "dtype": torch.float32, "attn_implementation": "sdpa"}

@@ -13,7 +13,7 @@ from qcompile.cli.main import as_json, check_folder, print_json
 
 @click.command()
 @click.argument("model")
-@click.option("--recipe", default="w8a8", show_default=True, help="Name, YAML file, or pipeline text.")
+@click.option("--recipe", help="Name, YAML file, or pipeline text [w8a8; stored, where MODEL's weights have codes already].")
 @click.option("--target", default="cpu", show_default=True, help="See 'qcompile targets'.")
 @click.option("--calibrate", metavar="DATA", help="FILE.npz, FILE.npy, text:FILE, images:FOLDER?resize=..&crop=.., or random.")
 @click.option("-o", "--output", type=click.Path(path_type=Path, dir_okay=False), help="The artifact to write [MODEL's name with .qc].")
@@ -30,8 +30,8 @@ from qcompile.cli.main import as_json, check_folder, print_json
 @click.option("--kernel-times", type=click.Path(path_type=Path, dir_okay=False), help="Table of measured kernel times to use and extend.")
 @click.option("--native", is_flag=True, help="Store the target's code for this machine too; the file then differs from machine to machine.")
 @as_json()
-def compile(model: str, recipe: str, target: str, calibrate: str | None, output: Path | None, **flags: Any) -> None:
-    """Compile MODEL (.onnx, .pt2, Hugging Face folder, python:FILE_OR_MODULE:FUNCTION) to an artifact."""
+def compile(model: str, recipe: str | None, target: str, calibrate: str | None, output: Path | None, **flags: Any) -> None:
+    """Compile MODEL (.onnx, .pt2, .gguf, Hugging Face folder, python:FILE_OR_MODULE:FUNCTION) to an artifact."""
     from qcompile.compiler import Options, finish, run_compile
 
     start = time.perf_counter()
