@@ -7,10 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-
-import qcompile
 from qcompile.passes.rotate import Rotate
 
+import qcompile
 from qcompile import Graph, Refused
 from qcompile.generation import Decoder, decoder_entries
 from qcompile.graph import parse_graph, print_graph
