@@ -6,6 +6,7 @@ import torch
 
 from qcompile.formats import Scheme
 from qcompile.formats.quantize import choose_scale, dequantize, quantize
+from qcompile.graph import Quantizer
 
 
 def round_dynamic(x: torch.Tensor, scheme: Scheme) -> torch.Tensor:
@@ -19,3 +20,14 @@ def round_dynamic(x: torch.Tensor, scheme: Scheme) -> torch.Tensor:
     with torch.no_grad():
         distance = (dequantize(quantize(x, fixed, zero_point, scheme), fixed, zero_point, scheme) - x) / steps
     return x + steps * distance
+
+
+def round_through(x: torch.Tensor, quantizer: Quantizer) -> torch.Tensor:
+    """Return what a quantizer of an activation gives; on a static grid the derivative is 1 inside its range and 0 outside."""
+    if quantizer.scale is None:
+        return round_dynamic(x, quantizer.scheme)
+    with torch.no_grad():
+        rounded = quantizer(x)
+        steps = quantizer.scheme.granularity.expand(quantizer.scale, tuple(x.shape))
+        inside = (rounded - x).abs() <= steps
+    return rounded + torch.where(inside, x - x.detach(), 0)

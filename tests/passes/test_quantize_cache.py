@@ -69,9 +69,9 @@ def test_entries_keep_codes_and_compute_what_the_whole_text_does(
 
 def test_it_stands_beside_quantizers_of_layers(graph: Any) -> None:
     """Four-bit weights, eight-bit activations and a four-bit cache in one graph."""
-    text = "canonicalize, recognize-attention, assign-bits{scheme=w4a8-g32-dynamic}, insert-quantizers, quantize-cache{key=4, value=4}, quantize-weights"
+    text = "canonicalize, recognize-attention, assign-bits{scheme=w4a8-g32-dynamic}, insert-quantizers, quantize-cache{key=4, value=4}"
     made, context = graph.copy(), Context(target=ReferenceTarget())
-    pipeline = parse_pipeline(f"{text}, materialize", find_pass)
+    pipeline = parse_pipeline(f"{text}, quantize-weights, materialize", find_pass)
     pipeline.check_order()
     pipeline.run(made, context)
     printed = print_graph(made)
