@@ -93,7 +93,7 @@ def main() -> None:
     plain = capture_module(Logits(model), (tokens,), [{0: "batch", 1: "tokens"}])
     planted = plain.copy()
     plant_outliers(planted)
-    rows = {"nothing": (), "smooth": (Smooth(),), "rotate": (Rotate(),), "rotate, not online": (Rotate(online=False),)}
+    rows = {"nothing": (), "smooth": (Smooth(),), "rotate": (Rotate(),), "rotate, not online": (Rotate(mlp=False),)}
     print(f"{'':20s} {'W8A8':>12s} {'W4A4':>12s}   relative squared error of the logits")
     print(f"{'no outliers':20s} " + " ".join(f"{output_error(plain, bits, data):12.3e}" for bits in ((8, 8), (4, 4))))
     for name, passes in rows.items():

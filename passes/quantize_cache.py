@@ -11,6 +11,8 @@ Keys before rotary positions vary less from token to token (KVQuant, Hooper et a
 
 Scales are found while the model runs, for each token and head (or for each token): a token's codes do not depend on the tokens after it,
 so the graph over whole texts computes what the entries with caches compute (``qcompile.generation.entries``), where the codes are stored.
+
+It stands after ``insert-quantizers`` where layers are quantized too, and in its place where they stay float.
 """
 
 from __future__ import annotations
@@ -48,6 +50,10 @@ class QuantizeCache(Pass):
     per: str = "head"
     symmetric: bool = False
     rotary: str = "after"
+
+    @classmethod
+    def takes(cls, stage: Stage) -> bool:
+        return stage in (Stage.FLOAT, Stage.SIMULATED)
 
     def run(self, graph: Graph, context: Context) -> int:
         for bits in (self.key, self.value):

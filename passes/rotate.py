@@ -7,9 +7,12 @@
 
 - **Residual stream**: everything that writes to it gives x Q, everything that reads it takes W Q: x Q (W Q)^T = x W^T. RMS
   normalization commutes with Q once its gain stands in the weights. Where all readers are LayerNorms the writers also subtract the mean.
-- **Values**: inside each head, the value projection is rotated and the output projection rotated back; attention mixes tokens only.
-- **Down projections**: a nonlinear function stands before them, so the rotation runs online: ``qc.hadamard`` and H folded into the
-  weight, in blocks of the largest Hadamard matrix whose size divides theirs (``qcompile.graph.hadamard``).
+- **Values** (``heads``): inside each head, the value projection is rotated and the output projection rotated back; attention mixes
+  tokens only. Heads that share values share the rotation.
+- **Down projections** (``mlp``): a nonlinear function stands before them, so the rotation runs online: ``qc.hadamard`` and H folded into
+  the weight, in blocks of the largest Hadamard matrix whose size divides theirs (``qcompile.graph.hadamard``).
+- **Keys** (``keys``, off by default): queries and keys of each head are rotated online where attention reads them, after rotary
+  positions and normalization: (q H) (k H)^T = q k^T. It pays where keys are kept in few bits.
 
 Source: Ashkboos et al., QuaRot (2024); the mean subtraction is SliceGPT's (Ashkboos et al. 2024, section 3.2).
 """
@@ -22,11 +25,13 @@ import torch
 import torch.fx as fx
 
 from qcompile.graph import Graph
+from qcompile.graph.graph import node_name
 from qcompile.graph.hadamard import hadamard_block, hadamard_matrix
 from qcompile.graph.regions import (
     NormRead,
     ResidualStream,
     ScaleEdge,
+    attention_regions,
     fold_affine,
     map_inputs,
     map_outputs,
@@ -34,6 +39,7 @@ from qcompile.graph.regions import (
     residual_streams,
     scale_edges,
 )
+from qcompile.graph.rewrite import RewriteLog
 from qcompile.graph.text import bound_arguments, operator_name
 from qcompile.pipeline import Context, Pass
 
@@ -42,7 +48,7 @@ _NONLINEAR = frozenset(
     {"aten.gelu", "aten.silu", "aten.relu", "aten.relu6", "aten.hardtanh", "aten.leaky_relu", "aten.sigmoid", "aten.tanh", "aten.hardswish",
      "aten.mul.Tensor", "aten.pow.Tensor_Scalar"}
 )  # fmt: skip
-_SAME = frozenset({"aten.clone", "aten.dropout", "aten.alias"})
+_SAME = frozenset({"aten.clone", "aten.dropout", "aten.alias", "aten.view", "aten._unsafe_view", "aten.reshape"})
 
 
 @dataclass(frozen=True)
@@ -52,15 +58,22 @@ class Rotate(Pass):
     Attributes:
         kind: ``hadamard`` (signs times Hadamard) or ``random`` (orthogonal) for what is folded into weights.
         seed: of the signs or of the matrix.
-        online: insert ``qc.hadamard`` before down projections.
+        stream: rotate residual streams.
+        heads: rotate values inside each head.
+        mlp: insert ``qc.hadamard`` before down projections.
+        keys: insert ``qc.hadamard`` on queries and keys.
     """
 
     kind: str = "hadamard"
     seed: int = 0
-    online: bool = True
+    stream: bool = True
+    heads: bool = True
+    mlp: bool = True
+    keys: bool = False
 
     def run(self, graph: Graph, context: Context) -> int:
-        return self._streams(graph, context) + self._values(graph, context) + (self._down_projections(graph, context) if self.online else 0)
+        steps = (self.stream, self._streams), (self.heads, self._values), (self.mlp, self._down_projections), (self.keys, self._keys)
+        return sum(step(graph, context) for wanted, step in steps if wanted)
 
     def _streams(self, graph: Graph, context: Context) -> int:
         changed = 0
@@ -77,12 +90,16 @@ class Rotate(Pass):
         return changed
 
     def _values(self, graph: Graph, context: Context) -> int:
-        changed = 0
-        for edge in scale_edges(graph):
-            if edge.kind != "value" or operator_name(edge.producer.target) != "aten.linear":
+        changed, log = 0, RewriteLog()
+        edges = {edge.producer: edge for edge in scale_edges(graph, log) if edge.kind == "value"}
+        for producer in dict.fromkeys(region.value or region.node for region in attention_regions(graph)):
+            edge = edges.get(producer)
+            if edge is None:
+                against = [reason.removeprefix("scale-edge: ") for reason in log.why_not(node_name(producer))]
+                context.log.reasons[producer.name].append(f"rotate: {(against or ['no one linear gives the values'])[0]}")
                 continue
             if reason := _against_value(edge):
-                context.log.reasons[edge.producer.name].append(f"rotate: {reason}")
+                context.log.reasons[producer.name].append(f"rotate: {reason}")
                 continue
             matrix = orthogonal_matrix(edge.block, self.kind, self.seed)
             map_outputs(graph, edge.producer, matrix)
@@ -104,6 +121,21 @@ class Rotate(Pass):
             for linear in linears:
                 linear.replace_input_with(x, rotated)
                 map_inputs(graph, linear, hadamard_matrix(block, torch.float64))  # H is symmetric and its own inverse
+            changed += 1
+        return changed
+
+    def _keys(self, graph: Graph, context: Context) -> int:
+        changed = 0
+        for region in attention_regions(graph):
+            node = region.node
+            if reason := _against_keys(node):
+                context.log.reasons[node.name].append(f"rotate: {reason}")
+                continue
+            arguments = bound_arguments(node)
+            block = hadamard_block(int(arguments["q"].meta["val"].shape[-1]) // arguments["heads"])
+            rotated = [graph.call(torch.ops.qc.hadamard.default, x, block, before=node, like=x) for x in (arguments["q"], arguments["k"])]
+            node.args = (*rotated, *node.args[2:])
+            node.meta["notes"]["keys_rotated"] = block
             changed += 1
         return changed
 
@@ -150,6 +182,16 @@ def _against_value(edge: ScaleEdge) -> str:
     return ""
 
 
+def _against_keys(attention: fx.Node) -> str:
+    if operator_name(attention.target) != "qc.attention":
+        return "recognize-attention has not found its heads"
+    if "keys_rotated" in attention.meta["notes"]:
+        return "its keys are rotated already"
+    arguments = bound_arguments(attention)
+    size = int(arguments["q"].meta["val"].shape[-1]) // arguments["heads"]
+    return "" if hadamard_block(size) >= SMALLEST_BLOCK else f"no Hadamard matrix above size 2 divides its heads of {size}"
+
+
 def _reads_whole_runs(columns: torch.Tensor, d: int) -> bool:
     """Say whether the columns are runs of d channels in order, each starting at a multiple of d."""
     if len(columns) % d:
@@ -172,7 +214,8 @@ def _nonlinear_inputs(graph: Graph) -> dict[fx.Node, list[fx.Node]]:
 
 
 def _is_nonlinear(graph: Graph, x: fx.Node) -> bool:
-    while x.op == "call_function" and operator_name(x.target) in _SAME:
+    size = x.meta["val"].shape[-1]
+    while x.op == "call_function" and operator_name(x.target) in _SAME and x.all_input_nodes[0].meta["val"].shape[-1:] == (size,):
         x = x.all_input_nodes[0]
     if x.op != "call_function" or operator_name(x.target) not in _NONLINEAR:
         return False

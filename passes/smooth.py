@@ -55,7 +55,7 @@ class Smooth(Pass):
         if self.method not in ("smoothquant", "awq"):
             raise Refused(f"unknown method '{self.method}' of smooth", way_out="known are smoothquant and awq")
         found: dict[Request, None] = {}
-        for edge in _edges(graph):
+        for edge in linear_edges(graph):
             for consumer in edge.consumers:
                 name = consumer.input.name
                 found |= dict.fromkeys([AbsMean(name) if self.method == "awq" else AbsMax(name)])
@@ -69,7 +69,7 @@ class Smooth(Pass):
     def run(self, graph: Graph, context: Context) -> int:
         scale_edges(graph, context.log)
         changed = 0
-        for edge in _edges(graph):
+        for edge in linear_edges(graph):
             if "smoothed" in edge.producer.meta["notes"]:
                 context.log.reasons[edge.producer.name].append("smooth: it is smoothed already")
                 continue
@@ -84,11 +84,11 @@ class Smooth(Pass):
         """Return the factor of each channel, f64 [channels]."""
         assert context.statistics is not None
         if self.method == "awq":
-            activation = _gather(edge, [context.statistics[AbsMean(c.input.name)]["abs_mean"] for c in edge.consumers])
+            activation = gather_channels(edge, [context.statistics[AbsMean(c.input.name)]["abs_mean"] for c in edge.consumers])
             candidates: Iterable[torch.Tensor] = (_normalized(activation.clamp(min=1e-4) ** (step / GRID)) for step in range(GRID))
         else:
-            activation = _gather(edge, [context.statistics[AbsMax(c.input.name)]["abs_max"] for c in edge.consumers])
-            weight = _gather(edge, [tensor_of(graph, c.weight).abs().amax(0) for c in edge.consumers])
+            activation = gather_channels(edge, [context.statistics[AbsMax(c.input.name)]["abs_max"] for c in edge.consumers])
+            weight = gather_channels(edge, [tensor_of(graph, c.weight).abs().amax(0) for c in edge.consumers])
             if not self.search:
                 return smoothing_scale(activation, weight, self.alpha)
             candidates = (smoothing_scale(activation, weight, step / GRID) for step in range(GRID))
@@ -98,12 +98,13 @@ class Smooth(Pass):
         return min([ones, *candidates], key=lambda scale: _search_error(graph, edge, rows, scale, *schemes))
 
 
-def _edges(graph: Graph) -> list[ScaleEdge]:
+def linear_edges(graph: Graph) -> list[ScaleEdge]:
+    """Return the scale edges that end in linears and do not begin at a convolution."""
     return [edge for edge in scale_edges(graph) if all(operator_name(c.node.target) == "aten.linear" for c in edge.consumers)
             and operator_name(edge.producer.target) != "aten.conv2d"]  # fmt: skip
 
 
-def _gather(edge: ScaleEdge, columns: Sequence[torch.Tensor]) -> torch.Tensor:
+def gather_channels(edge: ScaleEdge, columns: Sequence[torch.Tensor]) -> torch.Tensor:
     """Return the largest of what the consumers' input columns have, for each channel of the producer, f64 [channels]."""
     largest = torch.zeros(edge.channels, dtype=torch.float64)
     for consumer, values in zip(edge.consumers, columns, strict=True):

@@ -207,7 +207,7 @@ def _run_pipeline(captured: Captured, pipeline: Pipeline, context: Context, opti
         _dump(options.dump, 0, "capture", graph)
 
     def before(number: int, item: Pass) -> None:
-        if item.stage == Stage.FLOAT and item.gives == Stage.SIMULATED:
+        if graph.stage == Stage.FLOAT and item.gives == Stage.SIMULATED:
             state.float_graph, state.float_number = graph.copy(), number
         if item.stage == Stage.SIMULATED and item.gives == Stage.INTEGER and state.float_graph is not None:
             state.errors = layer_errors(state.float_graph, graph, captured.example_inputs)

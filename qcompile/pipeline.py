@@ -123,6 +123,11 @@ class Pass:
         """Return the text name: ``FoldBatchNorm`` is ``fold-batch-norm``."""
         return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "-", cls.__name__).lower()
 
+    @classmethod
+    def takes(cls, stage: Stage) -> bool:
+        """Say whether it takes a graph of this stage; a pass that takes two leaves both in ``gives``."""
+        return stage == cls.stage
+
     def requests(self, graph: Graph, context: Context) -> Sequence[Request]:
         """Return the statistics this pass wants of this graph."""
         return ()
@@ -263,7 +268,7 @@ class Pipeline:
         """Raise Refused naming the first pass that stands where it may not."""
         names = [p.name() for p in self.passes]
         for i, item in enumerate(self.passes):
-            if item.stage != stage:
+            if not item.takes(stage):
                 raise Refused(f"{item.name()} takes a graph of stage {item.stage}, here it is {stage}", node=f"pass {i + 1}")
             if missing := [need for need in item.needs if need not in names[:i]]:
                 raise Refused(f"{item.name()} needs {missing[0]} before it", node=f"pass {i + 1}")
@@ -312,7 +317,7 @@ class Pipeline:
         return steps
 
     def _run_one(self, number: int, item: Pass, graph: Graph, context: Context) -> int:
-        if graph.stage != item.stage:
+        if not item.takes(graph.stage):
             raise Refused(f"{item.name()} takes a graph of stage {item.stage}, here it is {graph.stage}", node=f"pass {number + 1}")
         graph.maker = item.name()
         context.statistics = self._gather(item, graph, context)

@@ -426,3 +426,9 @@ def _cache_append(cache, new, past):
 
 
 _define("cache_append(Tensor cache, Tensor new, Tensor past) -> Tensor", _cache_append, lambda cache, new, past: torch.empty_like(cache))
+
+
+# ---- gradients ------------------------------------------------------------------------------------------------------------
+
+for _name in ("attention", "hadamard"):  # their meanings are sums of differentiable operators: passes that learn go through them
+    LIBRARY.impl(_name, torch.library.fallthrough_kernel, "Autograd")

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from qcompile.passes.rotate import Rotate
 
 import qcompile
 from qcompile import Graph, Refused
@@ -15,6 +16,7 @@ from qcompile.generation import Decoder, decoder_entries
 from qcompile.graph import parse_graph, print_graph
 from qcompile.graph.graph import tensor_digest
 from qcompile.graph.text import DIGEST_LENGTH, operator_name
+from qcompile.pipeline import Context, Pipeline
 from qcompile.registry import find_target
 
 from .conftest import KINDS
@@ -81,6 +83,33 @@ def test_rotary_positions_are_one_operator(decoder: Callable[..., Any], kind: st
     names = Counter(operator_name(node.target) for node in float_graph(decoder(kind)[0]).nodes if node.op == "call_function")
     assert names["qc.rotary"] == (0 if kind == "gpt2" else 4)
     assert not names["aten.neg"]
+
+
+@pytest.mark.parametrize(("kind", "changes"), [("llama", 7), ("qwen3", 7), ("phi", 7), ("gemma", 7), ("gpt2", 5)])
+def test_rotated_decoders_keep_their_logits_and_their_entries(decoder: Callable[..., Any], kind: str, changes: int) -> None:
+    """The stream, two of each: values (gpt2 has them in one projection with queries and keys), down projections, keys."""
+    graph = float_graph(decoder(kind)[0])
+    tokens = torch.randint(0, 101, (2, 20))
+    expected = graph(tokens)[0]
+    (step,) = Pipeline((Rotate(keys=True),)).run(graph, Context(target=find_target("reference")))
+    assert step.changes == changes
+    assert float((graph(tokens)[0] - expected).norm() / expected.norm()) < 1e-5
+    lengths = [9, 4]
+    entries = decoder_entries(graph, 64)
+    assert print_graph(entries.decode).count("qc.hadamard(") == 2 + 2 * 2
+    found = continue_texts(lambda entry, *inputs: getattr(entries, entry)(*inputs), entries, tokens, lengths, 3)
+    for step_number, logits in enumerate(found):
+        for row, length in enumerate(lengths):
+            assert float((logits[row] - expected[row, length - 1 + step_number]).abs().max()) < TOLERANCE
+
+
+def test_a_rotated_decoder_in_few_bits_runs_on_the_cpu(decoder: Callable[..., Any]) -> None:
+    text = "canonicalize, fold-constants, recognize-attention, rotate{keys=true}, assign-bits{scheme=w4a8-g32-dynamic}, insert-quantizers"
+    pipeline = f"{text}, quantize-cache{{key=4, value=4}}, quantize-weights, materialize, fuse-epilogue"
+    artifact = qcompile.compile(str(decoder("llama")[0]), recipe=pipeline, target="cpu")
+    tokens = torch.randint(0, 101, (2, 20))
+    expected = artifact.graph(tokens)[0]
+    assert float((artifact.executable([tokens])[0] - expected).norm() / expected.norm()) < 0.02  # codes on the border of two
 
 
 def test_entries_have_a_text_form(decoder: Callable[..., Any]) -> None:

@@ -12,7 +12,8 @@ from qcompile.passes.quantize_cache import QuantizeCache
 from qcompile import Refused
 from qcompile.generation import decoder_entries
 from qcompile.graph import print_graph
-from qcompile.pipeline import Context, Pipeline
+from qcompile.pipeline import Context, Pipeline, parse_pipeline
+from qcompile.registry import find_pass
 
 TEXT = """graph @main float(%tokens: i64[batch,seq]) where batch in 1..8, seq in 1..32 {
   %table = const @table
@@ -103,6 +104,21 @@ def test_keys_before_or_after_rotary_positions(build: Callable[..., Any], rotary
 def test_keys_without_rotary_positions_are_refused(graph: Any) -> None:
     with pytest.raises(Refused, match="no keys have rotary positions"):
         Pipeline((QuantizeCache(rotary="before"),)).run(graph, Context(target=ReferenceTarget()))
+
+
+def test_it_stands_beside_quantizers_of_layers(graph: Any) -> None:
+    """Four-bit weights, eight-bit activations and a four-bit cache in one graph."""
+    text = "canonicalize, recognize-attention, assign-bits{scheme=w4a8-g32-dynamic}, insert-quantizers, quantize-cache{key=4, value=4}"
+    made, context = graph.copy(), Context(target=ReferenceTarget())
+    pipeline = parse_pipeline(f"{text}, quantize-weights, materialize", find_pass)
+    pipeline.check_order()
+    pipeline.run(made, context)
+    printed = print_graph(made)
+    assert printed.count('scheme="uint4 group=4 affine dynamic"') >= 2
+    assert printed.count("qc.linear(") == 4
+    assert decoder_entries(made, 32).bytes_per_token == 2 * (4 + 2 * 4 + 2 * 4)
+    with pytest.raises(Refused, match="insert-quantizers takes a graph of stage float, here it is simulated"):
+        parse_pipeline("canonicalize, recognize-attention, assign-bits, quantize-cache, insert-quantizers", find_pass).check_order()
 
 
 def test_attention_that_sees_ahead_has_no_cache(build: Callable[..., Any]) -> None:

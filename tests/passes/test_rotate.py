@@ -100,7 +100,7 @@ def test_outliers_of_the_stream_spread(run_pass) -> None:
             value = graph.constant(node).clone()
             value[:, 5] = 100
             graph.set_constant(node, value)
-    ran = run_pass(graph, Rotate(online=False))
+    ran = run_pass(graph, Rotate(mlp=False))
     assert "qc.hadamard" not in ran.operators
 
     def peak(run: Graph) -> float:
@@ -132,6 +132,45 @@ def test_a_post_norm_stream_is_not_rotated(run_pass) -> None:
         reason for reasons in ran.context.log.reasons.values() for reason in reasons
     ]
     assert ran.sqnr(torch.randn(2, 8)) > 110
+
+
+def test_keys_and_queries_are_rotated_alike(run_pass, build) -> None:
+    text = (
+        """graph @main float(%q: f32[b,s,24], %k: f32[b,s,12], %v: f32[b,s,12]) where b in 1..4, s in 1..32 {
+      %a = qc.attention(%q, %k, %v) {heads=2, kv_heads=1, scale=0.3, causal=true} : f32[b,s,24]
+      return %a as "y"
+    }
+    """.replace("      %", "  %")
+        .replace("      return", "  return")
+        .replace("    }", "}")
+    )
+    ran = run_pass(build(text), Rotate(keys=True))
+    assert ran.operators == ["qc.hadamard", "qc.hadamard", "qc.attention"]
+    assert "block=12" in ran.text
+    assert ran.context.log.why_not("a") == ["rotate: no one linear gives the values"]
+    assert ran.sqnr(*(torch.randn(2, 7, n) for n in (24, 12, 12))) > 110
+
+
+def test_values_of_a_fused_projection_stay_and_say_why(run_pass) -> None:
+    class Fused(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.qkv, self.o = nn.Linear(8, 24), nn.Linear(8, 8)
+
+        def forward(self, x):
+            q, k, v = (part.unflatten(-1, (2, 4)).transpose(1, 2) for part in self.qkv(x).split(8, -1))
+            return self.o(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+    ran = run_pass(capture_module(Fused(), (torch.randn(2, 5, 8),), [{0: "batch", 1: "seq"}]), Rotate())
+    assert ran.changes == 0
+    assert ran.context.log.why_not("linear")[0].startswith("rotate: %split")
+
+
+@pytest.mark.parametrize(("option", "left"), [("stream", 4), ("heads", 3), ("mlp", 3)])
+def test_each_part_can_be_left_out(run_pass, option, left) -> None:
+    ran = run_pass(encoder(nn.RMSNorm, True), Rotate(**{option: False}))
+    assert ran.changes == left
+    assert relative_error(ran, torch.randint(0, 20, (3, 6))) < 1e-12
 
 
 def test_an_odd_size_gets_no_online_rotation(run_pass) -> None:

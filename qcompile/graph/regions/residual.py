@@ -107,10 +107,15 @@ def _joined(node: fx.Node) -> list[fx.Node]:
     operands = [x for x in node.all_input_nodes if _shape(x) and _shape(x)[-1] == shape[-1] and _is_float(x)]
     if name == _SUM:
         return operands if len(operands) == 2 and bound_arguments(node)["alpha"] == 1 else []
-    if name in ("aten.mul.Tensor", "aten.mul.Scalar") and isinstance(bound_arguments(node)["other"], fx.Node):
+    if name == "aten.mul.Tensor" and not all(x in operands or _is_number(x) for x in node.all_input_nodes):
         return []
     keeps_axis = name in _HAND_ON and not _moves_last(node, shape)
     return operands[:1] if keeps_axis else []
+
+
+def _is_number(node: fx.Node) -> bool:
+    """Say whether a node is a constant of one element, such as the scale of an embedding."""
+    return node.op == "get_attr" and node.meta["val"].numel() == 1
 
 
 def _moves_last(node: fx.Node, shape: tuple) -> bool:  # type: ignore[type-arg]
@@ -182,11 +187,14 @@ def _fused_norm(graph: Graph, value: fx.Node, node: fx.Node) -> NormRead | str:
     arguments = bound_arguments(node)
     if arguments["input"] is not value or len(arguments["normalized_shape"]) != 1:
         return f"%{node.name} normalizes more than the last axis"
-    readers = _linear_readers(node)
+    kind = "layer" if operator_name(node.target) == "aten.layer_norm" else "rms"
+    scaled, gain = None, arguments["weight"]
+    if kind == "rms" and gain is None:
+        scaled, gain = _gain_after(graph, node)
+    readers = _linear_readers(scaled or node)
     if isinstance(readers, str):
         return readers
-    kind = "layer" if operator_name(node.target) == "aten.layer_norm" else "rms"
-    return NormRead(node, kind, arguments["eps"], arguments["weight"], arguments.get("bias"), None, (node,), readers)
+    return NormRead(scaled or node, kind, arguments["eps"], gain, arguments.get("bias"), scaled, (node,), readers)
 
 
 def _composed_norm(graph: Graph, value: fx.Node, user: fx.Node) -> NormRead | str:
