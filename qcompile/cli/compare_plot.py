@@ -28,8 +28,8 @@ def plot_rows(rows: Sequence[Row], path: Path, task: str, title: str) -> None:
                       ha="right", color="gray", fontsize="small")  # fmt: skip
     if task == "perplexity":
         axes.set_yscale("log")
-        axes.yaxis.set_major_formatter("{x:.4g}")
-        axes.yaxis.set_minor_formatter("{x:.4g}")
+        axes.yaxis.set_major_formatter("{x:.6g}")
+        axes.yaxis.set_minor_formatter("{x:.6g}")
     axes.margins(x=0.15, y=0.1)
     axes.set_xlabel("bits per weight, scales included")
     axes.set_ylabel(f"{task} ({made[0].unit})" if made else task)
