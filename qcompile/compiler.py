@@ -179,6 +179,13 @@ def _calibration(given: Any, captured: Captured, recipe: Recipe, options: Option
     return parse_calibration("random", example_inputs=captured.example_inputs, limit=min(recipe.calibration_samples, RANDOM_SAMPLES))
 
 
+def compile_key(model: Captured, *, recipe: str | Path | Recipe, target: str, calibration: Any = None) -> str:
+    """Return the digest of everything that the artifact of ``run_compile`` depends on, without compiling."""
+    chosen = load_recipe(recipe)
+    data = _calibration(calibration, model, chosen, Options())
+    return _key(model, chosen.parsed_pipeline(), Context(find_target(target), chosen, data, model.example_inputs))
+
+
 def _key(captured: Captured, pipeline: Pipeline, context: Context) -> str:
     """Digest of everything the artifact depends on."""
     parts = [captured.graph.digest, str(pipeline), context.recipe.canonical() if context.recipe else "", context.target.name]

@@ -18,7 +18,7 @@ from qcompile.capture import Captured
 from qcompile.errors import Refused
 from qcompile.generation.text import read_tokenizer
 from qcompile.graph import Graph
-from qcompile.perplexity import measure, read_windows
+from qcompile.perplexity import Windows, measure, read_windows
 from qcompile.pipeline import sqnr_db
 
 PICTURES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp"})
@@ -60,6 +60,23 @@ def evaluate(artifact: Artifact, task: str, data: str | None, reference: Capture
     if task == "perplexity":
         return _perplexity(artifact, data, reference, limit)
     return _top1(artifact, data, reference, limit) if task == "top1" else _sts(artifact, Path(data), reference, limit)
+
+
+def check_data(task: str, data: str | None, model: Captured, limit: int | None = None) -> None:
+    """Look at the data of a task before a model is compiled for it.
+
+    Raises:
+        Refused: it is missing, cannot be read, or does not fit the model.
+    """
+    if task in ("sqnr", "kl"):
+        if data is not None:
+            parse_calibration(data, example_inputs=model.example_inputs, tokenizer_folder=model.folder, limit=limit)
+    elif data is None:
+        raise Refused(f"task {task} needs data", way_out="give --data")
+    elif task == "perplexity":
+        _windows(data, model.graph, _tokenizer(None, model), limit)
+    elif task == "sts":
+        read_pairs(Path(data), limit)
 
 
 def _float_run(reference: Captured | None) -> Run | None:
@@ -105,17 +122,7 @@ def _perplexity(artifact: Artifact, data: str, reference: Captured | None, limit
 
     ``kl`` and ``top1_agreement`` are to the float model, at the same places. Inputs beside the tokens are filled as for calibration.
     """
-    head, options = split_options(data)
-    place, unknown = Path(head.removeprefix("text:")), set(options) - {"length", "stride", "limit"}
-    if not head.startswith("text:") or unknown:
-        raise Refused(f"'{data}' is no text to judge", way_out="write text:FILE?length=512&stride=512&limit=100")
-    context = whole_number(options.get("length", 512), "length")
-    stride = whole_number(options.get("stride", context), "stride") if "stride" in options else None
-    most = whole_number(options["limit"], "limit") if "limit" in options else limit
-    longest = artifact.graph.symbols.ranges.get(str(artifact.graph.input_types[0].shape[-1]), (1, context))[1]
-    if context > longest:
-        raise Refused(f"the model takes texts of up to {longest} tokens, windows are {context}", way_out=f"give length={longest}")
-    windows = read_windows(place, _tokenizer(artifact, reference), context, stride, most)
+    windows = _windows(data, artifact.graph, _tokenizer(artifact.tokenizer, reference), limit)
     fill = text_inputs(artifact.graph)
     run = _float_run(reference)
     found = measure(
@@ -131,6 +138,21 @@ def _perplexity(artifact: Artifact, data: str, reference: Captured | None, limit
     if run:
         more |= {"kl": found.divergence / found.tokens, "top1_agreement": found.agreed / found.tokens}
     return Result("perplexity", found.perplexity, "per token", found.tokens, found.float_perplexity if run else None, more)
+
+
+def _windows(data: str, graph: Graph, tokenizer: Any, limit: int | None) -> Windows:
+    """Return the windows that ``text:FILE?length=512&stride=512`` names."""
+    head, options = split_options(data)
+    place, unknown = Path(head.removeprefix("text:")), set(options) - {"length", "stride", "limit"}
+    if not head.startswith("text:") or unknown:
+        raise Refused(f"'{data}' is no text to judge", way_out="write text:FILE?length=512&stride=512&limit=100")
+    context = whole_number(options.get("length", 512), "length")
+    stride = whole_number(options.get("stride", context), "stride") if "stride" in options else None
+    most = whole_number(options["limit"], "limit") if "limit" in options else limit
+    longest = graph.symbols.ranges.get(str(graph.input_types[0].shape[-1]), (1, context))[1]
+    if context > longest:
+        raise Refused(f"the model takes texts of up to {longest} tokens, windows are {context}", way_out=f"give length={longest}")
+    return read_windows(place, tokenizer, context, stride, most)
 
 
 def _vocabulary(graph: Graph) -> int:
@@ -194,7 +216,7 @@ def _sts(artifact: Artifact, path: Path, reference: Captured | None, limit: int 
     from scipy.stats import spearmanr
 
     scores, first, second = read_pairs(path, limit)
-    tokenize = _tokenizer(artifact, reference)
+    tokenize = _tokenizer(artifact.tokenizer, reference)
     embed = [embed_sentences(artifact.executable, artifact.graph, tokenize, side) for side in (first, second)]
     value = float(spearmanr(_cosine(*embed), scores).statistic)
     run = _float_run(reference)
@@ -239,8 +261,7 @@ def _number(text: str) -> float | None:
         return None
 
 
-def _tokenizer(artifact: Artifact, reference: Captured | None) -> Any:
-    data = artifact.tokenizer
+def _tokenizer(data: bytes | None, reference: Captured | None) -> Any:
     if data is None and reference and reference.folder and (reference.folder / "tokenizer.json").is_file():
         data = (reference.folder / "tokenizer.json").read_bytes()
     if data is None:

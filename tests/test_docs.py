@@ -381,6 +381,7 @@ def test_the_json_keys_of_every_command(cli: Callable[..., Any], tmp_path: Path)
         "tune": ("tune", tmp_path / "cpu.qc", "--seconds", 0),
         "bench": ("bench", path, "--rounds", 1, "--calls", 1),
         "evaluate": ("evaluate", path, "--data", "random"),
+        "compare": ("compare", model, "--recipes", "float", "--target", "reference"),
         "inspect": ("inspect", path),
         "diff": ("diff", path, path),
         "verify": ("verify", path),

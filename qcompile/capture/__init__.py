@@ -7,7 +7,7 @@ import importlib.util
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -51,8 +51,8 @@ def capture(model: Any, example_inputs: Examples | None = None, dynamic_shapes: 
     """Return the graph of a model.
 
     Args:
-        model: a module, an exported program, a Graph, an ONNX ModelProto, or the path of an ``.onnx`` file, a ``.pt2`` file, a
-            ``.gguf`` file, a Hugging Face folder (its weights may be quantized by GPTQ, AWQ or compressed-tensors), or
+        model: a module, an exported program, a Graph, a model captured before, an ONNX ModelProto, or the path of an ``.onnx`` file, a
+            ``.pt2`` file, a ``.gguf`` file, a Hugging Face folder (its weights may be quantized by GPTQ, AWQ or compressed-tensors), or
             ``python:FILE_OR_MODULE:FUNCTION`` where the function returns (module, example inputs) or (module, example inputs, dynamic
             shapes).
         example_inputs: one batch; needed for a module, else made from the input types.
@@ -61,6 +61,8 @@ def capture(model: Any, example_inputs: Examples | None = None, dynamic_shapes: 
     Raises:
         Refused: naming the file, operator, node and source line.
     """
+    if isinstance(model, Captured):
+        return replace(model, graph=model.graph.copy())
     if isinstance(model, Graph):
         graph = model.copy()
     elif isinstance(model, torch.nn.Module):

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from qcompile.errors import Refused
+from qcompile.cli.picture import new_figure
 
 
 def plot_runs(runs: Sequence[dict[str, Any]], path: Path, title: str) -> None:
@@ -15,13 +15,7 @@ def plot_runs(runs: Sequence[dict[str, Any]], path: Path, title: str) -> None:
     Raises:
         Refused: another ending, or matplotlib is not installed.
     """
-    if path.suffix not in (".png", ".svg"):
-        raise Refused(f"'{path}' is no name of a picture", way_out="end it in .png or .svg")
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise Refused("matplotlib is not installed", way_out="pip install qcompile[bench]") from error
-    figure = Figure(figsize=(7, 1 + 0.4 * len(runs)), layout="constrained")
+    figure = new_figure(path, 7, 1 + 0.4 * len(runs))
     axes = figure.subplots()
     medians = [run["median_ms"] for run in runs]
     below, above = [run["median_ms"] - run["min_ms"] for run in runs], [run["p90_ms"] - run["median_ms"] for run in runs]

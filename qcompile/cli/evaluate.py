@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 
 import click
@@ -24,6 +25,7 @@ from qcompile.errors import Refused
 @click.option("--stride", type=click.IntRange(1), help="perplexity: tokens from window to window [the context: no overlap].")
 @click.option("--model", metavar="MODEL", help="The float model [the one this file was compiled from on this machine].")
 @click.option("--limit", type=click.IntRange(1), help="The most samples.")
+@click.option("--speed", is_flag=True, help="perplexity: also measure tokens per second and peak memory, in a process of its own.")
 @click.option("--target", help="Run on another target, such as reference.")
 @threads_option()
 @trust_option()
@@ -37,6 +39,7 @@ def evaluate(
     stride: int | None,
     model: str | None,
     limit: int | None,
+    speed: bool,
     target: str | None,
     threads: int | None,
     trust_code: bool,
@@ -46,13 +49,19 @@ def evaluate(
     from qcompile.artifact import load
     from qcompile.capture import capture
     from qcompile.evaluation import evaluate as run
+    from qcompile.generation.speed import measure_speed
     from qcompile.source_notes import find_source
 
     if text or context or stride:
-        data = _text_data(task, data, text, context, stride)
+        data = text_data(task, data, text, context, stride)
+    if speed and task != "perplexity":
+        raise Refused("--speed is for --task perplexity", way_out="use 'qcompile bench'")
     loaded = load(artifact, target=target, threads=threads, trust_code=trust_code)
     place = model or find_source(artifact)
+    found = measure_speed(artifact, target=target, threads=threads, trust_code=trust_code) if speed else None
     result = run(loaded, task, data, capture(place) if place else None, limit)
+    if found:
+        result.more.update(asdict(found))
     if json_:
         return print_json(
             {
@@ -69,11 +78,11 @@ def evaluate(
         + ("" if result.float_value is None else f", float {result.float_value:.4f}")
     )
     for name, value in result.more.items():
-        click.echo(f"{name}: {value:.5f}")
+        click.echo(f"{name}: {value}" if isinstance(value, int) else f"{name}: {value:.5f}")
     return None
 
 
-def _text_data(task: str, data: str | None, text: Path | None, context: int | None, stride: int | None) -> str:
+def text_data(task: str, data: str | None, text: Path | None, context: int | None, stride: int | None) -> str:
     """Return the options of a text as the one text that tasks take."""
     if task != "perplexity":
         raise Refused("--text, --context and --stride are for --task perplexity")

@@ -27,6 +27,7 @@ COMMANDS = {
     "tune": ("tune", "Search for faster block sizes of an artifact's kernels on this machine."),
     "bench": ("bench", "Time an artifact side by side with other runtimes."),
     "evaluate": ("evaluate", "Measure an artifact's accuracy against data or its float model."),
+    "compare": ("compare", "Compile a model by several recipes and print what each loses and costs."),
     "inspect": ("inspect", "Show layers, schemes, errors and float operators."),
     "diff": ("inspect", "Compare two artifacts layer by layer."),
     "verify": ("verify", "Replay an artifact's probes and golden inputs on this machine."),

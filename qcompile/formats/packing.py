@@ -46,11 +46,15 @@ def unpack(packed: torch.Tensor, bits: int, signed: bool, size: int) -> torch.Te
 
 
 def _unpack(packed: torch.Tensor, bits: int, signed: bool, size: int) -> torch.Tensor:
-    spread = ((packed.unsqueeze(-1) >> torch.arange(8, dtype=torch.uint8)) & 1).flatten(-2)[..., : size * bits]
-    codes = (spread.unflatten(-1, (size, bits)) << torch.arange(bits, dtype=torch.uint8)).sum(-1, dtype=torch.uint8)
+    if 8 % bits == 0:  # whole codes in each byte
+        codes = (packed.unsqueeze(-1) >> torch.arange(0, 8, bits, dtype=torch.uint8)) & ((1 << bits) - 1)
+        codes = codes.flatten(-2)[..., :size].contiguous()
+    else:
+        spread = ((packed.unsqueeze(-1) >> torch.arange(8, dtype=torch.uint8)) & 1).flatten(-2)[..., : size * bits]
+        codes = (spread.unflatten(-1, (size, bits)) << torch.arange(bits, dtype=torch.uint8)).sum(-1, dtype=torch.uint8)
     if not signed:
         return codes
-    return ((codes ^ (1 << (bits - 1))).to(torch.int16) - (1 << (bits - 1))).to(torch.int8)
+    return (codes.to(torch.int8) ^ (1 << (bits - 1))) - (1 << (bits - 1))
 
 
 def stored_bytes(scheme: Scheme, shape: tuple[int, ...]) -> int:

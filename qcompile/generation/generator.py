@@ -75,6 +75,7 @@ class Generator:
         tokenizer: of the package ``tokenizers``; None where the artifact holds none, and prompts are token numbers.
         speed: tokens and seconds of the last generation.
         cache_bytes: what its caches took.
+        vocabulary: how many tokens the model has.
 
     Args:
         artifact: a compiled decoder.
@@ -89,7 +90,7 @@ class Generator:
         self.speed = Speed()
         self.cache_bytes = 0
         self.tokenizer: Any = read_tokenizer(artifact.tokenizer) if artifact.tokenizer else None
-        self._vocabulary = int(self.model.decoder.prefill.outputs[0].meta["val"].shape[-1])
+        self.vocabulary = int(self.model.decoder.prefill.outputs[0].meta["val"].shape[-1])
 
     def tokens_of(self, prompt: Prompt) -> list[int]:
         """Return a prompt's tokens.
@@ -102,8 +103,8 @@ class Generator:
         tokens = list(self.tokenizer.encode(prompt).ids if isinstance(prompt, str) else prompt)
         if not tokens:
             raise Refused("the prompt is empty", way_out="give at least one token")
-        if wrong := [token for token in tokens if not 0 <= token < self._vocabulary]:
-            raise Refused(f"the prompt holds token {wrong[0]}, the model has {self._vocabulary} tokens")
+        if wrong := [token for token in tokens if not 0 <= token < self.vocabulary]:
+            raise Refused(f"the prompt holds token {wrong[0]}, the model has {self.vocabulary} tokens")
         return tokens
 
     def stream(

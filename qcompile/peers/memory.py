@@ -27,7 +27,7 @@ def peak_memory(name: str, path: Path, threads: int, inputs: Path) -> int | None
     return int(lines[-1]) if done.returncode == 0 and lines and lines[-1].isdigit() else None
 
 
-def _high_water() -> int:
+def high_water_bytes() -> int:
     """Return the high-water mark of this process's memory; ``getrusage`` would begin with the parent's."""
     found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
     return int(found[1]) * 1024 if found else 0
@@ -47,7 +47,7 @@ def _run(name: str, path: Path, threads: int, inputs: Path) -> None:
         values = [torch.from_numpy(value) for value in values]
     for _ in range(CALLS):
         run(values)
-    print(_high_water())
+    print(high_water_bytes())
 
 
 if __name__ == "__main__":

@@ -42,16 +42,20 @@ def pack_linear(
         arrays = [_pair_panels(spec, weight)]
     else:
         raised = 0 if spec.codebook else spec.code_zero
-        codes = weight.astype(np.int32) + raised  # unsigned below 8 bits
+        # Bytes throughout, whatever the weight's dtype: what is stored is the code modulo 256, and a head of 32000 x 2048 in wider
+        # integers took gigabytes.
+        codes = weight.astype(np.uint8) + np.uint8(raised)  # unsigned below 8 bits
         zeros = np.full((n, spec.groups), raised, np.int32)
         if spec.weight_affine:
             zeros[:] = np.asarray(zero_point, np.int32).reshape(-1, 1 if not spec.group else spec.groups) + spec.code_zero
-        length = spec.group or k
-        expanded = zeros.repeat(length, 1)[:, :k]
-        arrays = [_code_panels(spec, codes, zeros)]
+        arrays = [_code_panels(spec, codes, zeros.astype(np.uint8))]
         if spec.has_sums:
-            values = codes - expanded if table is None else table.astype(np.int32)[codes]
-            arrays.append(_columns(spec, values.sum(1), np.int32))
+            lengths = np.diff([*range(0, k, spec.group or k), k])  # of the groups, the last may be shorter
+            if table is None:
+                sums = weight.sum(1, dtype=np.int32) + raised * k - zeros[:, : len(lengths)] @ lengths
+            else:
+                sums = table.astype(np.int16)[codes].sum(1, dtype=np.int32)
+            arrays.append(_columns(spec, sums, np.int32))
         arrays.append(_scales(spec, np.asarray(scale), np.float32))
         if spec.weight_affine:
             arrays.append(_scales(spec, zeros, np.uint8))
@@ -92,11 +96,10 @@ def _code_panels(spec: Linear, codes: Array, zeros: Array) -> Array:
     """
     n, k = codes.shape
     words, step, columns = spec.steps * spec.step, spec.step, spec.columns
-    padded = np.zeros((spec.padded_columns, words * 4), np.int32)
-    fill = zeros.repeat(spec.group or words * 4, 1)[:, : words * 4]
-    padded[:n] = fill
+    padded = np.zeros((spec.padded_columns, words * 4), np.uint8)
+    padded[:n] = zeros.repeat(spec.group or words * 4, 1)[:, : words * 4]
     padded[:n, :k] = codes
-    bytes_ = padded.reshape(spec.column_blocks, columns, words // step, step, 4).transpose(0, 2, 3, 1, 4) & 255
+    bytes_ = np.ascontiguousarray(padded.reshape(spec.column_blocks, columns, words // step, step, 4).transpose(0, 2, 3, 1, 4))
     if spec.ternary:
         numbers = np.tensordot(bytes_, 3 ** np.arange(step)[::-1], (2, 0))
         return np.ascontiguousarray(-(numbers * -256 // 3**step)).astype(np.uint8).view(np.int8).reshape(spec.weight_shape)
@@ -105,10 +108,10 @@ def _code_panels(spec: Linear, codes: Array, zeros: Array) -> Array:
         each = 8 // width  # words in one vector
         plane = (bytes_ >> low) & ((1 << width) - 1)
         plane = plane.reshape(*bytes_.shape[:2], step // each, each, columns * 4)
-        shifts = (np.arange(each) * width).reshape(each, 1)
-        parts.append((plane << shifts).sum(3).reshape(*bytes_.shape[:2], -1))
+        shifts = (np.arange(each, dtype=np.uint8) * width).reshape(each, 1)
+        parts.append((plane << shifts).sum(3, dtype=np.uint8).reshape(*bytes_.shape[:2], -1))
         low += width
-    return np.ascontiguousarray(np.concatenate(parts, 2).astype(np.uint8).view(np.int8).reshape(spec.weight_shape))
+    return np.ascontiguousarray(np.concatenate(parts, 2).view(np.int8).reshape(spec.weight_shape))
 
 
 def _columns(spec: Linear, values: Array, dtype: Any) -> Array:
