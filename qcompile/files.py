@@ -1,7 +1,8 @@
-"""Writing files so that a reader never sees half of one, and the folder of cached work."""
+"""Writing files so that a reader never sees half of one, the folder of cached work, and memory that is given back."""
 
 from __future__ import annotations
 
+import ctypes
 import glob
 import os
 import tempfile
@@ -56,6 +57,16 @@ def remove_strays(path: Path) -> None:
     """Remove temporary files that a killed process left beside ``path``."""
     for stray in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
         stray.unlink(missing_ok=True)
+
+
+def give_back_memory() -> None:
+    """Give the pages of freed memory back to the system; where the C library has no way to, they stay.
+
+    Between large tensors that come and go, glibc leaves gaps of some megabytes each that no later tensor fits into.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def cache_folder() -> Path:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
+from qcompile.passes import quantize_weights
 
 import qcompile
 from qcompile import checkpoint
@@ -19,7 +20,6 @@ from qcompile.formats import packing, parse_scheme
 from qcompile.graph import Graph, file_tensor
 from qcompile.graph.file_tensor import FileTensor
 from qcompile.graph.graph import node_name
-from qcompile.passes import quantize_weights
 from qcompile.registry import find_solver
 from qcompile.safetensors_file import Content, open_path
 
@@ -42,7 +42,9 @@ def compiled(tiny: Any, output: Path | None, recipe: str, *, resume: bool = Fals
     module, examples, sizes = tiny.mlp()
     data = [(torch.randn(4, 8, generator=torch.Generator().manual_seed(0)),)]
     options = Options(output=output, resume=resume)
-    made = run_compile(module, examples, recipe=recipe, target="reference", calibration=data, dynamic_shapes=sizes, options=options).artifact
+    made = run_compile(
+        module, examples, recipe=recipe, target="reference", calibration=data, dynamic_shapes=sizes, options=options
+    ).artifact
     if output:
         finish(made, output)
     return made
@@ -56,7 +58,9 @@ def solving(solver: str) -> str:
 
 @pytest.mark.parametrize("solver", ["nearest", "mse", "gptq"])
 @pytest.mark.usefixtures("in_files")
-def test_a_compile_in_files_gives_the_bytes_of_one_in_memory(tiny: Any, tmp_path: Path, solver: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_compile_in_files_gives_the_bytes_of_one_in_memory(
+    tiny: Any, tmp_path: Path, solver: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     lying = compiled(tiny, tmp_path / "model.qc", solving(solver))
     assert all(isinstance(value, FileTensor) for value in lying.graph.constants.values() if value.numel() > 64)
     assert any(isinstance(value, FileTensor) for value in lying.graph.constants.values())
@@ -100,7 +104,9 @@ def killed_after(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
 def solved_layers(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     kind = quantize_weights._Solver
     install, found = kind.install, list[str]()
-    monkeypatch.setattr(kind, "install", lambda self, graph, weight, *others: found.append(weight.name) or install(self, graph, weight, *others))
+    monkeypatch.setattr(
+        kind, "install", lambda self, graph, weight, *others: found.append(weight.name) or install(self, graph, weight, *others)
+    )
     return found
 
 
@@ -136,7 +142,10 @@ def test_solvers_by_rows_treat_rows_apart(solver: str, scheme: str) -> None:
     statistics = {"gram": x.T @ x / 40, "rows": torch.tensor(40)}
     solve = find_solver(solver)
     assert sys.modules[solve.__module__].BY_ROWS
-    whole, parts = solve(weight, statistics, parse_scheme(scheme)), [solve(weight[i : i + 4], statistics, parse_scheme(scheme)) for i in (0, 4, 8)]
+    whole, parts = (
+        solve(weight, statistics, parse_scheme(scheme)),
+        [solve(weight[i : i + 4], statistics, parse_scheme(scheme)) for i in (0, 4, 8)],
+    )
     assert torch.equal(whole.codes, torch.cat([part.codes for part in parts]))
     assert torch.equal(whole.scale, torch.cat([part.scale for part in parts]))
 

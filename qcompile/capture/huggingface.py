@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from qcompile.capture.known_graphs import known_graph, remember_graph
 from qcompile.capture.torch_export import capture_module
 from qcompile.capture.weight_files import open_weights
 from qcompile.errors import Refused
@@ -68,7 +69,10 @@ def capture_folder(folder: Path) -> tuple[Graph, tuple[torch.Tensor, ...]]:
         Refused: no configuration, an unknown architecture, missing or damaged weights.
     """
     config = _read_config(folder)
-    model, output, weights = _load(folder, config)
+    files = None if "quantization_config" in config else open_weights(folder)
+    if files and (known := known_graph(folder, files)):
+        return known
+    model, output, weights = _load(folder, config, files)
     module, examples, shapes = _wrapped(config, model, output)
     graph = capture_module(module, examples, shapes)
     _place(graph, weights, folder)
@@ -76,6 +80,8 @@ def capture_folder(folder: Path) -> tuple[Graph, tuple[torch.Tensor, ...]]:
         low, high = graph.symbols.ranges["seq"]
         longest = getattr(model.config, "max_position_embeddings", None) or high
         graph.symbols.ranges["seq"] = (low, min(high, longest))
+    if files and weights.places:
+        remember_graph(folder, files, graph, examples)
     return graph, examples
 
 
@@ -157,7 +163,7 @@ class _Weights:
     missing: frozenset[str]
 
 
-def _load(folder: Path, config: dict[str, Any]) -> tuple[torch.nn.Module, str, _Weights]:
+def _load(folder: Path, config: dict[str, Any], files: Mapping[str, FileTensor] | None) -> tuple[torch.nn.Module, str, _Weights]:
     try:
         import transformers
     except ImportError as error:
@@ -170,7 +176,6 @@ def _load(folder: Path, config: dict[str, Any]) -> tuple[torch.nn.Module, str, _
         kind, output = transformers.AutoModelForImageClassification, "logits"
     elif _is_decoder(config):
         kind, output = transformers.AutoModelForCausalLM, "logits"
-    files = None if "quantization_config" in config else open_weights(folder)
     verbosity = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
