@@ -20,14 +20,12 @@ from typing import Any
 import torch
 
 from qcompile.errors import Refused
-from qcompile.files import atomic_file, give_back_memory, write_atomic
+from qcompile.files import atomic_file, write_atomic
 from qcompile.graph import Graph, parse_graph, print_graph, tensor_digest
 from qcompile.graph.file_tensor import LARGE, FileTensor, read_if_small
 from qcompile.graph.graph import set_digest
 from qcompile.graph.text import DIGEST_LENGTH
 from qcompile.safetensors_file import Content, open_path
-
-_GIVEN_BACK = 64 << 20  # bytes that go to files before memory is given back
 
 
 class Checkpoints:
@@ -43,7 +41,6 @@ class Checkpoints:
         self.folder = artifact.with_name(f"{artifact.name}.partial")
         self.key = key
         self.journal: dict[str, Any] = {"key": key, "passes": [], "state": {}}
-        self._moved = 0  # bytes that went to files since memory was given back
         self._known: set[str] = set()  # constants that were written or checked by this process
         if resume and (found := self._read()) is not None:
             self.journal = found
@@ -70,7 +67,6 @@ class Checkpoints:
         self.journal["state"] = dict(state)
         write_atomic(self.folder / "journal.json", json.dumps(self.journal).encode())
         finished.unlink(missing_ok=True)
-        give_back_memory()
 
     def keep(self, tensor: torch.Tensor) -> torch.Tensor:
         """Return the tensor as it is written here, or the tensor itself where it is small or lies in a file already."""
@@ -78,10 +74,6 @@ class Checkpoints:
             return tensor
         kept = open_path(self._write(tensor))["value"]
         set_digest(kept, tensor_digest(tensor))
-        self._moved += tensor.nbytes
-        if self._moved > _GIVEN_BACK:
-            self._moved = 0
-            give_back_memory()
         return kept
 
     def parts(self) -> FinishedParts:

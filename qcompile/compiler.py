@@ -21,7 +21,7 @@ from qcompile.capture import Captured, capture
 from qcompile.capture.torch_export import DynamicShapes
 from qcompile.checkpoint import Checkpoints
 from qcompile.errors import Refused
-from qcompile.files import cache_folder, give_back_memory, write_atomic
+from qcompile.files import cache_folder, write_atomic
 from qcompile.graph import Graph, Stage, print_graph
 from qcompile.graph.file_tensor import parts_of
 from qcompile.native_code import build_native_code
@@ -208,7 +208,6 @@ def _run_pipeline(captured: Captured, pipeline: Pipeline, context: Context, opti
         if item.stage == Stage.SIMULATED and item.gives == Stage.INTEGER and state.float_graph is not None:
             state.errors = layer_errors(state.float_graph, graph, captured.example_inputs)
             state.float_graph = None
-            give_back_memory()
         context.parts = checkpoints.parts() if checkpoints else None
         if options.progress:
             options.progress(f"[{number + 1}/{len(pipeline.passes)}] {item}")

@@ -1,4 +1,4 @@
-"""Writing files so that a reader never sees half of one, the folder of cached work, and memory that is given back."""
+"""Writing files so that a reader never sees half of one, the folder of cached work, and how memory is given back."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import BinaryIO
 
 from qcompile.errors import Refused
+
+_MMAP_THRESHOLD = -3  # of glibc's mallopt
 
 
 @contextmanager
@@ -59,14 +61,15 @@ def remove_strays(path: Path) -> None:
         stray.unlink(missing_ok=True)
 
 
-def give_back_memory() -> None:
-    """Give the pages of freed memory back to the system; where the C library has no way to, they stay.
+def map_large_blocks() -> None:
+    """Have this process give memory of 4 MiB and more back when it is freed; where the C library has no such setting, nothing changes.
 
-    Between large tensors that come and go, glibc leaves gaps of some megabytes each that no later tensor fits into.
+    glibc comes to place blocks of up to 32 MiB beside small ones once such a block was freed. Weights that come and go then leave gaps
+    that small results keep open: a compile of a billion weights held twice of what it used.
     """
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
+    set_option = getattr(ctypes.CDLL(None), "mallopt", None)
+    if set_option is not None:
+        set_option(_MMAP_THRESHOLD, 4 << 20)
 
 
 def cache_folder() -> Path:

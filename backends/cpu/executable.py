@@ -24,12 +24,14 @@ from qcompile.backends.cpu.machine import Machine, Step, read_program
 from qcompile.backends.cpu.pipeline import COMPILE_LOCK
 from qcompile.backends.cpu.team import connect, set_threads
 from qcompile.backends.lowering.translate import Fallback
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from tvm import relax
 from tvm.support import cc
 
 from qcompile.errors import Refused
 from qcompile.files import cache_folder
+from qcompile.graph.file_tensor import FileTensor
+from qcompile.safetensors_file import open_path
 
 ALIGNMENT = 64  # bytes; kernels load whole 512-bit vectors, and TVM refuses less
 LIBRARY, CONSTANTS, INTERFACE = "library.so", "constants.safetensors", "interface.json"
@@ -242,7 +244,7 @@ class Executable:
         _check_processor(interface, folder)
         with _without_native_log():
             module = tvm.runtime.load_module(os.fspath(folder / LIBRARY))
-        return cls(module, load_file(folder / CONSTANTS), interface, threads)
+        return cls(module, open_path(folder / CONSTANTS), interface, threads)
 
     def _machine(self) -> Any:
         """Return the calling thread's machine: it keeps an arena, so sharing one between threads gives wrong answers."""
@@ -291,7 +293,12 @@ def _without_native_log() -> Iterator[None]:
 
 
 def aligned(tensor: torch.Tensor) -> torch.Tensor:
-    """Return the tensor contiguous and on an address that is a multiple of 64; copied only if it is not so already."""
+    """Return the tensor contiguous and on an address that is a multiple of 64; copied only if it is not so already.
+
+    One in a file is read: mapped, its pages would count as memory beside the copy.
+    """
+    if isinstance(tensor, FileTensor):
+        tensor = tensor.read()
     if tensor.requires_grad:
         tensor = tensor.detach()
     if tensor.is_contiguous() and tensor.data_ptr() % ALIGNMENT == 0:

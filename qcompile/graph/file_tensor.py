@@ -187,6 +187,10 @@ class _Kept:
             self._values[id(tensor)] = known
             return known[1]
 
+    def clear(self) -> None:
+        with self._lock:
+            self._values.clear()
+
     def _make_room(self, size: int) -> None:
         """Drop values, those used longest ago first: before others are read, not after."""
         used = sum(values.nbytes for _, values in self._values.values())
@@ -195,6 +199,11 @@ class _Kept:
 
 
 _kept = _Kept()
+
+
+def forget_values() -> None:
+    """Drop the values that are kept: after a build nothing reads the weights again."""
+    _kept.clear()
 
 
 def in_memory(value: Any) -> Any:
