@@ -180,7 +180,7 @@ def _load(folder: Path, config: dict[str, Any], files: Mapping[str, FileTensor] 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     try:
-        model = _build_empty(kind, folder) if files is not None else None
+        model: Any = _build_empty(kind, folder) if files is not None else None
         weights = _find_weights(model, files) if files is not None else None
         if weights is None:
             model, weights = _load_whole(kind, folder)
