@@ -138,7 +138,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=22)
     parser.add_argument("--solver", default="nearest", choices=("nearest", "mse"))
-    parser.add_argument("--folder", type=Path, help="keep model and artifacts here")
+    parser.add_argument("--folder", type=Path, help="keep model and artifacts here; a model that is there is not written again")
     parser.add_argument("--kill", action="store_true", help="also kill a compile and resume it")
     parser.add_argument("--json", action="store_true")
     chosen = parser.parse_args()
@@ -158,7 +158,10 @@ def main() -> None:
 def measure(folder: Path, chosen: argparse.Namespace) -> dict[str, Any]:
     """Write, compile and run the model; return the figures."""
     model, recipe, output = folder / "model", folder / "recipe.yaml", folder / "model.qc"
-    weights = write_model(model, chosen.layers)
+    marker = folder / f"{chosen.layers}_layers"
+    if not marker.exists():
+        marker.write_text(str(write_model(model, chosen.layers)))
+    weights = int(marker.read_text())
     recipe.write_text(RECIPE.format(name=f"w4-{chosen.solver}", solver=chosen.solver))
     arguments = ["compile", str(model), "--recipe", str(recipe), "-o", str(output)]
     done, peak = finish(start(arguments))

@@ -304,11 +304,13 @@ def _runs(value: torch.Tensor, scheme: Scheme, by_rows: bool) -> Iterator[torch.
 def _joined(parts: Sequence[Quantized]) -> Quantized:
     if len(parts) == 1:
         return parts[0]
-    codes, scale, *others = (
-        None if part[0] is None else torch.cat(part)
-        for part in zip(*((q.codes, q.scale, q.zero_point, q.table) for q in parts), strict=True)
-    )
-    return Quantized(codes, scale, others[0], parts[0].scheme, others[1])
+
+    def join(name: str) -> torch.Tensor | None:
+        tensors = [getattr(part, name) for part in parts]
+        return None if tensors[0] is None else torch.cat(tensors)
+
+    codes, scale = (torch.cat([getattr(part, name) for part in parts]) for name in ("codes", "scale"))
+    return Quantized(codes, scale, join("zero_point"), parts[0].scheme, join("table"))
 
 
 def _set_codes(weight: _Weight, tensors: Mapping[str, torch.Tensor | None]) -> None:

@@ -23,7 +23,7 @@ from qcompile.errors import Refused
 from qcompile.files import atomic_file, write_atomic
 from qcompile.graph import Graph, parse_graph, print_graph, tensor_digest
 from qcompile.graph.file_tensor import LARGE, FileTensor, read_if_small
-from qcompile.graph.graph import adopt_digest
+from qcompile.graph.graph import set_digest
 from qcompile.graph.text import DIGEST_LENGTH
 from qcompile.safetensors_file import Content, open_path
 
@@ -73,7 +73,7 @@ class Checkpoints:
         if isinstance(tensor, FileTensor) or tensor.nbytes < LARGE:
             return tensor
         kept = open_path(self._write(tensor))["value"]
-        adopt_digest(kept, tensor)
+        set_digest(kept, tensor_digest(tensor))
         return kept
 
     def parts(self) -> FinishedParts:

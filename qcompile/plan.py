@@ -8,6 +8,8 @@ from typing import Any
 
 from qcompile.capture import capture
 from qcompile.formats import LayerScheme, parse_layer_scheme, stored_bytes
+from qcompile.graph import Graph
+from qcompile.graph.file_tensor import KEPT, FileTensor
 from qcompile.graph.text import bound_arguments, operator_name
 from qcompile.pipeline import Context, Pipeline
 from qcompile.recipe import CODES_RECIPE, DEFAULT_RECIPE, Recipe, load_recipe
@@ -49,11 +51,18 @@ def plan(model: Any, *, recipe: str | Path | Recipe | None = None, target: str =
     return {
         "bytes": rest + sum(size for size, _ in sizes), "float_bytes": float_bytes,
         "bits_per_weight": round(32 * sum(s for s, _ in sizes) / sum(f for _, f in sizes), 4) if sizes else 32.0,
-        "peak_memory_bytes": 3 * float_bytes + COMPILER_BYTES,
+        "peak_memory_bytes": _peak_memory(graph, float_bytes) + COMPILER_BYTES,
         "kernels": [{"op": op, "weight": w, "activation": a, "count": count} for (op, w, a), count in sorted(kernels.items())],
         "float_ops": [{"node": n, "op": op, "reason": reason} for n, op, reason in float_operators(graph) if n not in quantized],
         "warnings": context.warnings, "pipeline": str(pipeline), "recipe": chosen.name, "target": target,
     }  # fmt: skip
+
+
+def _peak_memory(graph: Graph, float_bytes: int) -> int:
+    """Return the bytes that weights take at most: all of them with what is made of them, or of those in files a few at a time."""
+    in_files = [tensor.nbytes for tensor in graph.constants.values() if isinstance(tensor, FileTensor)]
+    held = float_bytes - sum(in_files)
+    return 3 * held + min(3 * sum(in_files), KEPT + 3 * max(in_files, default=0))
 
 
 def _shape(node: Any) -> tuple[int, ...]:

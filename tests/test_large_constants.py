@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
+from qcompile.passes import quantize_weights
 
 import qcompile
 from qcompile import checkpoint
@@ -19,7 +20,6 @@ from qcompile.formats import packing, parse_scheme
 from qcompile.graph import Graph, file_tensor
 from qcompile.graph.file_tensor import FileTensor
 from qcompile.graph.graph import node_name
-from qcompile.passes import quantize_weights
 from qcompile.registry import find_solver
 from qcompile.safetensors_file import Content, open_path
 
@@ -104,9 +104,12 @@ def killed_after(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
 def solved_layers(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     kind = quantize_weights._Solver
     install, found = kind.install, list[str]()
-    monkeypatch.setattr(
-        kind, "install", lambda self, graph, weight, *others: found.append(weight.name) or install(self, graph, weight, *others)
-    )
+
+    def recorded(self: Any, graph: Graph, weight: Any, *others: Any) -> None:
+        found.append(weight.name)
+        install(self, graph, weight, *others)
+
+    monkeypatch.setattr(kind, "install", recorded)
     return found
 
 
@@ -117,9 +120,10 @@ def test_a_killed_compile_loses_no_solved_weight(
 ) -> None:
     compiled(tiny, tmp_path / "whole.qc", solving(solver))
     output = tmp_path / "model.qc"
-    with monkeypatch.context() as patch, pytest.raises(Killed):
+    with monkeypatch.context() as patch:
         killed_after(1, patch)
-        compiled(tiny, output, solving(solver))
+        with pytest.raises(Killed):
+            compiled(tiny, output, solving(solver))
     (parts,) = (tmp_path / "model.qc.partial").glob("*.parts")
     if damage == "line":
         parts.write_text(parts.read_text()[:-9])
@@ -142,10 +146,8 @@ def test_solvers_by_rows_treat_rows_apart(solver: str, scheme: str) -> None:
     statistics = {"gram": x.T @ x / 40, "rows": torch.tensor(40)}
     solve = find_solver(solver)
     assert sys.modules[solve.__module__].BY_ROWS
-    whole, parts = (
-        solve(weight, statistics, parse_scheme(scheme)),
-        [solve(weight[i : i + 4], statistics, parse_scheme(scheme)) for i in (0, 4, 8)],
-    )
+    whole = solve(weight, statistics, parse_scheme(scheme))
+    parts = [solve(weight[i : i + 4], statistics, parse_scheme(scheme)) for i in (0, 4, 8)]
     assert torch.equal(whole.codes, torch.cat([part.codes for part in parts]))
     assert torch.equal(whole.scale, torch.cat([part.scale for part in parts]))
 

@@ -25,12 +25,13 @@ from qcompile.backends.cpu.memory import aligned, place
 from qcompile.backends.cpu.pipeline import COMPILE_LOCK
 from qcompile.backends.cpu.team import connect, set_threads
 from qcompile.backends.lowering.translate import Fallback
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from tvm import relax
 from tvm.support import cc
 
 from qcompile.errors import Refused
 from qcompile.files import cache_folder
+from qcompile.safetensors_file import open_path
 
 LIBRARY, CONSTANTS, INTERFACE = "library.so", "constants.safetensors", "interface.json"
 
@@ -243,7 +244,7 @@ class Executable:
         _check_processor(interface, folder)
         with _without_native_log():
             module = tvm.runtime.load_module(os.fspath(folder / LIBRARY))
-        return cls(module, load_file(folder / CONSTANTS), interface, threads)
+        return cls(module, open_path(folder / CONSTANTS), interface, threads)
 
     def _machine(self) -> Any:
         """Return the calling thread's machine: it keeps an arena, so sharing one between threads gives wrong answers."""

@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from qcompile.graph.file_tensor import FileTensor
+
 ALIGNMENT = 64  # bytes; kernels load whole 512-bit vectors, and TVM refuses less
 LARGE = 4 << 20  # bytes: less than this has no large pages
 
@@ -25,7 +27,12 @@ def allocate(size: int) -> np.ndarray[Any, Any]:
 
 
 def aligned(tensor: torch.Tensor) -> torch.Tensor:
-    """Return the tensor contiguous and on an address that is a multiple of 64; copied only if it is not so already."""
+    """Return the tensor contiguous and on an address that is a multiple of 64; copied only if it is not so already.
+
+    One in a file is read: mapped, its pages would count as memory beside the copy.
+    """
+    if isinstance(tensor, FileTensor):
+        tensor = tensor.read()
     if tensor.requires_grad:
         tensor = tensor.detach()
     if tensor.is_contiguous() and tensor.data_ptr() % ALIGNMENT == 0:
@@ -40,15 +47,17 @@ def aligned(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def place(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """Return the tensors, each ``aligned``: together in one piece of memory if they have ``LARGE`` bytes, else where they are."""
-    tensors = [aligned(tensor) for tensor in tensors]
+    """Return the tensors, each ``aligned``: together in one piece of memory if they have ``LARGE`` bytes, else where they are.
+
+    Tensors in files are read one by one: none is in memory twice.
+    """
     sizes = [tensor.numel() * tensor.element_size() for tensor in tensors]
     ends = np.cumsum([-(-size // ALIGNMENT) * ALIGNMENT for size in sizes], dtype=np.int64)
     if not tensors or ends[-1] < LARGE:
-        return tensors
+        return [aligned(tensor) for tensor in tensors]
     memory, placed, start = allocate(int(ends[-1])), [], 0
     for tensor, size, end in zip(tensors, sizes, ends.tolist(), strict=True):
-        memory[start : start + size] = tensor.reshape(-1).view(torch.uint8).numpy()
+        memory[start : start + size] = aligned(tensor).reshape(-1).view(torch.uint8).numpy()
         placed.append(torch.from_numpy(memory[start : start + size]).view(tensor.dtype).view(tensor.shape))
         start = end
     return placed

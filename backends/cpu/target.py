@@ -22,6 +22,7 @@ from qcompile.errors import Refused
 from qcompile.files import cache_folder, write_atomic
 from qcompile.formats import Scheme
 from qcompile.graph import Graph
+from qcompile.graph.file_tensor import forget_values
 from qcompile.graph.text import bound_arguments, operator_name
 from qcompile.kernel_tiles import KernelTiles, Tile, Tuning, read_tiles
 from qcompile.target import Executable, Kernel, Limits, OperatorTime, Target
@@ -93,6 +94,7 @@ class CpuTarget(Target):
         if built is None:
             built = build(graph.module, threads=threads, tiling=Tiling(tiles))
             _store(built, place)
+        forget_values()
         return _Callable(built, graph)
 
     def native_code(self, graph: Graph) -> dict[str, bytes]:

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from qcompile.capture.known_graphs import known_graph, remember_graph
 from qcompile.capture.torch_export import capture_module
 from qcompile.capture.weight_files import open_weights
 from qcompile.errors import Refused
@@ -69,9 +70,14 @@ def capture_folder(folder: Path) -> tuple[Graph, tuple[torch.Tensor, ...]]:
         Refused: no configuration, an unknown architecture, missing or damaged weights.
     """
     config = read_config(folder)
-    model, output, weights = _load(folder, config)
+    files = None if "quantization_config" in config else open_weights(folder)
+    if files and (known := known_graph(folder, files)):
+        return known
+    model, output, weights = _load(folder, config, files)
     graph, examples = _capture(model, output, config)
     _place(graph, weights, folder)
+    if files and weights.places:
+        remember_graph(folder, files, graph, examples)
     return graph, examples
 
 
@@ -239,7 +245,7 @@ class _Weights:
     missing: frozenset[str]
 
 
-def _load(folder: Path, config: dict[str, Any]) -> tuple[torch.nn.Module, str, _Weights]:
+def _load(folder: Path, config: dict[str, Any], files: Mapping[str, FileTensor] | None) -> tuple[torch.nn.Module, str, _Weights]:
     transformers = _transformers()
     architecture = (config.get("architectures") or [""])[0]
     kind, output = transformers.AutoModel, "last_hidden_state"
@@ -249,9 +255,8 @@ def _load(folder: Path, config: dict[str, Any]) -> tuple[torch.nn.Module, str, _
         kind, output = transformers.AutoModelForImageClassification, "logits"
     elif _is_decoder(config):
         kind, output = transformers.AutoModelForCausalLM, "logits"
-    files = None if "quantization_config" in config else open_weights(folder)
     with _quietly(transformers, str(folder)):
-        model = _build_empty(kind, folder) if files is not None else None
+        model: Any = _build_empty(kind, folder) if files is not None else None
         weights = _find_weights(model, files) if files is not None else None
         if weights is None:
             model, weights = _load_whole(kind, folder)

@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from qcompile.cli.main import as_json, check_folder, print_json
+from qcompile.files import map_large_blocks
 
 
 @click.command()
@@ -35,6 +36,7 @@ def compile(model: str, recipe: str | None, target: str, calibrate: str | None, 
     from qcompile.compiler import Options, finish, run_compile
 
     start = time.perf_counter()
+    map_large_blocks()
     if flags["dry_run"]:
         from qcompile.plan import plan
 

@@ -11,6 +11,7 @@ import click
 
 from qcompile.cli.main import as_json, print_json, threads_option, trust_option
 from qcompile.errors import Refused
+from qcompile.files import map_large_blocks
 
 
 @click.command()
@@ -52,6 +53,7 @@ def generate(
     from qcompile.artifact import load
     from qcompile.generation import Generator, Sampling
 
+    map_large_blocks()
     asked: list[Any] = [*prompts, *map(_numbers, prompt_tokens), *([_read(prompt_file)] if prompt_file else [])]
     if not asked:
         raise Refused("there is no prompt", way_out="give --prompt TEXT, --prompt-tokens NUMBERS or --prompt-file FILE")

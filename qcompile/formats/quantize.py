@@ -13,9 +13,11 @@ from dataclasses import dataclass
 
 import torch
 
+from qcompile.formats.granularity import Channel, Group
 from qcompile.formats.lookup import look_up
 from qcompile.formats.scheme import Scheme
 
+_AT_ONCE = 1 << 22  # codes; a large weight is dequantized a run of rows at a time
 SMALLEST_SCALE = 2.0**-100  # a range of zero width still needs a scale whose reciprocal is finite
 
 
@@ -86,6 +88,20 @@ def dequantize(
     """Return scale * (decode(code) - zero_point) in the scale's dtype, float32 without one; with a table, the codes are places in it."""
     if scale is None:
         return scheme.format.decode(codes)
+    granularity = scheme.granularity
+    apart = (isinstance(granularity, Channel) and granularity.axis == 0) or (isinstance(granularity, Group) and granularity.axis == -1)
+    if codes.ndim != 2 or codes.numel() <= _AT_ONCE or not apart or table is not None:
+        return _dequantize(codes, scale, zero_point, scheme, table)
+    values, rows = torch.empty(codes.shape, dtype=scale.dtype), max(_AT_ONCE // codes.shape[1], 1)
+    for start in range(0, len(codes), rows):
+        part = slice(start, start + rows)
+        values[part] = _dequantize(codes[part], scale[part], None if zero_point is None else zero_point[part], scheme, None)
+    return values
+
+
+def _dequantize(
+    codes: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor | None, scheme: Scheme, table: torch.Tensor | None
+) -> torch.Tensor:
     shape = tuple(codes.shape)
     values = decode(codes, scheme, table, scale.dtype)
     if zero_point is not None:

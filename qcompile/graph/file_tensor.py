@@ -106,7 +106,7 @@ class FileTensor(torch.Tensor):
 
     @staticmethod
     def __new__(cls, file: TensorFile, offset: int, stored: torch.dtype, shape: tuple[int, ...], dtype: torch.dtype) -> FileTensor:
-        made: FileTensor = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=torch.device("cpu"))  # type: ignore[attr-defined]
+        made: FileTensor = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=torch.device("cpu"))
         made.move_to(file, offset, stored)
         return made
 
@@ -142,7 +142,7 @@ class FileTensor(torch.Tensor):
         data = self.file.read(self.offset + start * self.stored.itemsize, count * self.stored.itemsize)
         return torch.frombuffer(data, dtype=self.stored).to(self.dtype)
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"FileTensor({self.file.path.name}+{self.offset}, {list(self.shape)}, {self.dtype})"
 
     @classmethod
@@ -162,7 +162,9 @@ class FileTensor(torch.Tensor):
         return func(*args, **kwargs)
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
         if func is torch.ops.aten.detach.default:
             return args[0]
         if func._schema.is_mutable:
@@ -187,6 +189,10 @@ class _Kept:
             self._values[id(tensor)] = known
             return known[1]
 
+    def clear(self) -> None:
+        with self._lock:
+            self._values.clear()
+
     def _make_room(self, size: int) -> None:
         """Drop values, those used longest ago first: before others are read, not after."""
         used = sum(values.nbytes for _, values in self._values.values())
@@ -195,6 +201,11 @@ class _Kept:
 
 
 _kept = _Kept()
+
+
+def forget_values() -> None:
+    """Drop the values that are kept: after a build nothing reads the weights again."""
+    _kept.clear()
 
 
 def in_memory(value: Any) -> Any:

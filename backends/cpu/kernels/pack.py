@@ -11,6 +11,9 @@ from qcompile.backends.cpu.kernels.matmul_spec import Linear
 Array = np.ndarray[Any, Any]
 
 
+_AT_ONCE = 1 << 22  # codes of a layer that are packed at a time
+
+
 def pack_linear(
     spec: Linear,
     weight: Array,
@@ -71,11 +74,24 @@ def pack_layers(spec: Linear, layers: list[tuple[Any, ...]]) -> list[Array]:
 
     Whole blocks of columns lie one behind another, so the layers' own constants do, too.
     """
-    if not spec.parts:
+    if not spec.parts and (spec.codebook or spec.out_features * spec.in_features <= _AT_ONCE):
         return pack_linear(spec, *layers[0])
-    each = [replace(spec, out_features=part.columns, parts=()) for part in spec.parts]
-    packed = [pack_linear(alone, *arrays) for alone, arrays in zip(each, layers, strict=True)]
+    if not spec.parts:  # a large layer too, a run of whole blocks at a time: packing takes many times the memory of the codes
+        run = max(_AT_ONCE // (spec.in_features * spec.columns), 1) * spec.columns
+        if run >= spec.out_features:
+            return pack_linear(spec, *layers[0])
+        starts = range(0, spec.out_features, run)
+        each = [replace(spec, out_features=min(run, spec.out_features - start)) for start in starts]
+        layers = [tuple(_run(array, spec.out_features, slice(start, start + run)) for array in layers[0]) for start in starts]
+    else:
+        each = [replace(spec, out_features=part.columns, parts=()) for part in spec.parts]
+    packed = [pack_layers(alone, [arrays]) for alone, arrays in zip(each, layers, strict=True)]
     return [np.concatenate(arrays) for arrays in zip(*packed, strict=True)]
+
+
+def _run(array: Array | None, columns: int, run: slice) -> Array | None:
+    """Return a run of an array that has a row for each column; one value for all stays."""
+    return array if array is None or not np.ndim(array) or len(array) != columns else array[run]
 
 
 def _scales(spec: Linear, values: Array, dtype: Any) -> Array:

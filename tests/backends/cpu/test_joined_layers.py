@@ -11,6 +11,7 @@ import pytest
 import torch
 from qcompile.backends.cpu import joined_layers, legalize_layers, tiling
 from qcompile.backends.cpu.build import build
+from qcompile.backends.cpu.kernels import pack
 from qcompile.backends.cpu.kernels.isa import KNOWN
 from qcompile.backends.cpu.kernels.matmul import linear
 from qcompile.backends.cpu.kernels.matmul_epilogue import Epilogue
@@ -60,6 +61,32 @@ def test_a_joined_product_gives_the_bits_of_each_layer(
             expected = torch.full_like(got, 78.0)
             kernel(*inputs, *map(torch.from_numpy, pack_linear(one, *arrays)), expected)
             assert torch.equal(got, expected), (rows, one.out_features)
+
+
+@pytest.mark.parametrize(
+    ("x", "bits", "group", "affine"),
+    [
+        ("uint8", 8, 0, False),
+        ("int8", 4, 64, False),
+        ("int8", 4, 32, True),
+        ("int8", 3, 0, True),
+        ("float32", 4, 64, False),
+        ("float32", 32, 0, False),
+    ],
+)
+@pytest.mark.parametrize("columns", [97, 512])
+def test_a_large_layer_is_packed_by_runs_of_columns(
+    monkeypatch: pytest.MonkeyPatch, x: str, bits: int, group: int, affine: bool, columns: int
+) -> None:
+    rng = np.random.default_rng(0)
+    spec = Linear(WIDTH, columns, x, bits=bits, group=group, epilogue=Epilogue("float32"), weight_affine=affine, x_affine=x == "uint8")
+    weight, scale, _, bias = _layer(spec, rng)
+    zero_point = None if not affine else rng.integers(-2, 2, scale.shape).astype(np.int32)
+    expected = pack_linear(spec, weight, scale, zero_point, bias)
+    monkeypatch.setattr(pack, "_AT_ONCE", 2000)
+    found = pack_layers(spec, [(weight, scale, zero_point, bias)])
+    assert len(found) == len(expected)
+    assert all(np.array_equal(a, b) and a.dtype == b.dtype for a, b in zip(found, expected, strict=True))
 
 
 class Projections(nn.Module):
