@@ -33,16 +33,17 @@ BEFORE = "canonicalize, fold-constants, recognize-attention"
 
 @dataclass(frozen=True)
 class Row:
-    """A line of the table: the layers' scheme, the pass that solves, and passes before it in the float stage."""
+    """A line of the table: the passes that solve, the layers' scheme, passes in the float stage, the scheme of embedding and head."""
 
     solve: str
     scheme: str = GROUPED
     before: str = ""
+    table: str = TABLE
 
     def recipe(self, name: str, bits: int, samples: int) -> Recipe:
         """Return the recipe of this row at so many bits."""
         steps = [BEFORE, self.before, "assign-bits, insert-quantizers", self.solve, "materialize, fuse-epilogue"]
-        schemes = Schemes(linear=self.scheme.format(bits=bits), embedding=TABLE, layers={"*lm_head": TABLE})
+        schemes = Schemes(linear=self.scheme.format(bits=bits), embedding=self.table, layers={"*lm_head": self.table})
         return Recipe(name=name, pipeline=", ".join(step for step in steps if step), schemes=schemes, calibration_samples=samples)
 
 
@@ -54,12 +55,20 @@ ROWS = {
     "gptq, rows by gradient (GuidedQuant)": Row("quantize-weights{solver=gptq, rows=gradient}"),
     "gptq, toward float": Row("quantize-weights{solver=gptq, toward_float=true}"),
     "ldlq (QuIP)": Row("quantize-weights{solver=ldlq}"),
+    "ldlq, toward float": Row("quantize-weights{solver=ldlq, toward_float=true}"),
     "comq": Row("quantize-weights{solver=comq}"),
     "gpfq": Row("quantize-weights{solver=gpfq}"),
+    "boa": Row("quantize-weights{solver=boa}"),
+    "lqer, rank 16 beside nearest": Row("quantize-weights, add-low-rank{weigh=none}"),
+    "l2qer, rank 16 beside nearest": Row("quantize-weights, add-low-rank"),
+    "low rank 16 by gram, beside ldlq": Row("quantize-weights{solver=ldlq}, add-low-rank{weigh=gram}"),
     "kmeans": Row("quantize-weights{solver=kmeans, table_rows=1}", CHANNEL),
     "lnq": Row("quantize-weights{solver=lnq}", CHANNEL),
     "lnq, rows by gradient (GuidedQuant)": Row("quantize-weights{solver=lnq, rows=gradient, row_groups=4}", CHANNEL),
     "lnq, toward float": Row("quantize-weights{solver=lnq, toward_float=true}", CHANNEL),
+    "small: lnq toward float, int4 head": Row(
+        "quantize-weights{solver=lnq, toward_float=true}", CHANNEL, table="weight=int4 group=64 sym scale=f16; activation=float"
+    ),
 }
 
 

@@ -56,9 +56,9 @@ def solve(
     grids = Grids.choose("gpfq", weight, statistics, scheme, grid, len(G))
     if radius:
         reach = radius * weight.abs().amax(1).mean()
-        grids = Grids(
-            scheme, *(p if p is None else p.expand_as(grids.scale).clone() for p in choose_scale(-reach, reach, scheme)), grids.shape
-        )
+        scale, zero_point = choose_scale(-reach, reach, scheme)
+        zero_points = None if zero_point is None else zero_point.expand_as(grids.scale).clone()
+        grids = Grids(scheme, scale.expand_as(grids.scale).clone(), zero_points, grids.shape)
     columns = torch.argsort(torch.diagonal(G, dim1=1, dim2=2).sum(0), descending=True, stable=True) if order else torch.arange(W.shape[2])
     q = torch.zeros_like(W)
     for t, column in enumerate(columns.tolist()):

@@ -6,7 +6,9 @@ Minimises tr(E H E^T), E = W - W_q. In the paper's letters (section 3), H = (L +
 
 which is the best of all linear feedbacks; GPTQ is the same on the columns in reverse. ``passes`` are the greedy steps of the paper's RG
 (section 5): coordinate descent over all columns, which GPTQ's one pass leaves room for where codes clamp;
-``refit`` fits the scales to the codes by least squares on H before each.
+``refit`` fits the scales to the codes by least squares on H before each. The paper's incoherence (section 4) is a change of basis before
+the solver: the pass ``rotate`` makes it, in what kernels can run.
+The damping of 1 % is the paper's; its grid by the Frobenius norm is not here.
 """
 
 from __future__ import annotations

@@ -287,7 +287,8 @@ class _Gram:
     def update(self, value: torch.Tensor, exact: torch.Tensor | None = None) -> None:
         if self.unfold is None:
             weights = None if self.weights is None else next(self.weights).T.unsqueeze(2)  # [groups, rows, 1]
-            self._add(*(None if x is None else x.reshape(1, -1, value.shape[-1]) for x in (value, exact)), weights)
+            rows, beside = (None if x is None else x.reshape(1, -1, value.shape[-1]) for x in (value, exact))
+            self._add(rows, beside, weights)
             return
         for image in range(len(value)):  # one at a time: patches of a whole batch take kh * kw times its memory
             self._add(self._patches(value[image]), None if exact is None else self._patches(exact[image]), None)
