@@ -149,6 +149,17 @@ def test_a_compiled_folder_keeps_the_codes_and_computes_them(folder_of: Any, lla
     assert "stored" in artifact.recipe
 
 
+def test_biases_of_zero_and_stored_angles_are_left_out(folder_of: Any, llama: Any) -> None:
+    folder, codes = folder_of("awq")
+    extra = {f"{layer}.bias": torch.zeros(len(q.codes)) for layer, q in codes.items()}
+    extra["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(8)
+    changed_tensors(folder, lambda tensors: tensors.update(extra))
+    assert not [name for name in qcompile.compile(folder, target="reference").graph.constants if "bias" in name]
+    changed_tensors(folder, lambda tensors: tensors[next(iter(extra))].fill_(1))
+    with pytest.raises(Refused, match=r"_proj\.bias: .*no such weight"):
+        qcompile.compile(folder, target="reference")
+
+
 def test_another_recipe_quantizes_the_values_again(folder_of: Any) -> None:
     folder, _ = folder_of("awq")
     artifact = qcompile.compile(folder, recipe="w8a8-dynamic", target="reference")
