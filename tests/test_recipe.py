@@ -23,8 +23,9 @@ def test_a_shipped_recipe_is_whole(name: str) -> None:
     assert recipe.name == name
     assert recipe.summary
     texts = {item.name() for item in recipe.parsed_pipeline().passes}
-    assert recipe.needs_data == (name not in ("float", "bf16", "dfq", "w8a8-dynamic"))
-    assert name == "float" or {"assign-bits", "insert-quantizers", "quantize-weights", "materialize", "fuse-epilogue"} <= texts
+    assert recipe.needs_data == (name not in ("float", "bf16", "dfq", "w8a8-dynamic", "stored"))
+    chooses = {"keep-codes"} if name == "stored" else {"assign-bits", "insert-quantizers", "quantize-weights"}
+    assert name == "float" or {*chooses, "materialize", "fuse-epilogue"} <= texts
     for text in (recipe.schemes.linear, recipe.schemes.conv2d, recipe.schemes.embedding):
         parse_layer_scheme(text)
 

@@ -98,9 +98,11 @@ def capture_weights(config: dict[str, Any], weights: dict[str, torch.Tensor], pl
     blocks = config.get("num_hidden_layers", 0)
     if not isinstance(blocks, int) or blocks > len(weights):
         raise Refused(f"{len(weights)} weights are no model of {blocks} blocks", node=place)
-    for weight, shape in described_model(config, place).shapes.items():
-        if weight in weights and tuple(weights[weight].shape) != shape:
-            raise Refused(f"the weight is {list(weights[weight].shape)}, the configuration says {list(shape)}", node=f"{place} {weight}")
+    shapes = described_model(config, place).shapes
+    weights = {weight: value for weight, value in weights.items() if weight in shapes or not _says_nothing(weight, value)}
+    for weight, value in weights.items():
+        if tuple(value.shape) != shapes.get(weight, tuple(value.shape)):
+            raise Refused(f"the weight is {list(value.shape)}, the configuration says {list(shapes[weight])}", node=f"{place} {weight}")
     with _quietly(transformers, place):
         described = transformers.AutoConfig.for_model(**config)
         model, found = kind.from_pretrained(
@@ -149,6 +151,11 @@ def _architecture(transformers: Any, config: dict[str, Any], place: str) -> Any:
     if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
         raise Refused(f"transformers has no architecture '{name}'", node=place)
     return kind
+
+
+def _says_nothing(name: str, value: torch.Tensor) -> bool:
+    """Return whether a tensor that the model has no place for may be left out: older tools store angles, and biases of zero."""
+    return name.endswith(".rotary_emb.inv_freq") or (name.endswith(".bias") and not bool(value.any()))
 
 
 def _capture(model: torch.nn.Module, output: str, config: dict[str, Any]) -> tuple[Graph, tuple[torch.Tensor, ...]]:
