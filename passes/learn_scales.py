@@ -100,6 +100,6 @@ class LearnScales(Pass):
                 value = loss(logarithm.exp())
                 if float(value.detach()) < least:
                     best, least = logarithm.detach().exp(), float(value.detach())
-                value.backward()  # type: ignore[no-untyped-call]
+                value.backward()
                 optimizer.step()
         return best.to(torch.float64), least / plain if plain else 1.0

@@ -7,8 +7,8 @@ Nothing else changes: codes and scales stay as solvers chose them. For block l, 
     L = mean over channels of |mean_float - mean_quantized| + |var_float - var_quantized|,      moments over tokens,
 
 where the float block reads the same input, with no quantizer on weights, activations and caches. One pass of Adam over the calibration
-batches changes the block's gains and biases, at the rate r_l = rate (1 + growth l / L) for block l of L; the tuned values are kept only if
-they lower L over those batches. Then the next block reads the tuned one's output. Rounding counts as the identity for the gradient.
+samples changes the block's gains and biases, at the rate r_l = rate (1 + growth l / L) for block l of L; the tuned values are kept only if
+they lower L over those samples. Then the next block reads the tuned one's output. Rounding counts as the identity for the gradient.
 
 The paper generates its calibration text with the model; here it is the calibration data of the compile. Its rate is found by search from
 1e-5; the default here suits models whose blocks are small. Equal data give equal gains.
@@ -18,7 +18,8 @@ Source: Li et al., Norm Tweaking: High-performance Low-bit Quantization of Large
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -42,7 +43,7 @@ class TweakNorms(Pass):
     Attributes:
         rate: learning rate of the first block.
         growth: how much larger it is towards the last block.
-        batches: calibration batches that are used.
+        samples: calibration samples that are used, one for each step.
     """
 
     stage: ClassVar[Stage] = Stage.SIMULATED
@@ -51,7 +52,7 @@ class TweakNorms(Pass):
 
     rate: float = 1e-3
     growth: float = 1.0
-    batches: int = 32
+    samples: int = 128
 
     def run(self, graph: Graph, context: Context) -> int:
         if context.calibration is None:
@@ -60,7 +61,7 @@ class TweakNorms(Pass):
         if not blocks:
             context.log.reasons[graph.outputs[0].name].append("tweak-norms: no blocks repeat")
             return 0
-        batches = [batch for batch, _ in zip(context.calibration.batches(graph), range(self.batches), strict=False)]
+        batches = list(itertools.islice(_single(graph, context.calibration.batches(graph)), self.samples))
         placeholders = [node for node in graph.nodes if node.op == "placeholder"]
         streams: list[Values] = [dict(zip(placeholders, batch, strict=True)) for batch in batches]
         nodes = [node for node in graph.nodes if node.op in ("call_function", "call_module")]
@@ -95,7 +96,7 @@ class TweakNorms(Pass):
             for values, target in zip(streams, targets, strict=True):
                 optimizer.zero_grad()
                 loss = _distance(_moments(_run(graph, block.nodes, {**fixed, **learned, **values}), outputs), target)
-                loss.backward()  # type: ignore[no-untyped-call]
+                loss.backward()
                 optimizer.step()
         tuned = {node: value.detach() for node, value in learned.items()}
         after = _total(graph, block, streams, {**fixed, **tuned}, outputs, targets)
@@ -106,6 +107,13 @@ class TweakNorms(Pass):
         for node, value in tuned.items():
             graph.set_constant(node, value)
         return len(tuned)
+
+
+def _single(graph: Graph, batches: Iterable[tuple[torch.Tensor, ...]]) -> Iterator[tuple[torch.Tensor, ...]]:
+    """Yield the samples of each batch one by one; whole batches where the graph takes one size only."""
+    symbolic = all(isinstance(kind.shape[0], str) for kind in graph.input_types)
+    for batch in batches:
+        yield from zip(*(x.split(1) for x in batch), strict=True) if symbolic else [batch]
 
 
 def _parameters(graph: Graph, block: Block) -> list[fx.Node]:

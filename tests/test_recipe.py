@@ -10,7 +10,7 @@ from qcompile import Recipe, Refused, load_recipe
 from qcompile.formats import parse_layer_scheme
 from qcompile.recipe import recipe_names
 
-SHIPPED = ["bf16", "dfq", "float", "w4a16", "w4a8", "w8a8", "w8a8-dynamic"]
+SHIPPED = ["bf16", "dfq", "float", "w4a16", "w4a8", "w4a8kv4", "w8a8", "w8a8-dynamic"]
 
 
 def test_the_recipes_that_ship() -> None:

@@ -99,7 +99,7 @@ def test_the_first_pair_is_the_one_of_equal_channels() -> None:
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.lists(st.integers(1, 4), min_size=16, max_size=16), st.booleans())
+@given(st.lists(st.sampled_from([1] * 8 + [2, 4]), min_size=16, max_size=16), st.booleans())
 def test_plans_are_exact_where_partners_are_equal(copies: list[int], merge: bool) -> None:
     """Channels 2 i and 2 i + 1 are equal everywhere, so that merging loses nothing either."""
     generator = torch.Generator().manual_seed(7)
