@@ -99,15 +99,16 @@ class LlamaCpp:
 
 
 def turn(decoder: Any, prompt: int, new: int, numbers: random.Random) -> dict[str, float]:
-    """Return seconds of reading a random prompt, and of ``new`` further tokens one by one."""
+    """Return seconds of reading a random prompt, and of ``new`` further tokens one by one; and seconds of processors of both."""
     tokens = [numbers.randrange(decoder.vocabulary) for _ in range(prompt)]
     decoder.begin()
-    start = time.perf_counter()
+    start, worked = time.perf_counter(), time.process_time()
     token = decoder.extend(tokens)
-    middle = time.perf_counter()
+    middle, read = time.perf_counter(), time.process_time()
     for _ in range(new):
         token = decoder.extend([token])
-    return {"prefill": middle - start, "decode": time.perf_counter() - middle}
+    end, written = time.perf_counter(), time.process_time()
+    return {"prefill": middle - start, "decode": end - middle, "prefill cpu": read - worked, "decode cpu": written - read}
 
 
 def likelihood(decoder: Any, text: dict[str, Any]) -> dict[str, float]:

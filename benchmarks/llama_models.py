@@ -101,6 +101,8 @@ class Contender:
 @click.option("--prompt", default=128, show_default=True, help="Tokens of the prompt of a turn.")
 @click.option("--new", default=32, show_default=True, help="Tokens decoded in a turn.")
 @click.option("--rounds", default=9, show_default=True, help="Turns of each contender; 0: no times.")
+@click.option("--threads", type=int, help="[every processor this process may use]")
+@click.option("--cpu-time", is_flag=True, help="Tokens per second of a processor, not of the clock: for a busy machine, with one thread.")
 @click.option("--keep", type=click.Path(path_type=Path), help="Keep the files in this folder and use them again.")
 def main(
     folder: Path | None, layers: int | None, keep: Path | None, recipes: str, calibrate: str | None, types: str, **options: Any
@@ -114,7 +116,7 @@ def main(
             if not (folder / "config.json").exists():
                 write_folder(folder, layers)
         folder = folder or data_folder() / "wikilm-5m"
-        count, threads = _weights(folder), len(os.sched_getaffinity(0))
+        count, threads = _weights(folder), options.pop("threads") or len(os.sched_getaffinity(0))
         data = calibrate or ("random" if layers else f"text:{data_folder() / 'wikitext2' / 'valid.raw.txt'}?length=512")
         contenders = [_ours(folder, recipe, data, place, count) for recipe in recipes.split(",") if recipe]
         if find_spec("llama_cpp") and find_spec("gguf"):
@@ -169,7 +171,16 @@ def _quantize_quietly(source: Path, path: Path, kind: str, threads: int) -> None
 
 
 def _run(
-    contenders: list[Contender], folder: Path, threads: int, *, windows: int, perplexity: bool, prompt: int, new: int, rounds: int
+    contenders: list[Contender],
+    folder: Path,
+    threads: int,
+    *,
+    windows: int,
+    perplexity: bool,
+    prompt: int,
+    new: int,
+    rounds: int,
+    cpu_time: bool,
 ) -> None:
     judged = _text(folder, windows) if perplexity else None
     judges = {c.name for c in contenders if c.runtime != "llama.cpp" or c.name == "llama.cpp F16"}
@@ -188,7 +199,7 @@ def _run(
     for contender in contenders if rounds else []:
         contender.memory = (contender.ask(memory=0) or {"bytes": 0})["bytes"]
         contender.stop()
-    for line in table(contenders, prompt, new):
+    for line in table(contenders, prompt, new, " cpu" if cpu_time else ""):
         click.echo(line)
 
 
@@ -200,7 +211,7 @@ def _text(folder: Path, windows: int) -> dict[str, Any]:
     return {"tokens": tokens, "context": found.context, "stride": found.stride, "opening": list(found.opening), "limit": windows or None}
 
 
-def table(contenders: list[Contender], prompt: int, new: int) -> list[str]:
+def table(contenders: list[Contender], prompt: int, new: int, clock: str) -> list[str]:
     """Return one line for each contender; tokens per second are medians, and in brackets the best turn's."""
     lines = [f"{'':28} bits/weight  perplexity  {f'prefill {prompt} tokens/s':>22}  {'decode tokens/s':>18}  peak MiB  holds"]
     for c in contenders:
@@ -210,7 +221,7 @@ def table(contenders: list[Contender], prompt: int, new: int) -> list[str]:
         judged = f"{c.perplexity:10.4f}" if c.perplexity else " " * 10
         rates = []
         for key, size in (("prefill", prompt), ("decode", new)):
-            spent = [turn[key] for turn in c.seconds]
+            spent = [turn[key + clock] for turn in c.seconds]
             rates.append(f"{size / statistics.median(spent):.0f} ({size / min(spent):.0f})" if spent else "")
         lines.append(f"{c.name:28} {c.bits:11.2f}  {judged}  {rates[0]:>22}  {rates[1]:>18}  {c.memory / 2**20:8.0f}  {c.holds}")
     return lines

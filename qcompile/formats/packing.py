@@ -31,7 +31,9 @@ def unpack(packed: torch.Tensor, bits: int, signed: bool, size: int) -> torch.Te
     if bits == 8:
         return packed
     if 8 % bits == 0:  # whole codes in each byte
-        codes = ((packed.unsqueeze(-1) >> torch.arange(0, 8, bits, dtype=torch.uint8)) & ((1 << bits) - 1)).flatten(-2)[..., :size].contiguous()
+        codes = (
+            ((packed.unsqueeze(-1) >> torch.arange(0, 8, bits, dtype=torch.uint8)) & ((1 << bits) - 1)).flatten(-2)[..., :size].contiguous()
+        )
     else:
         spread = ((packed.unsqueeze(-1) >> torch.arange(8, dtype=torch.uint8)) & 1).flatten(-2)[..., : size * bits]
         codes = (spread.unflatten(-1, (size, bits)) << torch.arange(bits, dtype=torch.uint8)).sum(-1, dtype=torch.uint8)
