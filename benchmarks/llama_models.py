@@ -57,12 +57,15 @@ class Contender:
     process: Any = None
 
     def start(self, threads: int, context: int) -> None:
-        """Load it; what it prints beside its answers goes to the standard error of nobody."""
+        """Begin to load it; what it prints beside its answers goes nowhere."""
         script = Path(__file__).with_name("decoder_turns.py")
         self.process = subprocess.Popen(
             [sys.executable, str(script), self.runtime, str(self.path), str(threads), str(context)],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, bufsize=1,
         )  # fmt: skip
+
+    def wait(self) -> None:
+        """Return when it is loaded."""
         self.failed = self._answer() is None
 
     def ask(self, **question: Any) -> Any:
@@ -186,6 +189,8 @@ def _run(
     judges = {c.name for c in contenders if c.runtime != "llama.cpp" or c.name == "llama.cpp F16"}
     for contender in contenders:
         contender.start(threads, max(512, prompt + new))
+    for contender in contenders:
+        contender.wait()
         if judged and contender.name in judges and (found := contender.ask(likelihood=judged)):
             contender.perplexity = math.exp(found["nats"] / found["tokens"])
         if not rounds:
