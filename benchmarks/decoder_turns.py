@@ -1,9 +1,10 @@
 """One decoder in a process of its own, that answers one line of JSON with one: the contender of ``llama_models.py``.
 
-    python benchmarks/decoder_turns.py qcompile|llama.cpp|llama.cpp-plain FILE THREADS CONTEXT
+    python benchmarks/decoder_turns.py qcompile|llama.cpp|llama.cpp-plain|llama.cpp-single FILE THREADS CONTEXT
 
 ``{"turn": [prompt tokens, new tokens]}`` gives seconds of prefill and of decoding, ``{"likelihood": {..}}`` tokens and nats of a text,
-``{"memory": 0}`` the most bytes this process held. ``plain`` leaves weights as the file has them, without places that repack them.
+``{"memory": 0}`` the most bytes this process held. ``plain`` leaves weights as the file has them, without places that repack them;
+``single`` takes a prompt token by token.
 """
 
 from __future__ import annotations
@@ -48,11 +49,11 @@ class Ours:
 class LlamaCpp:
     """A GGUF file in llama.cpp, by the functions of its C interface."""
 
-    def __init__(self, path: str, threads: int, context: int, *, repack: bool) -> None:
+    def __init__(self, path: str, threads: int, context: int, *, repack: bool, single: bool) -> None:
         import llama_cpp
 
         self.api: Any = llama_cpp
-        self.threads = threads
+        self.threads, self.single = threads, single
         self._silent = llama_cpp.llama_log_callback(lambda *_: None)
         llama_cpp.llama_log_set(self._silent, None)
         model_options = llama_cpp.llama_model_default_params()
@@ -87,7 +88,9 @@ class LlamaCpp:
 
     def extend(self, tokens: list[int]) -> int:
         """Take tokens and return the most likely next one."""
-        return int(self._decode(tokens, False)[0].argmax())
+        for part in [[token] for token in tokens] if self.single else [tokens]:
+            found = self._decode(part, False)[0]
+        return int(found.argmax())
 
     def logits(self, tokens: list[int]) -> torch.Tensor:
         """Return logits f32[tokens, vocabulary] of a whole text; with one thread, which does not wait for others on a busy machine."""
@@ -99,15 +102,16 @@ class LlamaCpp:
 
 
 def turn(decoder: Any, prompt: int, new: int, numbers: random.Random) -> dict[str, float]:
-    """Return seconds of reading a random prompt, and of ``new`` further tokens one by one."""
+    """Return seconds of reading a random prompt, and of ``new`` further tokens one by one; and seconds of processors of both."""
     tokens = [numbers.randrange(decoder.vocabulary) for _ in range(prompt)]
     decoder.begin()
-    start = time.perf_counter()
+    start, worked = time.perf_counter(), time.process_time()
     token = decoder.extend(tokens)
-    middle = time.perf_counter()
+    middle, read = time.perf_counter(), time.process_time()
     for _ in range(new):
         token = decoder.extend([token])
-    return {"prefill": middle - start, "decode": time.perf_counter() - middle}
+    end, written = time.perf_counter(), time.process_time()
+    return {"prefill": middle - start, "decode": end - middle, "prefill cpu": read - worked, "decode cpu": written - read}
 
 
 def likelihood(decoder: Any, text: dict[str, Any]) -> dict[str, float]:
@@ -124,7 +128,7 @@ def main(kind: str, path: str, threads: str, context: str) -> None:
     if kind == "qcompile":
         decoder: Any = Ours(path, int(threads), int(context))
     else:
-        decoder = LlamaCpp(path, int(threads), int(context), repack=kind == "llama.cpp")
+        decoder = LlamaCpp(path, int(threads), int(context), repack=kind != "llama.cpp-plain", single=kind == "llama.cpp-single")
     print(json.dumps({"ready": True}), flush=True)
     numbers = random.Random(0)
     for line in sys.stdin:

@@ -10,8 +10,9 @@ needs rows of a multiple of 256 and falls back where they have another length: t
 everything stored, over the weights of the model, a tied head counted once.
 
 Every contender has a process of its own; they take turns: a prompt, then tokens one by one; medians are printed, in brackets the best turn.
-llama.cpp runs with weights repacked for this processor (its default) and, as ``plain``, without; its perplexity is that of plain weights,
-because the default fails on some processors with AMX.
+llama.cpp runs with weights repacked for this processor (its default) and, as ``plain``, without. Where the default fails at a prompt (it
+does on some processors with AMX), it gets a second try with the prompt token by token, which tells its speed of decoding alone.
+Perplexity is that of plain weights.
 """
 
 from __future__ import annotations
@@ -57,12 +58,15 @@ class Contender:
     process: Any = None
 
     def start(self, threads: int, context: int) -> None:
-        """Load it; what it prints beside its answers goes to the standard error of nobody."""
+        """Begin to load it; what it prints beside its answers goes nowhere."""
         script = Path(__file__).with_name("decoder_turns.py")
         self.process = subprocess.Popen(
             [sys.executable, str(script), self.runtime, str(self.path), str(threads), str(context)],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, bufsize=1,
         )  # fmt: skip
+
+    def wait(self) -> None:
+        """Return when it is loaded."""
         self.failed = self._answer() is None
 
     def ask(self, **question: Any) -> Any:
@@ -101,6 +105,8 @@ class Contender:
 @click.option("--prompt", default=128, show_default=True, help="Tokens of the prompt of a turn.")
 @click.option("--new", default=32, show_default=True, help="Tokens decoded in a turn.")
 @click.option("--rounds", default=9, show_default=True, help="Turns of each contender; 0: no times.")
+@click.option("--threads", type=int, help="[every processor this process may use]")
+@click.option("--cpu-time", is_flag=True, help="Tokens per second of a processor, not of the clock: for a busy machine, with one thread.")
 @click.option("--keep", type=click.Path(path_type=Path), help="Keep the files in this folder and use them again.")
 def main(
     folder: Path | None, layers: int | None, keep: Path | None, recipes: str, calibrate: str | None, types: str, **options: Any
@@ -114,7 +120,7 @@ def main(
             if not (folder / "config.json").exists():
                 write_folder(folder, layers)
         folder = folder or data_folder() / "wikilm-5m"
-        count, threads = _weights(folder), len(os.sched_getaffinity(0))
+        count, threads = _weights(folder), options.pop("threads") or len(os.sched_getaffinity(0))
         data = calibrate or ("random" if layers else f"text:{data_folder() / 'wikitext2' / 'valid.raw.txt'}?length=512")
         contenders = [_ours(folder, recipe, data, place, count) for recipe in recipes.split(",") if recipe]
         if find_spec("llama_cpp") and find_spec("gguf"):
@@ -169,12 +175,23 @@ def _quantize_quietly(source: Path, path: Path, kind: str, threads: int) -> None
 
 
 def _run(
-    contenders: list[Contender], folder: Path, threads: int, *, windows: int, perplexity: bool, prompt: int, new: int, rounds: int
+    contenders: list[Contender],
+    folder: Path,
+    threads: int,
+    *,
+    windows: int,
+    perplexity: bool,
+    prompt: int,
+    new: int,
+    rounds: int,
+    cpu_time: bool,
 ) -> None:
     judged = _text(folder, windows) if perplexity else None
     judges = {c.name for c in contenders if c.runtime != "llama.cpp" or c.name == "llama.cpp F16"}
     for contender in contenders:
         contender.start(threads, max(512, prompt + new))
+    for contender in contenders:
+        contender.wait()
         if judged and contender.name in judges and (found := contender.ask(likelihood=judged)):
             contender.perplexity = math.exp(found["nats"] / found["tokens"])
         if not rounds:
@@ -183,12 +200,17 @@ def _run(
         for contender in contenders:
             time.sleep(REST)
             found = contender.ask(turn=[prompt, new])
+            if contender.failed and not number and contender.runtime == "llama.cpp":
+                contender.name, contender.runtime = f"{contender.name} one by one", "llama.cpp-single"
+                contender.start(threads, max(512, prompt + new))
+                contender.wait()
+                contender.ask(turn=[prompt, new])
             if found and number:
                 contender.seconds.append(found)
     for contender in contenders if rounds else []:
         contender.memory = (contender.ask(memory=0) or {"bytes": 0})["bytes"]
         contender.stop()
-    for line in table(contenders, prompt, new):
+    for line in table(contenders, prompt, new, " cpu" if cpu_time else ""):
         click.echo(line)
 
 
@@ -200,19 +222,20 @@ def _text(folder: Path, windows: int) -> dict[str, Any]:
     return {"tokens": tokens, "context": found.context, "stride": found.stride, "opening": list(found.opening), "limit": windows or None}
 
 
-def table(contenders: list[Contender], prompt: int, new: int) -> list[str]:
+def table(contenders: list[Contender], prompt: int, new: int, clock: str) -> list[str]:
     """Return one line for each contender; tokens per second are medians, and in brackets the best turn's."""
     lines = [f"{'':28} bits/weight  perplexity  {f'prefill {prompt} tokens/s':>22}  {'decode tokens/s':>18}  peak MiB  holds"]
     for c in contenders:
         if c.failed:
-            lines.append(f"{c.name:28} {c.bits:11.2f}  its process ended before it answered; {c.holds}")
+            lines.append(f"{c.name:32} {c.bits:7.2f}  its process ended before it answered; {c.holds}")
             continue
         judged = f"{c.perplexity:10.4f}" if c.perplexity else " " * 10
         rates = []
         for key, size in (("prefill", prompt), ("decode", new)):
-            spent = [turn[key] for turn in c.seconds]
-            rates.append(f"{size / statistics.median(spent):.0f} ({size / min(spent):.0f})" if spent else "")
-        lines.append(f"{c.name:28} {c.bits:11.2f}  {judged}  {rates[0]:>22}  {rates[1]:>18}  {c.memory / 2**20:8.0f}  {c.holds}")
+            spent = [turn[key + clock] for turn in c.seconds]
+            known = spent and not (key == "prefill" and c.runtime == "llama.cpp-single")
+            rates.append(f"{size / statistics.median(spent):.0f} ({size / min(spent):.0f})" if known else "")
+        lines.append(f"{c.name:32} {c.bits:7.2f}  {judged}  {rates[0]:>22}  {rates[1]:>18}  {c.memory / 2**20:8.0f}  {c.holds}")
     return lines
 
 

@@ -164,14 +164,19 @@ class _Step:
             steps = self._call(aten.arange.default, size, dtype=torch.int64, device=torch.device("cpu"), pin_memory=False)
             places = self._call(aten.add.Tensor, self._call(aten.unsqueeze.default, self._past, 1), steps)
         for node in edge:
-            table, lead = self._table(node)
+            table = self._table(node)
             holder = self._copy.add_constant(f"{node.name}_table", table.flatten(1), before=first)
-            with self._nodes.inserting_before(node):
-                rows = self._call(aten.embedding.default, holder, places)
-                shape = [self._call(aten.sym_size.int, places, 0), *[1] * max(lead - 1, 0), self._call(aten.sym_size.int, places, 1)]
-                rows = self._call(aten.view.default, rows, [*shape, *table.shape[1:]])
-            self._tables[rows] = holder
-            node.replace_all_uses_with(rows, delete_user_cb=lambda user: user in by_text)
+            made: dict[int, fx.Node] = {}
+            for user in [user for user in node.users if user in by_text]:
+                rank = _rank_at(node, user)
+                if rank not in made:
+                    ones = [1] * (rank - 1 - table.ndim)
+                    with self._nodes.inserting_before(node):
+                        rows = self._call(aten.embedding.default, holder, places)
+                        shape = [self._call(aten.sym_size.int, places, 0), *ones, self._call(aten.sym_size.int, places, 1)]
+                        made[rank] = self._call(aten.view.default, rows, [*shape, *table.shape[1:]])
+                    self._tables[made[rank]] = holder
+                user.replace_input_with(node, made[rank])
 
     def has_positions(self, length: int) -> bool:
         """Say whether everything that depends on positions can be computed for a text of this length."""
@@ -194,8 +199,8 @@ class _Step:
         sizes = _sizes(self._copy, node)
         return sizes.index(self._seq) if self._seq in sizes else None
 
-    def _table(self, node: fx.Node) -> tuple[torch.Tensor, int]:
-        """Return the values [context, ..] of a node for every position, and how many axes of size 1 stand before."""
+    def _table(self, node: fx.Node) -> torch.Tensor:
+        """Return the values [context, ..] of a node for every position."""
         lead = self._seq_axis(node)
         assert lead is not None
         before = _sizes(self._copy, node)[:lead]
@@ -205,7 +210,7 @@ class _Step:
         rows = self._evaluate(node, 2, len(part)).flatten(0, lead)
         if not torch.equal(whole[: len(part)], part) or not torch.equal(rows, part.repeat(len(rows) // len(part), *[1] * (part.ndim - 1))):
             raise Refused("its value at a position depends on the length of the text or on the batch", node=node.name, operator=_name(node))
-        return whole, lead
+        return whole
 
     def _evaluate(self, node: fx.Node, batch: int, length: int) -> torch.Tensor:
         """Compute a node that depends on sizes alone, for texts of ``length`` tokens."""
@@ -357,6 +362,14 @@ def _nodes_of_text(nodes: fx.Graph, tokens: fx.Node) -> set[fx.Node]:
         if node.op in ("call_function", "output") and _name(node) != "aten.sym_size.int" and any(n in found for n in node.all_input_nodes):
             found.add(node)
     return found
+
+
+def _rank_at(node: fx.Node, user: fx.Node) -> int:
+    """Return how many axes a value needs at its user once its first is the batch: an operator by elements aligns them at the right."""
+    rank: int = node.meta["val"].ndim
+    if torch.Tag.pointwise in getattr(user.target, "tags", ()):
+        return max(rank, user.meta["val"].ndim)
+    return rank
 
 
 def _needed(node: fx.Node) -> Iterator[fx.Node]:
