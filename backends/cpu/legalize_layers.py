@@ -252,8 +252,9 @@ def _stored_rows(walk: Walk, node: fx.Node, kv_heads: int, depth: int) -> tuple[
     a = Arguments(**bound_arguments(source))
     scheme = parse_scheme(a.scheme)
     per_head = isinstance(scheme.granularity, Group) and scheme.granularity == Group(depth, -1)
-    stored_as_such = isinstance(scheme.format, Integer) and a.table is None and (scheme.bits == 8 or a.size is not None)
-    if not stored_as_such or not (per_head or isinstance(scheme.granularity, Token)):
+    if not isinstance(scheme.format, Integer) or a.table is not None or (scheme.bits < 8 and a.size is None):
+        return floats
+    if not per_head and not isinstance(scheme.granularity, Token):
         return floats
     turned = int(walk.fake(rotary.cos).shape[-1]) if rotary else 0
     stored = Stored(scheme.bits, scheme.format.signed, per_head, a.zero_point is not None, turned)

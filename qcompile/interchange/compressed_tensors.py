@@ -141,6 +141,7 @@ def write_weight(layer: str, weight: StoredWeight) -> dict[str, torch.Tensor]:
     be others than the codes mean.
     """
     quantized = weight.quantized
+    assert quantized.scale is not None
     bits = quantized.scheme.bits
     middle = 1 << (bits - 1)
     offset = middle if quantized.codes.dtype == torch.int8 else 0

@@ -209,6 +209,7 @@ def choose_block(weight: StoredWeight) -> tuple[Block | None, str]:
     whole = [block for block in fits if columns % block.elements == 0 and not (isinstance(by, Group) and by.size % block.elements)]
     if not whole or not (isinstance(by, (Group, Tensor)) or by == Channel(0)):
         return None, f"blocks of {fits[-1].elements} do not divide {columns} inputs in '{by}'"
+    assert quantized.scale is not None
     if not torch.equal(quantized.scale.to(torch.float16).to(torch.float32), quantized.scale):
         return None, f"scales of '{scheme}' are no float16: compile with scale=f16 in the scheme"
     return whole[0], ""
@@ -217,6 +218,7 @@ def choose_block(weight: StoredWeight) -> tuple[Block | None, str]:
 def write_blocks(weight: StoredWeight, block: Block) -> bytes:
     """Return the blocks of a weight; ``choose_block`` says which it has."""
     quantized, (rows, columns) = weight.quantized, weight.shape
+    assert quantized.scale is not None
     scale = quantized.scheme.granularity.expand(quantized.scale, weight.shape).expand(rows, columns)[:, :: block.elements]
     d = scale.to(torch.float16).contiguous().numpy().reshape(-1, 1).view(np.uint8)
     assert block.write is not None

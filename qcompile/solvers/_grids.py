@@ -133,5 +133,7 @@ def _choose(rows: torch.Tensor, one: Quantized, other: Quantized) -> Quantized:
     def pick(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         return torch.where(rows.reshape(-1, *[1] * (a.ndim - 1)) if a.ndim else rows.all(), a, b)
 
+    assert one.scale is not None
+    assert other.scale is not None
     zero_point = None if one.zero_point is None or other.zero_point is None else pick(one.zero_point, other.zero_point)
     return Quantized(pick(one.codes, other.codes), pick(one.scale, other.scale), zero_point, one.scheme)

@@ -70,6 +70,7 @@ class _Rows:
 
     def __init__(self, W: torch.Tensor, H: torch.Tensor, start: Quantized, shared: int) -> None:
         assert start.table is not None
+        assert start.scale is not None
         self.W, self.H, self.start, self.shared = W, H, start, shared
         shape = tuple(start.codes.shape)
         self.scale = start.scheme.granularity.expand(start.scale.to(torch.float64), shape).expand(shape).reshape(W.shape)
@@ -111,6 +112,8 @@ class _Rows:
         error, new = (errors(self.W, q.dequantize().to(torch.float64).reshape(self.W.shape), self.H).reshape(-1) for q in (one, other))
         assert one.table is not None
         assert other.table is not None
+        assert one.scale is not None
+        assert other.scale is not None
         tables = (new - error).reshape(-1, self.shared).sum(1) < 0
         if not one.scale.ndim:
             tables = (new - error).sum().expand(len(tables)) < 0
@@ -124,6 +127,7 @@ class _Rows:
         scheme, shape = self.start.scheme, tuple(self.start.codes.shape)
         stretch = STEPS / self.levels.abs().amax(1, keepdim=True).clamp(min=SMALLEST_SCALE)
         table = (self.levels * stretch).round().clamp(-STEPS, STEPS).to(torch.int8)
+        assert self.start.scale is not None
         scale = self.start.scale.to(torch.float64)
         if scale.ndim:
             scale = scale / stretch.repeat_interleave(self.shared, 0).reshape(-1, *[1] * (scale.ndim - 1))

@@ -312,7 +312,7 @@ class _Attention:
             with T.serial(self.steps * (spec.key_step // (2 * LANES))) as pair:
                 panels = [(pair * 2 + j) * (LANES * spec.query_words * 4) for j in range(2)]
                 spots = [[T.address_of(self.scores[(pair * 2 + j) * LANES]) for j in range(2)]]
-                block = tiles.Block(1, 2, signed=True)
+                block = tiles.Block(1, 2, "int8")
                 block.zero()
                 for word in range(0, spec.query_words, tiles.WORDS):
                     weight = [T.address_of(self.key_panel[panel + word * _BYTES]) for panel in panels]
@@ -432,7 +432,7 @@ class _Attention:
         block, vectors, rows = shape
         panels = [(block + j) * (PASS // 4) * _BYTES for j in range(vectors)]
         if self.spec.tiled:
-            product = tiles.Block(1, vectors, signed=False)
+            product = tiles.Block(1, vectors, "uint8")
             spots = [[T.address_of(self.sums[row * self.pitch + (block + j) * LANES]) for j in range(vectors)]]
             with T.If(p == 0):
                 with T.Then():
