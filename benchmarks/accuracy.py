@@ -229,7 +229,7 @@ def rotation(options: Options) -> Iterator[Row]:
     for dtype in (torch.float32, torch.float64):
         net, inputs, shapes = models.wikilm_planted()
         graph = capture_module(net.to(dtype), inputs, shapes)
-        passes: tuple[Pass, ...] = (Smooth(), Rotate(), Rotate(online=False))
+        passes: tuple[Pass, ...] = (Smooth(), Rotate(), Rotate(mlp=False))
         for item in passes:
             changed = graph.copy()
             context = Context(target=find_target("reference"), calibration=[inputs], example_inputs=inputs)  # type: ignore[arg-type]
