@@ -23,62 +23,18 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors.torch import save_file
+from models.random_llama import write_folder
 
-HIDDEN, INNER, HEADS, KV_HEADS, VOCABULARY = 2048, 5632, 32, 4, 32000
 RECIPE = """name: {name}
 summary: 4-bit weights in groups of 128, without data
 needs_data: false
 schemes: {{linear: W4A16, embedding: "weight=int8 channel=0 sym; activation=float"}}
-pipeline: [canonicalize, fold-constants, fold-batch-norm, recognize-attention, assign-bits, insert-quantizers,
-           "quantize-weights{{solver={solver}}}", materialize, fuse-epilogue]
+pipeline: [canonicalize, fold-constants, fold-batch-norm, recognize-attention, recognize-rotary,
+           assign-bits, insert-quantizers, "quantize-weights{{solver={solver}}}", materialize, fuse-epilogue]
 """
-
-
-def shards(layers: int) -> Iterator[dict[str, torch.Tensor]]:
-    """Yield the tensors of each shard; standard deviation 0.02, as such models start with."""
-    generator = torch.Generator().manual_seed(0)
-
-    def draw(*shape: int) -> torch.Tensor:
-        return torch.empty(shape, dtype=torch.float32).normal_(0, 0.02, generator=generator).half()
-
-    yield {"model.embed_tokens.weight": draw(VOCABULARY, HIDDEN)}
-    keys = HIDDEN // HEADS * KV_HEADS
-    for layer in range(layers):
-        names = {"self_attn.q_proj": (HIDDEN, HIDDEN), "self_attn.k_proj": (keys, HIDDEN), "self_attn.v_proj": (keys, HIDDEN),
-                 "self_attn.o_proj": (HIDDEN, HIDDEN), "mlp.gate_proj": (INNER, HIDDEN), "mlp.up_proj": (INNER, HIDDEN),
-                 "mlp.down_proj": (HIDDEN, INNER)}  # fmt: skip
-        block = {f"{name}.weight": draw(*shape) for name, shape in names.items()}
-        norms = {f"{name}.weight": torch.ones(HIDDEN).half() for name in ("input_layernorm", "post_attention_layernorm")}
-        yield {f"model.layers.{layer}.{name}": tensor for name, tensor in (block | norms).items()}
-    yield {"model.norm.weight": torch.ones(HIDDEN).half(), "lm_head.weight": draw(VOCABULARY, HIDDEN)}
-
-
-def write_model(folder: Path, layers: int) -> int:
-    """Write the folder and return the number of weights."""
-    folder.mkdir(parents=True, exist_ok=True)
-    config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": HIDDEN, "intermediate_size": INNER,
-              "num_hidden_layers": layers, "num_attention_heads": HEADS, "num_key_value_heads": KV_HEADS, "vocab_size": VOCABULARY,
-              "max_position_embeddings": 2048, "rms_norm_eps": 1e-05, "hidden_act": "silu", "tie_word_embeddings": False,
-              "dtype": "float16", "bos_token_id": 1, "eos_token_id": 2}  # fmt: skip
-    (folder / "config.json").write_text(json.dumps(config, indent=1))
-    words = {f"<{i}>": i for i in range(VOCABULARY)}
-    split = {"type": "WhitespaceSplit"}
-    tokenizer = {"version": "1.0", "pre_tokenizer": split, "model": {"type": "WordLevel", "vocab": words, "unk_token": "<0>"}}
-    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
-    places, weights = {}, 0
-    for number, tensors in enumerate(shards(layers)):
-        name = f"model-{number + 1:05}-of-{layers + 2:05}.safetensors"
-        save_file(tensors, folder / name, metadata={"format": "pt"})
-        places |= dict.fromkeys(tensors, name)
-        weights += sum(tensor.numel() for tensor in tensors.values())
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
-    return weights
 
 
 # ---- children ---------------------------------------------------------------------------------------------------------------
@@ -160,7 +116,7 @@ def measure(folder: Path, chosen: argparse.Namespace) -> dict[str, Any]:
     model, recipe, output = folder / "model", folder / "recipe.yaml", folder / "model.qc"
     marker = folder / f"{chosen.layers}_layers"
     if not marker.exists():
-        marker.write_text(str(write_model(model, chosen.layers)))
+        marker.write_text(str(write_folder(model, chosen.layers)))
     weights = int(marker.read_text())
     recipe.write_text(RECIPE.format(name=f"w4-{chosen.solver}", solver=chosen.solver))
     arguments = ["compile", str(model), "--recipe", str(recipe), "-o", str(output)]

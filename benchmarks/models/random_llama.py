@@ -16,8 +16,11 @@ TINY_LLAMA: dict[str, Any] = {  # 1.1 billion weights
 }  # fmt: skip
 
 
-def write_folder(folder: Path, layers: int | None = None, **changes: Any) -> None:
-    """Write config.json and one file of f16 weights for each layer; ``layers`` makes it shorter."""
+def write_folder(folder: Path, layers: int | None = None, **changes: Any) -> int:
+    """Write config.json, a tokenizer of words ``<0>``, ``<1>``, .. and one file of f16 weights for each layer.
+
+    Returns the number of weights; ``layers`` makes it shorter.
+    """
     config = {**TINY_LLAMA, **changes, **({"num_hidden_layers": layers} if layers else {})}
     folder.mkdir(parents=True, exist_ok=True)
     generator = torch.Generator().manual_seed(0)
@@ -27,7 +30,7 @@ def write_folder(folder: Path, layers: int | None = None, **changes: Any) -> Non
     def matrix(rows: int, columns: int) -> torch.Tensor:
         return (torch.randn(rows, columns, generator=generator) / columns**0.5).half()
 
-    shards = []
+    shards: list[dict[str, Any]] = []
     for number in range(config["num_hidden_layers"]):
         part = {
             "self_attn.q_proj": matrix(heads, width), "self_attn.k_proj": matrix(kv_heads, width),
@@ -41,9 +44,14 @@ def write_folder(folder: Path, layers: int | None = None, **changes: Any) -> Non
     ends |= {} if config["tie_word_embeddings"] else {"lm_head": matrix(config["vocab_size"], width)}
     shards.append({f"{name}.weight": value for name, value in ends.items()})
     _write_shard(folder, shards, config["num_hidden_layers"] + 1)
+    words = {f"<{i}>": i for i in range(config["vocab_size"])}
+    split = {"type": "WhitespaceSplit"}
+    tokenizer = {"version": "1.0", "pre_tokenizer": split, "model": {"type": "WordLevel", "vocab": words, "unk_token": "<0>"}}
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
     index = {name: _shard_name(i, len(shards)) for i, shard in enumerate(shards) for name in shard}
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
     (folder / "config.json").write_text(json.dumps(config))
+    return sum(count for shard in shards for count in shard.values())
 
 
 def _shard_name(number: int, count: int) -> str:
@@ -51,6 +59,6 @@ def _shard_name(number: int, count: int) -> str:
 
 
 def _write_shard(folder: Path, shards: list[dict[str, Any]], count: int) -> None:
-    """Write the last shard and keep its names alone."""
+    """Write the last shard and keep its names and sizes alone."""
     save_file(shards[-1], folder / _shard_name(len(shards) - 1, count), {"format": "pt"})
-    shards[-1] = dict.fromkeys(shards[-1])
+    shards[-1] = {name: tensor.numel() for name, tensor in shards[-1].items()}
