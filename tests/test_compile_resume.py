@@ -112,8 +112,8 @@ MOMENTS = {
     "inside the first constant": (("*.safetensors", 1, "before"), 0, False),
     "between two passes": (("journal.json", 7, "after"), 7, False),
     "inside a late graph": (("009.txt", 1, "before"), 9, False),
-    "before the artifact is in place": (("model.qc", 1, "before"), 11, False),
-    "after the artifact is in place": (("model.qc", 1, "after"), 11, True),
+    "before the artifact is in place": (("model.qc", 1, "before"), 12, False),
+    "after the artifact is in place": (("model.qc", 1, "after"), 12, True),
 }
 
 

@@ -386,7 +386,7 @@ def test_the_json_keys_of_every_command(cli: Callable[..., Any], tmp_path: Path)
         "diff": ("diff", path, path),
         "verify": ("verify", path),
         "export": ("export", path),
-        **{name: (name,) for name in ("passes", "recipes", "targets", "formats", "methods")},
+        **{name: (name,) for name in ("passes", "solvers", "recipes", "targets", "formats", "methods")},
     }
     assert {name.split()[0] for name in calls} == set(COMMANDS)
     assert cli("compile", model, "--calibrate", "random", "-o", tmp_path / "cpu.qc").code == 0  # the reference has no kernels to tune
