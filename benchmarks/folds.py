@@ -16,17 +16,16 @@ from pathlib import Path
 
 import click
 import torch
+from models.planted import plant_outliers
 
 from qcompile.calibration import parse_calibration
 from qcompile.capture import Captured, capture
 from qcompile.generation.text import read_tokenizer
 from qcompile.graph import Graph
-from qcompile.graph.regions import divide_channels, scale_edges
 from qcompile.perplexity import measure, read_windows
 from qcompile.pipeline import Context, parse_pipeline
 from qcompile.registry import find_pass, find_target
 
-OUTLIERS, FACTOR = 4, 30.0
 CAPTURED = "canonicalize, fold-constants, fold-batch-norm, recognize-attention"
 CACHE = ", quantize-cache{key=4, value=4}"
 SCHEMES = {
@@ -105,15 +104,6 @@ def _pipeline(name: str, scheme: str) -> str:
     solver = "{solver=gptq}" if name in SOLVED else ""
     tweak = ", tweak-norms" if name in TWEAKED else ""
     return f'{fold + ", " if fold else ""}assign-bits{{scheme="{text}"}}, insert-quantizers{cache}, quantize-weights{solver}{tweak}'
-
-
-def plant_outliers(graph: Graph) -> None:
-    """Multiply four channels of every normalization by 30 and divide what reads them."""
-    for edge in scale_edges(graph):
-        if edge.kind == "norm":
-            scale = torch.ones(edge.channels, dtype=torch.float64)
-            scale[torch.randperm(edge.channels, generator=torch.Generator().manual_seed(0))[:OUTLIERS]] = 1 / FACTOR
-            divide_channels(graph, edge, scale)
 
 
 if __name__ == "__main__":

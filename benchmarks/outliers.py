@@ -12,6 +12,7 @@ import os
 from pathlib import Path
 
 import torch
+from models.planted import plant_outliers
 from qcompile.passes.rotate import Rotate
 from qcompile.passes.smooth import Smooth
 from torch import nn
@@ -19,12 +20,9 @@ from torch import nn
 from qcompile.capture.torch_export import capture_module
 from qcompile.formats import choose_scale, parse_scheme, quantize_tensor
 from qcompile.graph import Graph, Quantizer, Stage
-from qcompile.graph.regions import divide_channels, scale_edges
 from qcompile.graph.text import bound_arguments, operator_name
 from qcompile.pipeline import Context, Pipeline
 from qcompile.statistics import MinMax, collect
-
-OUTLIERS, FACTOR = 4, 30.0
 
 
 class Logits(nn.Module):
@@ -36,15 +34,6 @@ class Logits(nn.Module):
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         return self.model(input_ids=tokens, use_cache=False).logits
-
-
-def plant_outliers(graph: Graph) -> None:
-    """Multiply four channels of every normalization by 30 and divide what reads them."""
-    for edge in scale_edges(graph):
-        if edge.kind == "norm":
-            scale = torch.ones(edge.channels, dtype=torch.float64)
-            scale[torch.randperm(edge.channels, generator=torch.Generator().manual_seed(0))[:OUTLIERS]] = 1 / FACTOR
-            divide_channels(graph, edge, scale)
 
 
 def naive_rounding(graph: Graph, weight_bits: int, activation_bits: int, data: list[tuple[torch.Tensor]]) -> Graph:

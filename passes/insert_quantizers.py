@@ -8,10 +8,8 @@
 
 A value has one quantizer for each scheme, however many layers read it; so has a weight that layers share, such as that of embedding and
 head. Attention reads its queries, keys and values so, and a product of two computed values both of them. Image-shaped sums and
-concatenations between quantized
-convolutions are
-integer too (Krishnamoorthi 2018, section 2): their operands and results get quantizers, and the operands of a concatenation share the
-grid of its result, so that it only moves codes.
+concatenations between quantized convolutions are integer too (Krishnamoorthi 2018, section 2): their operands and results get quantizers,
+and the operands of a concatenation share the grid of its result, so that it only moves codes.
 
 Static ranges come from calibration (``minmax``, ``percentile``, ``mse``, ``entropy``) or, with ``range=model``, from the model itself:
 beta +- 6 gamma of the folded batch normalization (Nagel et al. 2019, section 4.2), carried through the operators between.
