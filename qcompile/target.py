@@ -5,7 +5,8 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 
@@ -209,6 +210,21 @@ class Target(ABC):
             Refused: the target has none, or an operator has no form in it.
         """
         raise Refused(f"target {self.name} exports no file")
+
+    def verify_folder(self, folder: Path, *, sanitize: bool = False) -> dict[str, Any]:
+        """Build the example in a folder of source code that was compiled for this target and run its golden inputs, emulated.
+
+        Args:
+            folder: is not changed.
+            sanitize: run on this machine instead, built so that undefined behaviour ends it.
+
+        Returns:
+            ``ok``, and what was measured; ``docs/cli.md`` has the names.
+
+        Raises:
+            Refused: the target writes no folders, this is none of them, or a tool is missing.
+        """
+        raise Refused(f"target {self.name} writes no folders of source code")
 
     def with_tiles(self, tiles: KernelTiles) -> Target:
         """Return the target as it builds with a table beside the user's own, whose entries go first. Without ``tunes``, it is the same."""
