@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import fx
@@ -25,6 +26,7 @@ class Port:
         shape: in memory; images are NHWC.
         scale: value of one step of a code; None for values that are no codes.
         zero_point: the code of zero.
+        scheme: of the codes.
     """
 
     name: str
@@ -32,6 +34,7 @@ class Port:
     shape: tuple[int, ...]
     scale: float | None = None
     zero_point: int = 0
+    scheme: str = ""
 
     @property
     def elements(self) -> int:
@@ -59,9 +62,9 @@ def without_boundary(graph: Graph) -> tuple[Graph, list[Port], list[Port]]:
         whole = given and given["size"] is None and given["table"] is None and graph.constant(given["scale"]) is not None
         if whole and graph.constant(given["scale"]).numel() == 1:  # type: ignore[union-attr]
             returned[number] = given["codes"]
-            outputs.append(_port(graph, graph.output_names[number], given["codes"], given["scale"], given["zero_point"]))
+            outputs.append(_port(graph, graph.output_names[number], given["codes"], given))
         else:
-            outputs.append(_port(graph, graph.output_names[number], node, None, None))
+            outputs.append(_port(graph, graph.output_names[number], node, {}))
     graph.output.args = (tuple(returned),)
     graph.clean()
     return graph, inputs, outputs
@@ -70,17 +73,17 @@ def without_boundary(graph: Graph) -> tuple[Graph, list[Port], list[Port]]:
 def _strip_input(graph: Graph, node: fx.Node) -> Port:
     users = list(node.users)
     if len(users) != 1 or users[0].target is not qc.quantize.default:
-        return _port(graph, node.name, node, None, None)
+        return _port(graph, node.name, node, {})
     quantize = users[0]
     given = bound_arguments(quantize)
     if given["scale"] is None or graph.constant(given["scale"]) is None or graph.constant(given["scale"]).numel() != 1:  # type: ignore[union-attr]
-        return _port(graph, node.name, node, None, None)
+        return _port(graph, node.name, node, {})
     node.meta["val"] = quantize.meta["val"]
     graph.replace(quantize, node)
-    return _port(graph, node.name, node, given["scale"], given["zero_point"])
+    return _port(graph, node.name, node, given)
 
 
-def _port(graph: Graph, name: str, node: fx.Node, scale: fx.Node | None, zero_point: fx.Node | None) -> Port:
+def _port(graph: Graph, name: str, node: fx.Node, grid: dict[str, Any]) -> Port:
     fake = node.meta["val"]
     if not all(isinstance(size, int) for size in fake.shape):
         sizes = ", ".join(dict.fromkeys(str(size) for size in graph.type_text(node)[:-1].partition("[")[2].split(",") if not size.isdigit()))
@@ -91,9 +94,12 @@ def _port(graph: Graph, name: str, node: fx.Node, scale: fx.Node | None, zero_po
         )
     shape = tuple(fake.shape)
     shape = tuple(shape[axis] for axis in CHANNELS_LAST) if len(shape) == 4 else shape
-    value, zero = graph.constant(scale), graph.constant(zero_point)
     dtype = str(fake.dtype).removeprefix("torch.")
-    return Port(name, dtype, shape, None if value is None else float(value), 0 if zero is None else int(zero))
+    if not grid:
+        return Port(name, dtype, shape)
+    scale, zero_point = graph.constant(grid["scale"]), graph.constant(grid["zero_point"])
+    assert scale is not None
+    return Port(name, dtype, shape, float(scale), 0 if zero_point is None else int(zero_point), grid["scheme"])
 
 
 def in_memory(value: torch.Tensor) -> torch.Tensor:
