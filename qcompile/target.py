@@ -62,6 +62,21 @@ class Limits:
 
 
 @dataclass(frozen=True)
+class MemoryLimits:
+    """What a model may take of a board, each in bytes or None for no limit.
+
+    Attributes:
+        board: whose memories are meant, by its name; empty for none.
+        arena: for values, at one time.
+        flash: for constants and code.
+    """
+
+    board: str = ""
+    arena: int | None = None
+    flash: int | None = None
+
+
+@dataclass(frozen=True)
 class OperatorTime:
     """What one kernel does in one call of a model.
 
@@ -119,6 +134,7 @@ class Target(ABC):
         measures: kernel times can be measured on this machine.
         native: ``native_code`` builds code that an artifact can hold.
         tunes: ``tune`` finds tiles for kernels, see ``qcompile.kernel_tiles``.
+        writes_folder: what comes out of a compile is a folder of source code, see ``write_folder``.
     """
 
     name: str
@@ -127,6 +143,40 @@ class Target(ABC):
     measures: bool = False
     native: bool = False
     tunes: bool = False
+    writes_folder: bool = False
+
+    def variant(self, name: str) -> Target:
+        """Return the target for one of what it is made for, such as a processor.
+
+        Raises:
+            Refused: it has no variants, or none of this name.
+        """
+        raise Refused(f"target {self.name} has no variants", node=f"{self.name}:{name}", way_out=f"--target {self.name}")
+
+    def with_limits(self, limits: MemoryLimits) -> Target:
+        """Return the target as it refuses models that need more memory.
+
+        Raises:
+            Refused: its memory is not limited, or there is no such board.
+        """
+        raise Refused(f"target {self.name} has no limits of memory", way_out="leave out --board, --arena-limit and --flash-limit")
+
+    def write_folder(self, graph: Graph, golden: Sequence[torch.Tensor], folder: Path, *, name: str = "model") -> dict[str, Any]:
+        """Write a graph as a folder of source code; only where ``writes_folder``.
+
+        Args:
+            graph: is not changed.
+            golden: one input for each of the graph's.
+            folder: exists; files of other names in it stay as they are.
+            name: what the code calls the model.
+
+        Returns:
+            What ``report.json`` in the folder says.
+
+        Raises:
+            Refused: an operator has no form there, or a limit is exceeded; then nothing is written.
+        """
+        raise NotImplementedError(f"{self.name} writes no folder")
 
     def supports(self, operator: str, scheme: LayerScheme) -> str | None:
         """Return None if there is a kernel for this operator and scheme, else the reason with the nearest scheme that runs."""

@@ -52,7 +52,7 @@ class _Lifetime:
     last: int
 
 
-def plan_arena(sequence: Sequence) -> Arena:
+def plan_arena(sequence: Sequence, alignment: int = ALIGNMENT) -> Arena:
     """Return places such that no two values that live at the same time overlap.
 
     A value that takes the place of another's shares its bytes, and counts as one with it.
@@ -71,7 +71,7 @@ def plan_arena(sequence: Sequence) -> Arena:
         length, unit = factors(value.shape)
         key = tuple(map(str, unit))
         units.setdefault(key, unit)
-        size = -(-length * np.dtype(value.dtype).itemsize // ALIGNMENT) * ALIGNMENT
+        size = -(-length * np.dtype(value.dtype).itemsize // alignment) * alignment
         grouped.setdefault(key, []).append(_Lifetime(index, size, uses[0], uses[-1]))
     regions: list[Region] = []
     places: dict[int, Place] = {}

@@ -1,0 +1,313 @@
+"""From operators of the integer graph to the edge's kernels.
+
+A legalizer packs the constants of a layer, chooses its function by what must be known when C is written (bits, signs, the processor's
+instructions), and passes everything else as numbers. What no legalizer takes and holds integers alone (padding, slices, concatenation,
+resizing) is left to the shared lowering and printed as C for its sizes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+from qcompile.backends.edge.kernels import elementwise, pooling
+from qcompile.backends.edge.kernels.convolution import Convolution, convolution, scratch_bytes
+from qcompile.backends.edge.kernels.depthwise import Depthwise, depthwise
+from qcompile.backends.edge.kernels.products import Product, pack_rows, padded
+from qcompile.backends.edge.kernels.softmax import softmax
+from qcompile.backends.lowering.shapes import dtype_name
+from qcompile.backends.lowering.translate import Legalizer, Walk
+from torch import fx
+
+from qcompile.errors import Refused
+from qcompile.formats import Channel, Integer, Tensor, parse_scheme
+from qcompile.graph.dialect import code_limits
+
+Arguments = SimpleNamespace
+
+
+@dataclass(frozen=True)
+class Layer:
+    """What one call of a kernel does, for the report.
+
+    Attributes:
+        name: of the node.
+        op: such as ``qc.conv2d``.
+        scheme: of the weight, empty where there is none.
+        macs: multiplications and additions.
+    """
+
+    name: str
+    op: str
+    scheme: str = ""
+    macs: int = 0
+
+
+@dataclass
+class Lowering:
+    """What legalizers know of the processor, and what they note (``Walk.tiling``).
+
+    Attributes:
+        dsp: the processor multiplies pairs of 16-bit numbers (``kernels.products``).
+        layers: of each call of an edge kernel, in order.
+    """
+
+    dsp: bool = False
+    layers: list[Layer] = field(default_factory=list)
+
+
+def _call(walk: Walk, key: Any, build: Any, inputs: list[Any], numbers: list[int], results: list[Any], layer: Layer) -> Any:
+    """Emit a call of a kernel: arrays, then numbers, then results (shape, dtype)."""
+    name = getattr(key, "name", None) or "_".join(str(part) for part in key)
+    walk.tiling.layers.append(layer)
+    made = walk.call_kernel(walk.kernel(key, build, name), inputs, *results, numbers=numbers)
+    return made if len(results) == 1 else made[0]
+
+
+def _dtype(walk: Walk, node: fx.Node) -> str:
+    return dtype_name(walk.fake(node).dtype)
+
+
+def _signed(scheme: str) -> bool:
+    return int(parse_scheme(scheme).format.lowest) < 0
+
+
+def _number(walk: Walk, node: fx.Node | None) -> int:
+    return 0 if node is None else int(walk.required_constant(node))
+
+
+def _limits(walk: Walk, a: Arguments) -> list[int]:
+    """Return the zero point of the result, and its lowest and highest code after the activation."""
+    zero = _number(walk, a.out_zero_point)
+    scale = None if a.out_scale is None else walk.required_constant(a.out_scale)
+    return [zero, *code_limits(a.activation, scale, zero, a.out_scheme)]
+
+
+# ---- products -------------------------------------------------------------------------------------------------------------
+
+
+def _weight(walk: Walk, a: Arguments, size: int) -> Any:
+    """Return codes int8 of a weight, or why no kernel reads them."""
+    scheme = parse_scheme(a.weight_scheme)
+    if not isinstance(scheme.format, Integer) and str(scheme.format) != "ternary":
+        return f"no kernel reads weights as '{scheme}'"
+    if scheme.granularity not in (Tensor(), Channel(0)) or a.weight_zero_point is not None:
+        return f"no kernel reads weights as '{scheme}': they are symmetric, by tensor or channel"
+    return scheme.format.unpack(walk.required_constant(a.weight), size).to(torch.int8).numpy()
+
+
+def _stored_bits(scheme: str) -> int:
+    """Return the bits a kernel stores a code in: the next of 2, 4 and 8."""
+    bits = max(2, -(-parse_scheme(scheme).bits // 1))
+    return next(stored for stored in (2, 4, 8) if bits <= stored)
+
+
+def _parameters(walk: Walk, a: Arguments, name: str, codes: Any, sums: Any) -> list[Any]:
+    """Return packed codes, bias, multiplier and shift as constants of flash; the input's zero point goes into the bias."""
+    channels = len(sums)
+    bias = np.zeros(channels, np.int64) if a.bias is None else walk.required_constant(a.bias).numpy().astype(np.int64)
+    bias = bias - _number(walk, a.x_zero_point) * sums
+    multiplier, shift = (np.broadcast_to(walk.required_constant(t).numpy(), (channels,)) for t in (a.multiplier, a.shift))
+    if np.abs(bias).max(initial=0) >= 2**31:
+        raise Refused("the bias leaves int32", node=walk.node.name, operator=str(walk.node.target))
+    arrays = [("weight", codes), ("bias", bias.astype(np.int32)), ("multiplier", multiplier), ("shift", shift)]
+    made = [(what, torch.from_numpy(np.ascontiguousarray(array))) for what, array in arrays]
+    return [walk.parameter(f"{name}_{what}", lambda t=tensor: t) for what, tensor in made]  # type: ignore[misc]
+
+
+def _product(walk: Walk, bits: int, signed: bool, rows: int) -> Product:
+    pixels, channels = (2, 2) if rows > 1 else (1, 4)
+    return Product(bits, signed, walk.tiling.dsp, pixels, channels)
+
+
+def _conv2d(walk: Walk, node: fx.Node, a: Arguments) -> Any:
+    """qc.conv2d with a multiplier: dense, or depthwise with one output channel for each input channel."""
+    if a.multiplier is None:
+        return "its result is not in fixed point"
+    batch, channels, height, width = walk.shape(a.x)
+    codes = _weight(walk, a, a.kernel_width)
+    if isinstance(codes, str):
+        return codes
+    if batch != 1:
+        return "images come one at a time"
+    out_channels, _, kernel_height, kernel_width = codes.shape
+    _, _, out_height, out_width = walk.shape(node)
+    window = [kernel_height, kernel_width, *a.stride, *a.padding, *a.dilation]
+    sizes = [height, width, channels, out_height, out_width, out_channels, *window]
+    x, signed, out_signed = walk.channels_last(a.x), _signed(a.x_scheme), _signed(a.out_scheme)
+    x_zero, limits = _number(walk, a.x_zero_point), _limits(walk, a)
+    result = ([1, out_height, out_width, out_channels], "int8" if out_signed else "uint8")
+    macs = codes.size * out_height * out_width
+    layer = Layer(node.name, "qc.conv2d", a.weight_scheme, macs)
+    sums = codes.reshape(out_channels, -1).astype(np.int64).sum(1)
+    if a.groups == channels == out_channels and a.groups > 1:
+        spec = Depthwise(signed, out_signed, walk.tiling.dsp and channels % 4 == 0)
+        inputs = [x, *_parameters(walk, a, node.name, codes[:, 0].transpose(1, 2, 0), sums)]
+        y = _call(walk, spec, lambda: depthwise(spec), inputs, [*sizes, x_zero, *limits], [result], layer)
+    elif a.groups != 1:
+        return "no kernel for groups of channels"
+    else:
+        pixels = out_height * out_width
+        product = _product(walk, _stored_bits(a.weight_scheme), signed, pixels)
+        direct = window == [1, 1, 1, 1, 0, 0, *a.dilation] and channels % product.step == 0
+        y = _emit_product(walk, a, Convolution(product, direct, out_signed), codes.transpose(0, 2, 3, 1), sums,
+                          x, pixels, sizes, x_zero, limits, result, layer)  # fmt: skip
+    walk.bind(node, y, channels_last=True)
+    return None
+
+
+def _linear(walk: Walk, node: fx.Node, a: Arguments) -> Any:
+    """qc.linear with a multiplier: a convolution whose pixels are rows."""
+    if a.multiplier is None:
+        return "its result is not in fixed point"
+    codes = _weight(walk, a, a.in_features)
+    if isinstance(codes, str):
+        return codes
+    rows = int(np.prod(walk.shape(node)[:-1], dtype=np.int64))
+    out_features, in_features = codes.shape
+    signed, out_signed = _signed(a.x_scheme), _signed(a.out_scheme)
+    product = _product(walk, _stored_bits(a.weight_scheme), signed, rows)
+    x = walk.reshape(walk.plain(a.x), [rows, in_features])
+    sizes = [rows, 1, in_features, rows, 1, out_features, 1, 1, 1, 1, 0, 0, 1, 1]
+    result = ([rows, out_features], "int8" if out_signed else "uint8")
+    layer = Layer(node.name, "qc.linear", a.weight_scheme, codes.size * rows)
+    spec = Convolution(product, in_features % product.step == 0, out_signed)
+    y = _emit_product(walk, a, spec, codes, codes.astype(np.int64).sum(1), x, rows, sizes, _number(walk, a.x_zero_point),
+                      _limits(walk, a), result, layer)  # fmt: skip
+    return walk.reshape(y, walk.shape(node))
+
+
+def _emit_product(
+    walk: Walk, a: Arguments, spec: Convolution, codes: Any, sums: Any, x: Any, pixels: int, sizes: list[int], x_zero: int,
+    limits: list[int], result: Any, layer: Layer,
+) -> Any:  # fmt: skip
+    rows = codes.reshape(len(codes), -1)
+    length = padded(rows.shape[1], spec.product)
+    inputs = [x, *_parameters(walk, a, walk.node.name, pack_rows(rows, spec.product), sums)]
+    numbers = [pixels, rows.shape[1], len(codes), *limits] if spec.direct else [*sizes, length, x_zero, *limits]
+    scratch = ([max(4, scratch_bytes(spec, length))], spec.product.input_dtype)
+    return _call(walk, spec, lambda: convolution(spec), inputs, numbers, [result, scratch], layer)
+
+
+# ---- single codes ---------------------------------------------------------------------------------------------------------
+
+
+def _together(walk: Walk, *nodes: fx.Node) -> tuple[list[Any], bool]:
+    """Return values in one order of memory, NHWC where all exist so, and whether it is that."""
+    last = all(walk.is_channels_last(node) for node in nodes)
+    return [walk.channels_last(node) if last else walk.plain(node) for node in nodes], last
+
+
+def _flat(walk: Walk, value: Any) -> Any:
+    return walk.reshape(value, [_count(value)])
+
+
+def _count(value: Any) -> int:
+    return int(np.prod([int(size) for size in value.ty.shape], dtype=np.int64))
+
+
+def _add(walk: Walk, node: fx.Node, a: Arguments) -> Any:
+    """qc.add with multipliers, of two values of one shape."""
+    if not a.multipliers:
+        return "its result is not in fixed point"
+    if list(walk.shape(a.a)) != list(walk.shape(a.b)):
+        return "no kernel adds values of different shapes"
+    (one, two), last = _together(walk, a.a, a.b)
+    shape, count = list(one.ty.shape), _count(one)
+    dtypes = (_dtype(walk, a.a), _dtype(walk, a.b), _dtype(walk, node))
+    factors, zeros = a.multipliers, (_number(walk, a.a_zero_point), _number(walk, a.b_zero_point))
+    rest = (1 << (a.shift - 1)) - sum(zero * factor for zero, factor in zip(zeros, factors, strict=True))
+    numbers = [count, *factors, rest, a.shift, *_limits(walk, a)]
+    key = ("add", *dtypes)
+    inputs = [_flat(walk, one), _flat(walk, two)]
+    y = _call(walk, key, lambda: elementwise.add(*dtypes), inputs, numbers, [([count], dtypes[2])], Layer(node.name, "qc.add"))
+    walk.bind(node, walk.reshape(y, shape), channels_last=last)
+    return None
+
+
+def _lookup(walk: Walk, node: fx.Node, a: Arguments) -> Any:
+    """qc.lookup."""
+    (x,), last = _together(walk, a.codes)
+    dtypes, count = (_dtype(walk, a.codes), _dtype(walk, node)), _count(x)
+    table = walk.parameter(f"{node.name}_table", lambda: walk.required_constant(a.table))
+    y = _call(walk, ("lookup", *dtypes), lambda: elementwise.lookup(*dtypes), [_flat(walk, x), table], [count],
+              [([count], dtypes[1])], Layer(node.name, "qc.lookup"))  # fmt: skip
+    walk.bind(node, walk.reshape(y, list(x.ty.shape)), channels_last=last)
+    return None
+
+
+def _softmax(walk: Walk, node: fx.Node, a: Arguments) -> Any:
+    """qc.softmax."""
+    format, columns = parse_scheme(a.out_scheme).format, walk.shape(node)[-1]
+    x, dtypes = _flat(walk, walk.plain(a.codes)), (_dtype(walk, a.codes), _dtype(walk, node))
+    table = walk.parameter(f"{node.name}_table", lambda: walk.required_constant(a.table))
+    count = _count(x)
+    numbers = [count // columns, columns, int(format.lowest), int(format.highest)]
+    y = _call(walk, ("softmax", *dtypes), lambda: softmax(*dtypes), [x, table], numbers, [([count], dtypes[1])],
+              Layer(node.name, "qc.softmax"))  # fmt: skip
+    return walk.reshape(y, walk.shape(node))
+
+
+# ---- pooling --------------------------------------------------------------------------------------------------------------
+
+
+def _mean(walk: Walk, node: fx.Node, a: Arguments) -> Any:
+    """qc.mean over an image."""
+    shape = walk.shape(a.codes)
+    if len(shape) != 4 or sorted(d % 4 for d in a.dims) != [2, 3] or shape[0] != 1:
+        return "no kernel for this mean: it runs over the rows and columns of an image"
+    _, channels, height, width = shape
+    y = _mean_windows(walk, node, a, [height, width, channels, 1, 1, height, width, 1, 1, 0, 0])
+    walk.bind(node, walk.reshape(y, walk.shape(node)))
+    return None
+
+
+def _avg_pool2d(walk: Walk, node: fx.Node, a: Arguments) -> Any:
+    """qc.avg_pool2d."""
+    (batch, channels, height, width), (_, _, rows, columns) = walk.shape(a.codes), walk.shape(node)
+    if batch != 1:
+        return "images come one at a time"
+    windows = [height, width, channels, rows, columns, *a.kernel_size, *a.stride, *a.padding]
+    y = _mean_windows(walk, node, a, windows)
+    walk.bind(node, walk.reshape(y, [1, rows, columns, channels]), channels_last=True)
+    return None
+
+
+def _mean_windows(walk: Walk, node: fx.Node, a: Arguments, windows: list[int]) -> Any:
+    dtypes, format = (_dtype(walk, a.codes), _dtype(walk, node)), parse_scheme(a.out_scheme).format
+    numbers = [*windows, a.x_zero_point, a.multiplier, a.shift, a.out_zero_point, int(format.lowest), int(format.highest)]
+    x = _flat(walk, walk.channels_last(a.codes))
+    count = windows[2] * windows[3] * windows[4]
+    op = str(node.target._schema.name).replace("::", ".")
+    return _call(walk, ("mean_pool", *dtypes), lambda: pooling.mean_pool(*dtypes), [x], numbers, [([count], dtypes[1])], Layer(node.name, op))
+
+
+def _max_pool2d(walk: Walk, node: fx.Node, a: Arguments) -> Any:
+    """aten.max_pool2d of codes."""
+    batch, channels, height, width = walk.shape(a.self)
+    dtype = _dtype(walk, node)
+    if batch != 1 or dtype not in ("int8", "uint8"):
+        return "no kernel for this maximum: it runs over codes of one image"
+    _, _, rows, columns = walk.shape(node)
+    pairs = [list(value) * (2 // len(value)) for value in (a.kernel_size, a.stride or a.kernel_size, a.padding, a.dilation)]
+    numbers = [height, width, channels, rows, columns, *pairs[0], *pairs[1], *pairs[2], *pairs[3]]
+    x = _flat(walk, walk.channels_last(a.self))
+    y = _call(walk, ("max_pool", dtype), lambda: pooling.max_pool(dtype), [x], numbers, [([rows * columns * channels], dtype)],
+              Layer(node.name, "aten.max_pool2d"))  # fmt: skip
+    walk.bind(node, walk.reshape(y, [1, rows, columns, channels]), channels_last=True)
+    return None
+
+
+LEGALIZE: dict[str, Legalizer] = {
+    "qc.conv2d": _conv2d,
+    "qc.linear": _linear,
+    "qc.add": _add,
+    "qc.lookup": _lookup,
+    "qc.softmax": _softmax,
+    "qc.mean": _mean,
+    "qc.avg_pool2d": _avg_pool2d,
+    "aten.max_pool2d": _max_pool2d,
+}
