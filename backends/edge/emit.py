@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from qcompile.backends.edge.boundary import Port, in_memory
 from qcompile.backends.edge.lower import ALIGNMENT, Program, constant_bytes, place
-from qcompile.backends.lowering.sequence import CONSTANT, INPUT, View
+from qcompile.backends.lowering.sequence import CONSTANT, INPUT, VALUE, View
 
 _C = {"int8": "int8_t", "uint8": "uint8_t", "int16": "int16_t", "int32": "int32_t", "int64": "int64_t", "float32": "float", "bool": "uint8_t"}
 _PER_LINE = 16
@@ -79,7 +79,7 @@ def _header(program: Program, name: str) -> str:
     ]
     for kind, ports in (("input", program.inputs), ("output", program.outputs)):
         for number, port in enumerate(ports):
-            lines += _port(name, f"{kind}_{number}", port)
+            lines += _port(name, f"{kind}_{number}", port, kind == "input" and number in program.updated)
     lines += [
         "",
         "/* Look at an arena once: 0, or an error above. It need not be cleared. */",
@@ -97,10 +97,11 @@ def _header(program: Program, name: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _port(name: str, which: str, port: Port) -> list[str]:
+def _port(name: str, which: str, port: Port, updated: bool) -> list[str]:
     prefix = f"{name}_{which}".upper()
     shape = "x".join(map(str, port.shape)) or "one number"
     meaning = "" if port.scale is None else ": value = scale * (code - zero point)"
+    meaning += "; a call writes it too: keep it for the next" * updated
     lines = [
         "",
         f"/* {port.name}: {port.dtype} {shape}{meaning} */",
@@ -163,7 +164,7 @@ def _source(program: Program, name: str) -> str:
 def _operand(program: Program, name: str, view: View) -> str:
     c = _C[view.dtype]
     if view.kind == INPUT:
-        return f"(const {c} *)inputs[{view.index}]"
+        return f"({'' if view.index in program.updated else 'const '}{c} *)inputs[{view.index}]"
     if view.kind == CONSTANT:
         constant = program.constants[view.index]
         own = f"{name}_{constant.name}"
@@ -171,7 +172,7 @@ def _operand(program: Program, name: str, view: View) -> str:
     offset = place(program, view)
     if offset is not None:
         return f"({c} *)(void *)(bytes + {offset})"
-    number = [output.index for output in program.sequence.outputs].index(view.index)
+    number = [output.index for output in program.sequence.outputs if output.kind == VALUE].index(view.index)
     return f"({c} *)outputs[{number}]"
 
 

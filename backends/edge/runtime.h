@@ -68,6 +68,47 @@ QC_INLINE int32_t qc_smlabb(uint32_t a, uint32_t b, int32_t sum) { return sum + 
 QC_INLINE int32_t qc_smlatt(uint32_t a, uint32_t b, int32_t sum) { return sum + (int16_t)(a >> 16) * (int16_t)(b >> 16); }
 #endif
 
+/* The nearest integer, halves to even, for magnitudes below 2^22. */
+QC_INLINE int32_t qc_round(float x) {
+  volatile float shifted = x + 12582912.0f; /* volatile: no wider type may keep more bits */
+  return (int32_t)(shifted - 12582912.0f);
+}
+
+/* e^x within two units of the last place: 2^n by the exponent's bits, the rest by a polynomial on [-1/2, 1/2]. */
+QC_INLINE float qc_expf(float x) {
+  float power = x * 1.44269504f;
+  if (power < -126.0f) {
+    return 0.0f;
+  }
+  power = power > 127.0f ? 127.0f : power;
+  int32_t whole = qc_round(power);
+  float rest = power - (float)whole;
+  float value = 1.32647273e-3f;
+  value = value * rest + 9.67151179e-3f;
+  value = value * rest + 5.55073374e-2f;
+  value = value * rest + 2.40222421e-1f;
+  value = value * rest + 6.93146898e-1f;
+  value = value * rest + 1.0f;
+  uint32_t bits;
+  memcpy(&bits, &value, sizeof bits);
+  bits += (uint32_t)whole << 23;
+  memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+/* 1 / sqrt(x) for positive x: a first guess by its bits, then Newton's steps. */
+QC_INLINE float qc_rsqrt(float x) {
+  uint32_t bits;
+  memcpy(&bits, &x, sizeof bits);
+  bits = 0x5F375A86u - (bits >> 1);
+  float root;
+  memcpy(&root, &bits, sizeof root);
+  for (int step = 0; step < 4; ++step) {
+    root = root * (1.5f - 0.5f * x * root * root);
+  }
+  return root;
+}
+
 /* A field of a byte as if it stood at the byte's top: the field times a power of two, with its sign. */
 QC_INLINE int32_t qc_top_bits(int32_t byte, int32_t from_top, int32_t bits) {
   return (int8_t)(((uint32_t)byte << from_top) & (0xFF00u >> bits) & 0xFFu);

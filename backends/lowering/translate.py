@@ -151,10 +151,13 @@ class Walk:
         call = self.builder.emit(relax.op.call_tir(kernel, arguments, types[0] if len(types) == 1 else types))
         return call if len(types) == 1 else [self.builder.emit(relax.TupleGetItem(call, i)) for i in range(len(types))]
 
-    def update(self, kernel: Any, updated: Any, *others: Any) -> Any:
-        """Emit a call of a TIR kernel that writes its first argument in place; return what stands for it from then on."""
-        kind = updated.ty
-        return self.builder.emit(relax.op.call_tir_inplace(kernel, relax.Tuple([updated, *others]), 0, kind))
+    def update(self, kernel: Any, updated: Any, *others: Any, numbers: Iterable[int] = ()) -> Any:
+        """Emit a call of a TIR kernel that writes its first argument in place; return what stands for it from then on.
+
+        ``numbers`` are int32 arguments after the others.
+        """
+        arguments = relax.Tuple([updated, *others, *(tirx.const(number, "int32") for number in numbers)])
+        return self.builder.emit(relax.op.call_tir_inplace(kernel, arguments, 0, updated.ty))
 
     def reshape(self, value: Any, shape: Iterable[Size]) -> Any:
         """Emit a view of a value with another shape; nothing is copied when the value is in memory."""
