@@ -123,7 +123,7 @@ def _parameters(walk: Walk, a: Arguments, name: str, codes: Any, sums: Any) -> l
     if np.abs(bias).max(initial=0) >= 2**31:
         raise Refused("the bias leaves int32", node=walk.node.name, operator=str(walk.node.target))
     arrays = [("weight", codes), ("bias", bias.astype(np.int32)), ("multiplier", multiplier), ("shift", shift)]
-    made = [(what, torch.from_numpy(np.ascontiguousarray(array))) for what, array in arrays]
+    made = [(what, torch.from_numpy(np.array(array, order="C"))) for what, array in arrays]
     return [walk.parameter(f"{name}_{what}", lambda t=tensor: t) for what, tensor in made]  # type: ignore[misc]
 
 
