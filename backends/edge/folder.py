@@ -1,15 +1,19 @@
-"""The folder that ``compile --target edge:..`` writes: the model's C, its report, and an example that runs it."""
+"""The folder that ``compile --target edge:..`` writes: the model's C, its report, an example that runs it, and a library for Arduino."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from qcompile.backends.edge.boundary import Port, in_memory
 from qcompile.backends.edge.emit import report, write_files
+from qcompile.backends.edge.firmware.arduino import arduino_library
+from qcompile.backends.edge.firmware.build import measure_objects
 from qcompile.backends.edge.firmware.files import decoder_header, example_files, golden_header
 from qcompile.backends.edge.lower import Program, lower
 from qcompile.backends.edge.processors import Processor
@@ -36,12 +40,40 @@ def write_folder(
     files["golden.h"] = (_decoder_header(program, golden[0], name) if decoder else _golden_header(program, golden, name)).encode()
     example = example_files(processor, (f"{name}.c", f"{name}_weights.c"), name, decoder=decoder)
     files |= {path: text.encode() for path, text in example.items()}
-    told = {**report(program), "target": target, "board": limits.board, "limits": {"arena": limits.arena, "flash": limits.flash}}
+    texts = {path: data.decode() for path, data in files.items()}
+    files |= {f"arduino/{path}": text.encode() for path, text in arduino_library(texts, name).items()}
+    with tempfile.TemporaryDirectory() as scratch:
+        _write(files, Path(scratch))
+        told = {**report(program), **_measured(Path(scratch), processor)}
+    told |= {"target": target, "board": limits.board, "limits": {"arena": limits.arena, "flash": limits.flash}}
+    _check_flash(told, limits)
     files["report.json"] = (json.dumps(told, indent=1) + "\n").encode()
+    _write(files, folder)
+    return told
+
+
+def _write(files: Mapping[str, bytes], folder: Path) -> None:
     for path, data in files.items():
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
         write_atomic(folder / path, data)
-    return told
+
+
+def _measured(folder: Path, processor: Processor) -> dict[str, int | None]:
+    """Return what the processor's compiler makes of the C; nothing is known without the compiler."""
+    if shutil.which("make") is None or shutil.which(processor.tools[0]) is None:
+        return {"code_bytes": None, "flash_bytes": None, "stack_bytes": None}
+    sizes, stack = measure_objects(folder, processor)
+    return {"code_bytes": sizes.code, "flash_bytes": sizes.code + sizes.weights, "stack_bytes": stack}
+
+
+def _check_flash(told: dict[str, Any], limits: MemoryLimits) -> None:
+    """Raise Refused where code and weights together do not fit."""
+    if limits.flash is not None and (told["flash_bytes"] or 0) > limits.flash:
+        raise Refused(
+            f"code takes {told['code_bytes']} and weights take {told['flash_bytes'] - told['code_bytes']} bytes of flash, "
+            f"the limit is {limits.flash}",
+            way_out="fewer bits (--recipe w4a8-edge), or a board with more flash",
+        )
 
 
 def _golden_header(program: Program, golden: Sequence[torch.Tensor], name: str) -> str:
