@@ -86,7 +86,7 @@ def plan_work(work: Work, *, alignment: int = 1, exact: bool = False) -> Plan:
 
 
 def require_fit(plan: Plan, limit: int, *, way_out: str = "") -> None:
-    """Raise Refused where a plan takes more than ``limit`` bytes; it names the step that needs most, what lives then, and what would fit."""
+    """Raise Refused where a plan takes more than ``limit`` bytes; it names the step that needs most, what lives then and what would fit."""
     if plan.bytes <= limit:
         return
     living = ", ".join(f"{span.name} {span.stop - span.start}" for span in sorted(plan.living(plan.peak), key=lambda s: s.start - s.stop))

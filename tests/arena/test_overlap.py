@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qcompile.arena.overlap import Windows, elementwise_lead, row_ring_bytes, windows_lead
+from qcompile.arena.overlap import Windows, ring_bytes, ring_lead, windows_lead
 
 
 @st.composite
@@ -82,7 +82,7 @@ def by_rows(windows: Windows, arena: np.ndarray, start: int, result: int) -> Non
 def by_ring(windows: Windows, arena: np.ndarray, start: int, result: int) -> None:
     """Rows, from a ring of input rows that is filled before each of them."""
     high, pitch = windows.kernel[0], windows.size[1] * windows.pixel
-    ring = np.zeros(row_ring_bytes(windows), np.uint8)
+    ring = np.zeros(ring_bytes(windows), np.uint8)
     filled = 0
     for row in range(windows.result[0]):
         first = row * windows.stride[0] - windows.padding[0]
@@ -96,38 +96,46 @@ def by_ring(windows: Windows, arena: np.ndarray, start: int, result: int) -> Non
 
 
 KERNELS = {
-    "pixels": (by_pixels, {"by": "pixel"}),
-    "held pixels": (by_held_pixels, {"by": "pixel", "copied": True}),
-    "rows": (by_rows, {"by": "row"}),
-    "ring": (by_ring, {"by": "row", "copied": True}),
+    "pixels": (by_pixels, windows_lead),
+    "held pixels": (by_held_pixels, lambda windows: windows_lead(windows, copied=True)),
+    "rows": (by_rows, lambda windows: windows_lead(windows, block=windows.result[1])),
+    "ring": (by_ring, ring_lead),
 }
 
 
 @pytest.mark.parametrize("name", KERNELS)
 @given(windows=geometries(), seed=st.integers(0, 99))
 def test_a_kernel_runs_over_its_input(name: str, windows: Windows, seed: int) -> None:
-    kernel, how = KERNELS[name]
+    kernel, rule = KERNELS[name]
     data = np.random.default_rng(seed).integers(0, 256, windows.bytes, dtype=np.uint8)
-    lead = windows_lead(windows, **how)  # type: ignore[arg-type]
-    assert in_one_arena(windows, data, lead, kernel) == plain(windows, data)
-    assert in_one_arena(windows, data, lead + 3, kernel) == plain(windows, data), "a longer lead does no harm"
+    assert in_one_arena(windows, data, rule(windows), kernel) == plain(windows, data)
+    assert in_one_arena(windows, data, rule(windows) + 3, kernel) == plain(windows, data), "a longer lead does no harm"
+
+
+@given(windows=geometries(), block=st.integers(2, 4), seed=st.integers(0, 99))
+def test_pairs_of_pixels_run_over_their_input(windows: Windows, block: int, seed: int) -> None:
+    def by_blocks(windows: Windows, arena: np.ndarray, start: int, result: int) -> None:
+        for row, begun in itertools.product(range(windows.result[0]), range(0, windows.result[1], block)):
+            columns = range(begun, min(begun + block, windows.result[1]))
+            for channel, column in itertools.product(range(windows.result_pixel), reversed(columns)):
+                n = row * windows.result[1] + column
+                arena[result + n * windows.result_pixel + channel] = value(windows, lambda at: int(arena[start + at]), row, column, channel)
+
+    data = np.random.default_rng(seed).integers(0, 256, windows.bytes, dtype=np.uint8)
+    assert in_one_arena(windows, data, windows_lead(windows, block=block), by_blocks) == plain(windows, data)
 
 
 @pytest.mark.parametrize(("name", "lead"), [("pixels", 40), ("held pixels", 36), ("rows", 64), ("ring", -32)])
 def test_a_lead_is_no_longer_than_it_must_be(name: str, lead: int) -> None:
     """A 3 x 3 window over 6 x 8 pixels of 4 bytes: one pixel less, and something is read that was written over."""
-    kernel, how = KERNELS[name]
+    kernel, rule = KERNELS[name]
     windows = Windows((6, 8), (6, 8), 4, 4, (3, 3), (1, 1), (1, 1))
-    assert windows_lead(windows, **how) == lead  # type: ignore[arg-type]
+    assert rule(windows) == lead
     data = np.random.default_rng(0).integers(1, 256, windows.bytes, dtype=np.uint8)
     assert in_one_arena(windows, data, lead - 4, kernel) != plain(windows, data)
 
 
 @pytest.mark.parametrize(("pixel", "result_pixel", "lead"), [(8, 3, -5), (4, 4, 0), (4, 24, 20 * 47)])
 def test_a_product_of_pixels(pixel: int, result_pixel: int, lead: int) -> None:
-    """A 1 x 1 convolution that copies its pixel: narrower, as wide, and wider, where the last pixel is copied before the result reaches it."""
+    """A 1 x 1 convolution that copies its pixel: narrower, as wide, and wider, where the last pixel is read before it is reached."""
     assert windows_lead(Windows((6, 8), (6, 8), pixel, result_pixel), copied=True) == lead
-
-
-def test_elements_share_their_place() -> None:
-    assert elementwise_lead() == 0
