@@ -29,7 +29,9 @@ ELEMENTWISE = frozenset({
     "aten.add.Tensor", "aten.mul.Tensor", "aten.sub.Tensor", "qc.quantize", "qc.dequantize",
 })  # fmt: skip
 WINDOWS = frozenset({"qc.conv2d", "aten.max_pool2d", "aten.avg_pool2d", "qc.avg_pool2d"})
-_VIEWS = frozenset({"aten.view", "aten.reshape", "aten.flatten.using_ints", "aten.squeeze.dim", "aten.unsqueeze", "aten.alias", "aten.detach"})
+_VIEWS = frozenset(
+    {"aten.view", "aten.reshape", "aten.flatten.using_ints", "aten.squeeze.dim", "aten.unsqueeze", "aten.alias", "aten.detach"}
+)
 
 
 def plain_leads(node: fx.Node) -> dict[fx.Node, int]:
@@ -44,7 +46,7 @@ def plain_leads(node: fx.Node) -> dict[fx.Node, int]:
     if name in WINDOWS:
         windows = windows_of(node)
         arguments = bound_arguments(node)
-        leads = {_first_operand(node): windows_lead(windows, block=2)} if windows else {}
+        leads = {first_operand(node): windows_lead(windows, block=2)} if windows else {}
         if isinstance(arguments.get("residual"), fx.Node) and _element(arguments["residual"]) == _element(node):
             leads[arguments["residual"]] = 0  # read at the place that is written
         return leads
@@ -53,7 +55,7 @@ def plain_leads(node: fx.Node) -> dict[fx.Node, int]:
 
 def windows_of(node: fx.Node) -> Windows | None:
     """Return a convolution or pooling as its addresses see it; a 1x1 kernel sees one long row. None for more than one picture."""
-    x, y = _first_operand(node), node
+    x, y = first_operand(node), node
     arguments = bound_arguments(node)
     (batch, channels, *size), (_, out_channels, *result) = (tuple(map(int, n.meta["val"].shape)) for n in (x, y))
     if batch != 1:
@@ -126,6 +128,15 @@ def describe_graph(graph: Graph, kernels: Kernels = PLAIN, *, inputs: bool = Fal
     return _Reader(graph, kernels, inputs).read()
 
 
+def caller_takes(graph: Graph) -> set[fx.Node]:
+    """Return the nodes whose values the caller takes: outputs, and the codes behind outputs that are dequantized."""
+    found: set[fx.Node] = set(graph.outputs)
+    for node in graph.outputs:
+        if node.op == "call_function" and operator_name(node.target) == "qc.dequantize" and len(node.users) == 1:
+            found.add(bound_arguments(node)["codes"])
+    return found
+
+
 @dataclass(frozen=True)
 class _Piece:
     """Bytes of a value from ``at`` on."""
@@ -147,7 +158,7 @@ class _Reader:
     steps: list[fx.Node] = field(default_factory=list)
 
     def read(self) -> GraphWork:
-        outside = self._outputs()
+        outside = caller_takes(self.graph)
         for node in self.graph.nodes:
             if node.op == "placeholder" or self._is_input_codes(node):
                 self._add_input(node)
@@ -157,21 +168,12 @@ class _Reader:
         steps = tuple(self._step(node) for node in nodes)
         return GraphWork(Work(tuple(self.names), tuple(self.sizes), steps, frozenset(self.given)), nodes)
 
-    def _outputs(self) -> set[fx.Node]:
-        """Return the nodes whose values the caller takes, the codes behind dequantized outputs for them."""
-        found: set[fx.Node] = set()
-        for node in self.graph.outputs:
-            if node.op == "call_function" and operator_name(node.target) == "qc.dequantize" and len(node.users) == 1:
-                found |= {node, bound_arguments(node)["codes"]}
-            found.add(node)
-        return found
-
     def _is_input_codes(self, node: fx.Node) -> bool:
         """Say whether a node quantizes an input that nothing else reads."""
         if node.op != "call_function" or operator_name(node.target) != "qc.quantize":
             return False
-        x = node.args[0]
-        return isinstance(x, fx.Node) and x.op == "placeholder" and len(x.users) == 1
+        x = first_operand(node)
+        return x is not None and x.op == "placeholder" and len(x.users) == 1
 
     def _add_input(self, node: fx.Node) -> None:
         codes = all(self._is_input_codes(user) for user in node.users) if node.op == "placeholder" else False
@@ -185,7 +187,7 @@ class _Reader:
         return _Piece(len(self.sizes) - 1)
 
     def _add(self, node: fx.Node, outside: set[fx.Node]) -> None:
-        source = _first_operand(node)
+        source = first_operand(node)
         if node in outside and operator_name(node.target) == "qc.dequantize" and source in outside:
             return
         name = operator_name(node.target)
@@ -213,7 +215,7 @@ class _Reader:
     def _direct_parts(self, cat: fx.Node, outside: set[fx.Node]) -> list[fx.Node]:
         """Return the parts of a concatenation where all of them can be written straight into it."""
         parts = list(bound_arguments(cat)["tensors"])
-        written = {node for node in self.steps}
+        written = set(self.steps)
         whole = all(
             part in self.pieces
             and (part in written or (part.op == "call_function" and operator_name(part.target) == "aten.cat"))
@@ -249,7 +251,7 @@ class _Reader:
 def row_slice(node: fx.Node) -> int | None:
     """Return the byte at which a slice begins in what it is taken from, where it is contiguous in NHWC, else None."""
     arguments = bound_arguments(node)
-    source, result = node.args[0].meta["val"], node.meta["val"]  # type: ignore[union-attr]
+    source, result = arguments["self"].meta["val"], node.meta["val"]
     order = _memory_order(source.ndim)
     dim = arguments["dim"] % source.ndim
     place = order.index(dim)
@@ -283,8 +285,12 @@ def _is_tensor(node: fx.Node) -> bool:
     return isinstance(node.meta.get("val"), torch.Tensor)
 
 
-def _first_operand(node: fx.Node) -> Any:
-    return node.args[0] if node.args and isinstance(node.args[0], fx.Node) else None
+def first_operand(node: fx.Node) -> Any:
+    """Return the first argument of an operator where it is a node, else None; it may be given by name."""
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return node.args[0] if node.args and isinstance(node.args[0], fx.Node) else None
+    first = next(iter(bound_arguments(node).values()), None)
+    return first if isinstance(first, fx.Node) else None
 
 
 def _element(node: fx.Node) -> int:

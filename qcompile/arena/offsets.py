@@ -16,12 +16,13 @@ section 2.3).
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-REPAIRS = 64  # tries of an order, the block that reaches highest first in the next
+REPAIRS = 32  # tries of an order, the block that reaches highest first in the next
 LARGEST_PROGRAM = 600  # pairs of blocks that live together: beyond, the integer program is not tried
 LARGEST_SEARCH = 20_000  # nodes of its tree; a number of nodes, not of seconds, so that every machine finds the same
 
@@ -66,22 +67,22 @@ def place(blocks: Sequence[Block], leads: Mapping[tuple[int, int], int] | None =
     problem = _Problem(blocks, leads or {})
     if not blocks:
         return Placement((), 0, 0, True)
-    needed = problem.needed()
+    least = needed(blocks, problem.leads)
     best: list[int] = []
     reached = 0
     for key in _ORDERS:
-        offsets = problem.repaired(sorted(range(len(blocks)), key=lambda i, key=key: (*key(blocks[i]), i)), needed)  # type: ignore[misc]
+        offsets = problem.repaired(sorted(range(len(blocks)), key=lambda i, key=key: (*key(blocks[i]), i)), least)  # type: ignore[misc]
         size = problem.size(offsets)
         if not best or size < reached:
             best, reached = offsets, size
-        if reached == needed:
+        if reached == least:
             break
-    proven = reached == needed
+    proven = reached == least
     if exact and not proven and len(problem.pairs) <= LARGEST_PROGRAM:
-        found, proven = problem.solve(reached, needed)
+        found, proven = problem.solve(reached, least)
         if found is not None and problem.size(found) < reached:
             best, reached = found, problem.size(found)
-    return Placement(tuple(best), reached, needed, proven)
+    return Placement(tuple(best), reached, least, proven)
 
 
 # The first is the one that mostly is best; the others are tried where it wastes memory.
@@ -92,6 +93,21 @@ _ORDERS: tuple[Callable[[Block], tuple[int, ...]], ...] = (
     lambda b: (b.first, -b.size),
     lambda b: (-b.last, -b.size),
 )
+
+
+def needed(blocks: Sequence[Block], leads: Mapping[tuple[int, int], int]) -> int:
+    """Return the most that lives at one step: sizes, less the most that results can share with what is read. No arena is smaller."""
+    shared: dict[int, int] = {}
+    for (read, written), lead in leads.items():
+        a, b = blocks[read].size, blocks[written].size
+        shared[written] = shared.get(written, 0) + max(0, a + b - max(b, max(lead, 0) + a))
+    change = [0] * (2 + max((block.last for block in blocks), default=0))
+    saved = [0] * len(change)
+    for number, block in enumerate(blocks):
+        change[block.first] += block.size
+        change[block.last + 1] -= block.size
+        saved[block.first] += min(block.size, shared.get(number, 0))
+    return max(living - less for living, less in zip(itertools.accumulate(change), saved, strict=True))
 
 
 class _Problem:
@@ -122,29 +138,16 @@ class _Problem:
     def size(self, offsets: Sequence[int]) -> int:
         return max(at + block.size for at, block in zip(offsets, self.blocks, strict=True))
 
-    def needed(self) -> int:
-        return max(self._needed_at(step) for step in {block.first for block in self.blocks})
-
-    def _needed_at(self, step: int) -> int:
-        """Return a bound from the blocks of one step: their sizes, less the most that results can share with what is read."""
-        shared: dict[int, int] = {}
-        for (read, written), lead in self.leads.items():
-            a, b = self.blocks[read].size, self.blocks[written].size
-            if self.blocks[written].first == step:
-                shared[written] = shared.get(written, 0) + max(0, a + b - max(b, max(lead, 0) + a))
-        total = sum(block.size for block in self.blocks if block.first <= step <= block.last)
-        return total - sum(min(self.blocks[written].size, most) for written, most in shared.items())
-
     # ---- greedy -----------------------------------------------------------------------------------------------------------
 
-    def repaired(self, order: list[int], needed: int) -> list[int]:
+    def repaired(self, order: list[int], least: int) -> list[int]:
         """Return offsets of an order: each block at the lowest free place; the block that reaches highest goes first, and again."""
         best: list[int] = []
         for _ in range(min(REPAIRS, len(order))):
             offsets = self._lowest(order)
             if not best or self.size(offsets) < self.size(best):
                 best = offsets
-            if self.size(best) == needed:
+            if self.size(best) == least:
                 break
             highest = max(order, key=lambda i: offsets[i] + self.blocks[i].size)
             order = [highest, *(i for i in order if i != highest)]
@@ -163,11 +166,11 @@ class _Problem:
 
     # ---- exact ------------------------------------------------------------------------------------------------------------
 
-    def solve(self, most: int, needed: int) -> tuple[list[int] | None, bool]:
+    def solve(self, most: int, least: int) -> tuple[list[int] | None, bool]:
         """Return offsets of an arena smaller than ``most``, None where none was found, and whether it is proven that none is smaller.
 
         Minimise H over offsets x and binaries y, one for each pair: ``x_i + d <= x_j + M (1 - y)``, ``x_j + e <= x_i + M y``,
-        ``x_i + size_i <= H``, ``needed <= H <= most - 1``. What the solver is asked for are the binaries: offsets follow from them in whole
+        ``x_i + size_i <= H``, ``least <= H <= most - 1``. What the solver is asked for are the binaries: offsets follow from them in whole
         numbers.
         """
         from scipy.optimize import Bounds, LinearConstraint, milp
@@ -196,7 +199,7 @@ class _Problem:
         matrix = csr_array((factor, (row, column)), shape=(len(limits), columns))
         lowest, highest = np.zeros(columns), np.ones(columns)
         highest[:n] = [top - block.size for block in self.blocks]
-        lowest[height], highest[height] = needed, top
+        lowest[height], highest[height] = least, top
         result = milp(
             np.eye(1, columns, height)[0],
             integrality=np.r_[np.zeros(n + 1), np.ones(len(self.pairs))],
