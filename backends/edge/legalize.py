@@ -144,7 +144,7 @@ def _conv2d(walk: Walk, node: fx.Node, a: Arguments) -> Any:
         return "images come one at a time"
     out_channels, _, kernel_height, kernel_width = codes.shape
     _, _, out_height, out_width = walk.shape(node)
-    window = [kernel_height, kernel_width, *a.stride, *a.padding, *a.dilation]
+    window = [kernel_height, kernel_width, *a.stride, *a.padding[:2], *a.dilation]  # above and left; sizes tell below and right
     sizes = [height, width, channels, out_height, out_width, out_channels, *window]
     x, signed, out_signed = walk.channels_last(a.x), _signed(a.x_scheme), _signed(a.out_scheme)
     x_zero, limits = _number(walk, a.x_zero_point), _limits(walk, a)
@@ -161,7 +161,7 @@ def _conv2d(walk: Walk, node: fx.Node, a: Arguments) -> Any:
     else:
         pixels = out_height * out_width
         product = _product(walk, _stored_bits(a.weight_scheme), signed, pixels)
-        direct = window == [1, 1, 1, 1, 0, 0, *a.dilation] and channels % product.step == 0
+        direct = [kernel_height, kernel_width, *a.stride, *a.padding] == [1, 1, 1, 1, *[0] * len(a.padding)] and channels % product.step == 0
         y = _emit_product(walk, a, Convolution(product, direct, out_signed), codes.transpose(0, 2, 3, 1), sums,
                           x, pixels, sizes, x_zero, limits, result, layer)  # fmt: skip
     walk.bind(node, y, channels_last=True)
