@@ -8,12 +8,25 @@ taps are inside, which is nearly everywhere, none is tested.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
-from qcompile.backends.edge.kernels.builder import Expression, cell, external, function, let, loop, numbers, pointer, quotient, store, widen, word
-from qcompile.backends.edge.kernels.convolution import RESULT, SIZES
-from qcompile.backends.edge.kernels.products import finish
+from qcompile.backends.edge.kernels.builder import (
+    Expression,
+    cell,
+    external,
+    function,
+    let,
+    loop,
+    numbers,
+    pointer,
+    quotient,
+    store,
+    widen,
+    word,
+)
+from qcompile.backends.edge.kernels.codes import Codes
+from qcompile.backends.edge.kernels.convolution import SIZES
 from tvm import tirx
 from tvm.tirx.script.builder import ir as T
 
@@ -24,17 +37,17 @@ class Depthwise:
 
     Attributes:
         signed: inputs are int8, or uint8.
-        out_signed: results are int8, or uint8.
+        codes: what is written.
         dsp: four channels at a time; channels are a multiple of four.
     """
 
     signed: bool = True
-    out_signed: bool = True
+    codes: Codes = field(default_factory=Codes)
     dsp: bool = False
 
     @property
     def name(self) -> str:
-        return f"depthwise_{'s' if self.signed else 'u'}8_{'s' if self.out_signed else 'u'}8{'_4' * self.dsp}"
+        return f"depthwise_{'s' if self.signed else 'u'}8_{self.codes.name}{'_4' * self.dsp}"
 
     @property
     def together(self) -> int:
@@ -43,18 +56,17 @@ class Depthwise:
 
 
 def depthwise(spec: Depthwise) -> tirx.PrimFunc:
-    """Build ``f(x, weight, bias, multiplier, shift, sizes.., x_zero, out_zero, low, high, y)``.
+    """Build ``f(x, weight, bias, multiplier, shift, sizes.., x_zero, result.., y)``.
 
     x [height, width, channels] codes; weight int8 [kernel height, kernel width, channels]; y [out height, out width, channels].
     """
-    out_dtype = "int8" if spec.out_signed else "uint8"
     with function(spec.name) as builder:
         x, weight = pointer("x", "int8" if spec.signed else "uint8"), pointer("weight", "int8")
         bias, multiplier, shift = pointer("bias", "int32"), pointer("multiplier", "int32"), pointer("shift", "int8")
-        names = f"{SIZES} x_zero {RESULT}"
+        names = f"{SIZES} x_zero {spec.codes.numbers}"
         s = dict(zip(names.split(), numbers(names), strict=True))
-        y = pointer("y", out_dtype)
-        x_zero, out_zero, low, high = (s[name] for name in f"x_zero {RESULT}".split())
+        y = pointer("y", spec.codes.dtype)
+        x_zero = s["x_zero"]
         channels = s["channels"]
         last_y = let("last_y", (s["kernel_height"] - 1) * s["dilation_y"])
         last_x = let("last_x", (s["kernel_width"] - 1) * s["dilation_x"])
@@ -89,8 +101,7 @@ def depthwise(spec: Depthwise) -> tirx.PrimFunc:
                     with T.Else():
                         taps(padded)
                 for i, total in enumerate(sums):
-                    code = finish(total[0], multiplier[first + i], shift[first + i], out_zero, low, high)
-                    store(y, T.cast(code, out_dtype), out + first + i)
+                    store(y, spec.codes.code(total[0], multiplier[first + i], shift[first + i], s), out + first + i)
     return builder.get()
 
 
