@@ -17,6 +17,7 @@ from qcompile.backends.edge.kernels import elementwise, pooling
 from qcompile.backends.edge.kernels.codes import LEAST_QUICK_SHIFT, Codes
 from qcompile.backends.edge.kernels.convolution import Convolution, convolution
 from qcompile.backends.edge.kernels.depthwise import Depthwise, depthwise
+from qcompile.backends.edge.kernels.planes import Planes, columns_together, pack_channels, plane_sizes, planes
 from qcompile.backends.edge.kernels.products import Product, pack_rows, padded
 from qcompile.backends.edge.kernels.softmax import softmax
 from qcompile.backends.lowering.shapes import dtype_name
@@ -28,6 +29,8 @@ from qcompile.formats import Channel, Integer, Tensor, parse_scheme
 from qcompile.graph.dialect import code_limits
 
 Arguments = SimpleNamespace
+
+LARGEST_KERNEL = 9  # columns of a depthwise kernel that are written out
 
 
 @dataclass(frozen=True)
@@ -158,10 +161,7 @@ def _conv2d(walk: Walk, node: fx.Node, a: Arguments) -> Any:
     layer = Layer(node.name, "qc.conv2d", a.weight_scheme, macs)
     sums = codes.reshape(out_channels, -1).astype(np.int64).sum(1)
     if a.groups == channels == out_channels and a.groups > 1:
-        written, constants, limits = _parameters(walk, a, codes[:, 0].transpose(1, 2, 0), sums, 1)
-        spec = Depthwise(signed, written, walk.tiling.dsp and channels % 4 == 0)
-        result = ([1, out_height, out_width, out_channels], written.dtype)
-        y = _call(walk, spec, lambda: depthwise(spec), [x, *constants], [*sizes, _number(walk, a.x_zero_point), *limits], [result], layer)
+        y = _emit_depthwise(walk, a, codes[:, 0], sums, x, sizes, layer)
     elif a.groups != 1:
         return "no kernel for groups of channels"
     else:
@@ -189,6 +189,23 @@ def _linear(walk: Walk, node: fx.Node, a: Arguments) -> Any:
     layer = Layer(node.name, "qc.linear", a.weight_scheme, codes.size * rows)
     y = _emit_product(walk, a, product, in_features % product.step == 0, codes, codes.astype(np.int64).sum(1), x, sizes, layer)
     return walk.reshape(y, walk.shape(node))
+
+
+def _emit_depthwise(walk: Walk, a: Arguments, codes: Any, sums: Any, x: Any, sizes: list[int], layer: Layer) -> Any:
+    """Emit a depthwise convolution with weights [channels, kernel height, kernel width] and the numbers ``convolution.SIZES``."""
+    height, width, channels, out_height, out_width, _, kernel_height, kernel_width, stride_y, stride_x, pad_y, pad_x, *dilation = sizes
+    signed, x_zero, bits = _signed(a.x_scheme), _number(walk, a.x_zero_point), _stored_bits(a.weight_scheme)
+    result = [1, out_height, out_width, channels]
+    if dilation != [1, 1] or kernel_width > LARGEST_KERNEL:
+        written, constants, limits = _parameters(walk, a, codes.transpose(1, 2, 0), sums, 1)
+        spec = Depthwise(signed, written)
+        return _call(walk, spec, lambda: depthwise(spec), [x, *constants], [*sizes, x_zero, *limits], [(result, written.dtype)], layer)
+    written, constants, limits = _parameters(walk, a, pack_channels(codes.reshape(channels, -1), bits), sums, 1)
+    made = Planes(bits, signed, walk.tiling.dsp, kernel_height, kernel_width, stride_x, columns_together(out_width), written)
+    pitch, band, elements = plane_sizes(made, out_height, out_width, width, stride_y, pad_x)
+    numbers = [height, width, channels, out_height, out_width, stride_y, pad_y, pad_x, x_zero, pitch, band, *limits]
+    results = [(result, written.dtype), ([elements], made.plane_dtype)]
+    return _call(walk, made, lambda: planes(made), [x, *constants], numbers, results, layer)
 
 
 def _emit_product(

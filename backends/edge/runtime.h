@@ -97,8 +97,6 @@ QC_INLINE uint32_t qc_sxtb16_ror8(uint32_t word) { return (uint32_t)__sxtb16((wo
 QC_INLINE uint32_t qc_uxtb16_ror8(uint32_t word) { return (uint32_t)__uxtb16((word >> 8) | (word << 24)); }
 #endif
 QC_INLINE int32_t qc_smlad(uint32_t a, uint32_t b, int32_t sum) { return __smlad((int16x2_t)a, (int16x2_t)b, sum); }
-QC_INLINE int32_t qc_smlabb(uint32_t a, uint32_t b, int32_t sum) { return __smlabb((int32_t)a, (int32_t)b, sum); }
-QC_INLINE int32_t qc_smlatt(uint32_t a, uint32_t b, int32_t sum) { return __smlatt((int32_t)a, (int32_t)b, sum); }
 #else
 QC_INLINE uint32_t qc_sxtb16(uint32_t word) {
   return (uint16_t)(int8_t)(word & 0xFF) | (uint32_t)(uint16_t)(int8_t)((word >> 16) & 0xFF) << 16;
@@ -110,9 +108,10 @@ QC_INLINE int32_t qc_smlad(uint32_t a, uint32_t b, int32_t sum) {
   uint32_t low = (uint32_t)((int16_t)(a & 0xFFFF) * (int16_t)(b & 0xFFFF)), high = (uint32_t)((int16_t)(a >> 16) * (int16_t)(b >> 16));
   return (int32_t)((uint32_t)sum + low + high); /* wraps, as the instruction does */
 }
-QC_INLINE int32_t qc_smlabb(uint32_t a, uint32_t b, int32_t sum) { return sum + (int16_t)(a & 0xFFFF) * (int16_t)(b & 0xFFFF); }
-QC_INLINE int32_t qc_smlatt(uint32_t a, uint32_t b, int32_t sum) { return sum + (int16_t)(a >> 16) * (int16_t)(b >> 16); }
 #endif
+
+/* Two numbers of 16 bits, the first below. */
+QC_INLINE uint32_t qc_pair(int32_t low, int32_t high) { return (uint32_t)(uint16_t)low | (uint32_t)high << 16; }
 
 /* Sums of products of one or two rows of inputs with two of weights: sums[row of inputs][row of weights] += ..
    weights: words [turn][row], of codes of 8 bits, or of 4 or 2 bits plus 8 or 2, so that none is negative; a word holds pairs that lie 16 bits
