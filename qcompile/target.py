@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
@@ -14,6 +14,9 @@ from qcompile.errors import Refused
 from qcompile.formats import Integer, LayerScheme, Scheme
 from qcompile.graph.graph import Graph
 from qcompile.kernel_tiles import KernelTiles, Tuning
+
+if TYPE_CHECKING:
+    from qcompile.arena.from_graph import Kernels
 
 
 @dataclass(frozen=True)
@@ -215,6 +218,12 @@ class Target(ABC):
     def check(self, graph: Graph) -> None:
         """Raise Refused naming the first operator that this target cannot run in any scheme; asked before work on data starts."""
         return
+
+    def memory(self) -> Kernels:
+        """Return what this target's kernels need and allow in an arena, for passes that plan memory."""
+        from qcompile.arena.from_graph import PLAIN
+
+        return PLAIN
 
     @abstractmethod
     def build(self, graph: Graph, *, threads: int | None = None) -> Executable:

@@ -15,8 +15,10 @@ from typing import Any
 import numpy as np
 import torch
 from qcompile.backends.edge.kernels import elementwise, floats, pooling
-from qcompile.backends.edge.kernels.convolution import Convolution, convolution, scratch_bytes
+from qcompile.backends.edge.kernels.codes import LEAST_QUICK_SHIFT, Codes
+from qcompile.backends.edge.kernels.convolution import Convolution, convolution
 from qcompile.backends.edge.kernels.depthwise import Depthwise, depthwise
+from qcompile.backends.edge.kernels.planes import Planes, columns_together, pack_channels, plane_sizes, planes
 from qcompile.backends.edge.kernels.products import Product, pack_rows, padded
 from qcompile.backends.edge.kernels.softmax import softmax
 from qcompile.backends.lowering.shapes import dtype_name
@@ -31,6 +33,7 @@ from qcompile.graph.dialect import code_limits
 Arguments = SimpleNamespace
 
 UPDATES = "qcompile.updates"  # attribute of a TIR function: the buffer argument that it writes in place
+LARGEST_KERNEL = 9  # columns of a depthwise kernel that are written out
 
 
 @dataclass(frozen=True)
@@ -114,21 +117,36 @@ def _stored_bits(scheme: str) -> int:
     return next(stored for stored in (2, 4, 8) if bits <= stored)
 
 
-def _parameters(walk: Walk, a: Arguments, name: str, codes: Any, sums: Any) -> list[Any]:
-    """Return packed codes, bias, multiplier and shift as constants of flash; the input's zero point goes into the bias."""
+def _parameters(walk: Walk, a: Arguments, packed: Any, sums: Any, together: int) -> tuple[Codes, list[Any], list[int]]:
+    """Return what is written, the constants of flash, and the numbers of the result.
+
+    The constants are packed codes, bias, multiplier and shift, padded to a multiple of ``together`` channels; the input's zero point goes
+    into the bias.
+    """
     channels = len(sums)
     bias = np.zeros(channels, np.int64) if a.bias is None else walk.required_constant(a.bias).numpy().astype(np.int64)
     bias = bias - _number(walk, a.x_zero_point) * sums
-    multiplier, shift = (np.broadcast_to(walk.required_constant(t).numpy(), (channels,)) for t in (a.multiplier, a.shift))
     if np.abs(bias).max(initial=0) >= 2**31:
         raise Refused("the bias leaves int32", node=walk.node.name, operator=str(walk.node.target))
-    arrays = [("weight", codes), ("bias", bias.astype(np.int32)), ("multiplier", multiplier), ("shift", shift)]
+    multiplier, shift = (np.broadcast_to(walk.required_constant(t).numpy(), (channels,)) for t in (a.multiplier, a.shift))
+    zero, low, high = _limits(walk, a)
+    codes = Codes(_signed(a.out_scheme), (low, high) == _range(a.out_scheme) and bool((shift >= LEAST_QUICK_SHIFT).all()))
+    numbers, shift = ([2 * zero + 1], shift - LEAST_QUICK_SHIFT) if codes.quick else ([zero, low, high], shift)
+    by_channel = [("bias", bias.astype(np.int32)), ("multiplier", multiplier), ("shift", shift.astype(np.int8))]
+    rest = -channels % together
+    arrays = [("weight", packed), *((what, np.pad(array, (0, rest), "edge")) for what, array in by_channel)]
     made = [(what, torch.from_numpy(np.array(array, order="C"))) for what, array in arrays]
-    return [walk.parameter(f"{name}_{what}", lambda t=tensor: t) for what, tensor in made]  # type: ignore[misc]
+    return codes, [walk.parameter(f"{walk.node.name}_{what}", lambda t=tensor: t) for what, tensor in made], numbers  # type: ignore[misc]
+
+
+def _range(scheme: str) -> tuple[int, int]:
+    format = parse_scheme(scheme).format
+    return int(format.lowest), int(format.highest)
 
 
 def _product(walk: Walk, bits: int, signed: bool, rows: int) -> Product:
-    pixels, channels = (2, 2) if rows > 1 else (1, 4)
+    pixels = 2 if rows > 1 else 1
+    channels = 2 if rows > 1 or walk.tiling.dsp else 4
     return Product(bits, signed, walk.tiling.dsp, pixels, channels)
 
 
@@ -144,26 +162,22 @@ def _conv2d(walk: Walk, node: fx.Node, a: Arguments) -> Any:
         return "images come one at a time"
     out_channels, _, kernel_height, kernel_width = codes.shape
     _, _, out_height, out_width = walk.shape(node)
-    window = [kernel_height, kernel_width, *a.stride, *a.padding, *a.dilation]
+    window = [kernel_height, kernel_width, *a.stride, *a.padding[:2], *a.dilation]  # above and left; sizes tell below and right
     sizes = [height, width, channels, out_height, out_width, out_channels, *window]
-    x, signed, out_signed = walk.channels_last(a.x), _signed(a.x_scheme), _signed(a.out_scheme)
-    x_zero, limits = _number(walk, a.x_zero_point), _limits(walk, a)
-    result = ([1, out_height, out_width, out_channels], "int8" if out_signed else "uint8")
+    x, signed = walk.channels_last(a.x), _signed(a.x_scheme)
     macs = codes.size * out_height * out_width
     layer = Layer(node.name, "qc.conv2d", a.weight_scheme, macs)
     sums = codes.reshape(out_channels, -1).astype(np.int64).sum(1)
     if a.groups == channels == out_channels and a.groups > 1:
-        spec = Depthwise(signed, out_signed, walk.tiling.dsp and channels % 4 == 0)
-        inputs = [x, *_parameters(walk, a, node.name, codes[:, 0].transpose(1, 2, 0), sums)]
-        y = _call(walk, spec, lambda: depthwise(spec), inputs, [*sizes, x_zero, *limits], [result], layer)
+        y = _emit_depthwise(walk, a, codes[:, 0], sums, x, sizes, layer)
     elif a.groups != 1:
         return "no kernel for groups of channels"
     else:
         pixels = out_height * out_width
         product = _product(walk, _stored_bits(a.weight_scheme), signed, pixels)
-        direct = window == [1, 1, 1, 1, 0, 0, *a.dilation] and channels % product.step == 0
-        y = _emit_product(walk, a, Convolution(product, direct, out_signed), codes.transpose(0, 2, 3, 1), sums,
-                          x, pixels, sizes, x_zero, limits, result, layer)  # fmt: skip
+        direct = [kernel_height, kernel_width, *a.stride, *a.padding] == [1, 1, 1, 1, *[0] * len(a.padding)] and channels % product.step == 0
+        y = _emit_product(walk, a, product, direct, codes.transpose(0, 2, 3, 1), sums, x, sizes, layer)
+        y = walk.reshape(y, [1, out_height, out_width, out_channels])
     walk.bind(node, y, channels_last=True)
     return None
 
@@ -177,28 +191,44 @@ def _linear(walk: Walk, node: fx.Node, a: Arguments) -> Any:
         return codes
     rows = int(np.prod(walk.shape(node)[:-1], dtype=np.int64))
     out_features, in_features = codes.shape
-    signed, out_signed = _signed(a.x_scheme), _signed(a.out_scheme)
-    product = _product(walk, _stored_bits(a.weight_scheme), signed, rows)
+    product = _product(walk, _stored_bits(a.weight_scheme), _signed(a.x_scheme), rows)
     x = walk.reshape(walk.plain(a.x), [rows, in_features])
     sizes = [rows, 1, in_features, rows, 1, out_features, 1, 1, 1, 1, 0, 0, 1, 1]
-    result = ([rows, out_features], "int8" if out_signed else "uint8")
     layer = Layer(node.name, "qc.linear", a.weight_scheme, codes.size * rows)
-    spec = Convolution(product, in_features % product.step == 0, out_signed)
-    y = _emit_product(walk, a, spec, codes, codes.astype(np.int64).sum(1), x, rows, sizes, _number(walk, a.x_zero_point),
-                      _limits(walk, a), result, layer)  # fmt: skip
+    y = _emit_product(walk, a, product, in_features % product.step == 0, codes, codes.astype(np.int64).sum(1), x, sizes, layer)
     return walk.reshape(y, walk.shape(node))
 
 
+def _emit_depthwise(walk: Walk, a: Arguments, codes: Any, sums: Any, x: Any, sizes: list[int], layer: Layer) -> Any:
+    """Emit a depthwise convolution with weights [channels, kernel height, kernel width] and the numbers ``convolution.SIZES``."""
+    height, width, channels, out_height, out_width, _, kernel_height, kernel_width, stride_y, stride_x, pad_y, pad_x, *dilation = sizes
+    signed, x_zero, bits = _signed(a.x_scheme), _number(walk, a.x_zero_point), _stored_bits(a.weight_scheme)
+    result = [1, out_height, out_width, channels]
+    if dilation != [1, 1] or kernel_width > LARGEST_KERNEL:
+        written, constants, limits = _parameters(walk, a, codes.transpose(1, 2, 0), sums, 1)
+        spec = Depthwise(signed, written)
+        return _call(walk, spec, lambda: depthwise(spec), [x, *constants], [*sizes, x_zero, *limits], [(result, written.dtype)], layer)
+    written, constants, limits = _parameters(walk, a, pack_channels(codes.reshape(channels, -1), bits), sums, 1)
+    made = Planes(bits, signed, walk.tiling.dsp, kernel_height, kernel_width, stride_x, columns_together(out_width), written)
+    pitch, band, elements = plane_sizes(made, out_height, out_width, width, stride_y, pad_x)
+    numbers = [height, width, channels, out_height, out_width, stride_y, pad_y, pad_x, x_zero, pitch, band, *limits]
+    results = [(result, written.dtype), ([elements], made.plane_dtype)]
+    return _call(walk, made, lambda: planes(made), [x, *constants], numbers, results, layer)
+
+
 def _emit_product(
-    walk: Walk, a: Arguments, spec: Convolution, codes: Any, sums: Any, x: Any, pixels: int, sizes: list[int], x_zero: int,
-    limits: list[int], result: Any, layer: Layer,
-) -> Any:  # fmt: skip
-    rows = codes.reshape(len(codes), -1)
-    length = padded(rows.shape[1], spec.product)
-    inputs = [x, *_parameters(walk, a, walk.node.name, pack_rows(rows, spec.product), sums)]
-    numbers = [pixels, rows.shape[1], len(codes), *limits] if spec.direct else [*sizes, length, x_zero, *limits]
-    scratch = ([max(4, scratch_bytes(spec, length))], spec.product.input_dtype)
-    return _call(walk, spec, lambda: convolution(spec), inputs, numbers, [result, scratch], layer)
+    walk: Walk, a: Arguments, product: Product, direct: bool, codes: Any, sums: Any, x: Any, sizes: list[int], layer: Layer
+) -> Any:
+    """Emit a convolution with weights [out channels, ..], their sums by channel, and the numbers ``convolution.SIZES``."""
+    weight = codes.reshape(len(codes), -1)
+    pixels, length = sizes[3] * sizes[4], padded(weight.shape[1], product)
+    written, constants, limits = _parameters(walk, a, pack_rows(weight, product), sums, product.channels)
+    spec = Convolution(product, direct, written)
+    kernel_width, dilation_x = sizes[7], sizes[13]
+    run = kernel_width if dilation_x == 1 else 1
+    numbers = [pixels, weight.shape[1], len(codes)] if direct else [*sizes, run, kernel_width // run, length, _number(walk, a.x_zero_point)]
+    results = [([pixels, len(codes)], written.dtype), *spec.scratch(length)]
+    return _call(walk, spec, lambda: convolution(spec), [x, *constants], [*numbers, *limits], results, layer)
 
 
 # ---- single codes ---------------------------------------------------------------------------------------------------------
@@ -291,7 +321,9 @@ def _mean_windows(walk: Walk, node: fx.Node, a: Arguments, windows: list[int]) -
     x = _flat(walk, walk.channels_last(a.codes))
     count = windows[2] * windows[3] * windows[4]
     op = str(node.target._schema.name).replace("::", ".")
-    return _call(walk, ("mean_pool", *dtypes), lambda: pooling.mean_pool(*dtypes), [x], numbers, [([count], dtypes[1])], Layer(node.name, op))
+    return _call(
+        walk, ("mean_pool", *dtypes), lambda: pooling.mean_pool(*dtypes), [x], numbers, [([count], dtypes[1])], Layer(node.name, op)
+    )
 
 
 def _max_pool2d(walk: Walk, node: fx.Node, a: Arguments) -> Any:
@@ -329,18 +361,17 @@ def _linear_to_float(walk: Walk, node: fx.Node, a: Arguments) -> Any:
     length = padded(in_features, product)
     if length != in_features:
         return f"its rows of {in_features} codes do not fill steps of {product.step}"
-    packed = torch.from_numpy(pack_rows(codes, product).copy())
+    packed = torch.from_numpy(np.array(pack_rows(codes, product), order="C"))
     scale = walk.required_constant(a.weight_scale).expand(out_features).contiguous()
     inputs = [walk.reshape(walk.plain(a.x), [rows, in_features]), walk.reshape(walk.plain(a.x_scale), [rows]),
               walk.parameter(f"{node.name}_weight", lambda: packed), walk.parameter(f"{node.name}_scale", lambda: scale)]  # fmt: skip
     inputs += [walk.plain(t) for t in (a.bias, a.residual) if t is not None]
     epilogue = {"bias": a.bias is not None, "activation": a.activation, "residual": a.residual is not None}
-    scratch = ([max(4, 2 * product.pixels * length if product.dsp else 4)], "int8")
+    results = [([rows, out_features], "float32"), *([([length // 2 * product.pixels], "int32")] if product.pairs else [])]
     layer = Layer(node.name, "qc.linear", a.weight_scheme, codes.size * rows)
     words = [word if value is True else str(value) for word, value in epilogue.items() if value not in (False, "none")]
     key = ("linear_to_float", f"w{product.bits}", f"{product.pixels}x{product.channels}", *words)
-    y = _call(walk, key, lambda: floats.linear_to_float(product, **epilogue), inputs, [rows, length, out_features],
-              [([rows, out_features], "float32"), scratch], layer)  # fmt: skip
+    y = _call(walk, key, lambda: floats.linear_to_float(product, **epilogue), inputs, [rows, length, out_features], results, layer)
     return walk.reshape(y, walk.shape(node))
 
 

@@ -58,9 +58,14 @@ def quotient(a: Expression, b: Expression) -> Expression:
 
 def cell(name: str, value: Expression, dtype: str = "int32") -> Any:
     """Allocate one element that a C compiler keeps in a register, and set it."""
-    made = IRBuilder.name(name, T.alloc_buffer((1,), dtype, scope="global"))
+    made = array(name, 1, dtype)
     store(made, value, 0)
     return made
+
+
+def array(name: str, length: int, dtype: str = "int32") -> Any:
+    """Allocate a few elements on the stack, or in registers where every index is known."""
+    return IRBuilder.name(name, T.alloc_buffer((length,), dtype, scope="global"))
 
 
 def store(buffer: Any, value: Expression, index: Expression) -> None:

@@ -1,19 +1,15 @@
-"""Depthwise convolutions over int8 or uint8 codes, NHWC, with fixed-point results.
+"""Depthwise convolutions of any kernel, stride and dilation over int8 or uint8 codes, NHWC, with fixed-point results.
 
-A task is one output pixel and a few channels. With ``dsp`` four channels come as one word: SXTB16 widens two of them at a time, and SMLABB and
-SMLATT multiply the halves of two words. Taps outside the image add ``zero * weight``, so that the zero point can be part of the bias; where all
-taps are inside, which is nearly everywhere, none is tested.
+Taps outside the image add ``zero * weight``, so that the zero point can be part of the bias. What ``planes`` takes is faster there.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
 
-from qcompile.backends.edge.kernels.builder import Expression, cell, external, function, let, loop, numbers, pointer, quotient, store, widen, word
-from qcompile.backends.edge.kernels.convolution import RESULT, SIZES
-from qcompile.backends.edge.kernels.products import finish
+from qcompile.backends.edge.kernels.builder import cell, function, let, loop, numbers, pointer, store, widen
+from qcompile.backends.edge.kernels.codes import Codes
+from qcompile.backends.edge.kernels.convolution import SIZES
 from tvm import tirx
 from tvm.tirx.script.builder import ir as T
 
@@ -24,85 +20,39 @@ class Depthwise:
 
     Attributes:
         signed: inputs are int8, or uint8.
-        out_signed: results are int8, or uint8.
-        dsp: four channels at a time; channels are a multiple of four.
+        codes: what is written.
     """
 
     signed: bool = True
-    out_signed: bool = True
-    dsp: bool = False
+    codes: Codes = field(default_factory=Codes)
 
     @property
     def name(self) -> str:
-        return f"depthwise_{'s' if self.signed else 'u'}8_{'s' if self.out_signed else 'u'}8{'_4' * self.dsp}"
-
-    @property
-    def together(self) -> int:
-        """Channels of one task."""
-        return 4 if self.dsp else 1
+        return f"depthwise_{'s' if self.signed else 'u'}8_{self.codes.name}"
 
 
 def depthwise(spec: Depthwise) -> tirx.PrimFunc:
-    """Build ``f(x, weight, bias, multiplier, shift, sizes.., x_zero, out_zero, low, high, y)``.
+    """Build ``f(x, weight, bias, multiplier, shift, sizes.., x_zero, result.., y)``.
 
     x [height, width, channels] codes; weight int8 [kernel height, kernel width, channels]; y [out height, out width, channels].
     """
-    out_dtype = "int8" if spec.out_signed else "uint8"
     with function(spec.name) as builder:
         x, weight = pointer("x", "int8" if spec.signed else "uint8"), pointer("weight", "int8")
         bias, multiplier, shift = pointer("bias", "int32"), pointer("multiplier", "int32"), pointer("shift", "int8")
-        names = f"{SIZES} x_zero {RESULT}"
+        names = f"{SIZES} x_zero {spec.codes.numbers}"
         s = dict(zip(names.split(), numbers(names), strict=True))
-        y = pointer("y", out_dtype)
-        x_zero, out_zero, low, high = (s[name] for name in f"x_zero {RESULT}".split())
+        y = pointer("y", spec.codes.dtype)
         channels = s["channels"]
-        last_y = let("last_y", (s["kernel_height"] - 1) * s["dilation_y"])
-        last_x = let("last_x", (s["kernel_width"] - 1) * s["dilation_x"])
-        zeros = let("zeros", T.cast(x_zero & 0xFF, "uint32") * T.uint32(0x01010101)) if spec.dsp else x_zero
         with loop("line_out", s["out_height"]) as line_out, loop("column_out", s["out_width"]) as column_out:
             top, left = let("top", line_out * s["stride_y"] - s["pad_y"]), let("left", column_out * s["stride_x"] - s["pad_x"])
-            whole = let("whole", tirx.all(top >= 0, left >= 0, top + last_y < s["height"], left + last_x < s["width"]))
             out = let("out", (line_out * s["out_width"] + column_out) * channels)
-            with loop("part", quotient(channels, spec.together)) as part:
-                first = let("first", part * spec.together)
-                sums = [cell(f"sum_{i}", bias[first + i]) for i in range(spec.together)]
-
-                def taps(read: Callable[..., Expression], first: Expression = first, sums: list[Any] = sums) -> None:
-                    with loop("i", s["kernel_height"]) as i, loop("j", s["kernel_width"]) as j:
-                        line, column = let("line", top + i * s["dilation_y"]), let("column", left + j * s["dilation_x"])
-                        at = let("at", (i * s["kernel_width"] + j) * channels + first)
-                        _add(spec, read(line, column, first), weight, at, sums)
-
-                def inside(line: Expression, column: Expression, first: Expression) -> Expression:
-                    where = (line * s["width"] + column) * channels + first
-                    return word(x, where) if spec.dsp else widen(x[where])
-
-                def padded(line: Expression, column: Expression, first: Expression) -> Expression:
-                    value = cell("value", zeros, "uint32" if spec.dsp else "int32")
+            with loop("c", channels) as c:
+                total = cell("total", bias[c])
+                with loop("i", s["kernel_height"]) as i, loop("j", s["kernel_width"]) as j:
+                    line, column = let("line", top + i * s["dilation_y"]), let("column", left + j * s["dilation_x"])
+                    value = cell("value", s["x_zero"])
                     with T.If(tirx.all(line >= 0, line < s["height"], column >= 0, column < s["width"])), T.Then():
-                        store(value, inside(line, column, first), 0)
-                    return value[0]
-
-                with T.If(whole):
-                    with T.Then():
-                        taps(inside)
-                    with T.Else():
-                        taps(padded)
-                for i, total in enumerate(sums):
-                    code = finish(total[0], multiplier[first + i], shift[first + i], out_zero, low, high)
-                    store(y, T.cast(code, out_dtype), out + first + i)
+                        store(value, widen(x[(line * s["width"] + column) * channels + c]), 0)
+                    store(total, total[0] + value[0] * widen(weight[(i * s["kernel_width"] + j) * channels + c]), 0)
+                store(y, spec.codes.code(total[0], multiplier[c], shift[c], s), out + c)
     return builder.get()
-
-
-def _add(spec: Depthwise, value: Expression, weight: Any, at: Expression, sums: list[Any]) -> None:
-    """Emit the products of one tap."""
-    if not spec.dsp:
-        store(sums[0], sums[0][0] + value * widen(weight[at]), 0)
-        return
-    codes, weights = let("codes", value), let("weights", word(weight, at))
-    low, high = ("qc_sxtb16", "qc_sxtb16_ror8") if spec.signed else ("qc_uxtb16", "qc_uxtb16_ror8")
-    for half, (taken, widened) in enumerate(((low, "qc_sxtb16"), (high, "qc_sxtb16_ror8"))):
-        a, b = let("a", external(taken, codes, dtype="uint32")), let("b", external(widened, weights, dtype="uint32"))
-        for which, multiply in enumerate(("qc_smlabb", "qc_smlatt")):
-            total = sums[half + 2 * which]
-            store(total, external(multiply, a, b, total[0]), 0)

@@ -7,7 +7,7 @@ names one. Nothing of a C library's mathematics is called: exponentials and root
 from __future__ import annotations
 
 from qcompile.backends.edge.kernels.builder import Expression, cell, external, function, let, loop, numbers, pointer, quotient, store, widen
-from qcompile.backends.edge.kernels.products import Product, block, widen_row
+from qcompile.backends.edge.kernels.products import Product, block, pairs_block, widen_rows
 from tvm import tirx
 from tvm.tirx.script.builder import ir as T
 
@@ -16,33 +16,35 @@ ACTIVATIONS = ("none", "relu", "silu")
 
 
 def linear_to_float(product: Product, *, bias: bool, activation: str, residual: bool) -> tirx.PrimFunc:
-    """Build ``f(x, x_scale, weight, weight_scale, [bias], [residual], rows, length, out_channels, y, scratch)``, float32 y [rows, out channels].
+    """Build ``f(x, x_scale, weight, weight_scale, [bias], [residual], rows, length, out_channels, y, [pairs])``, float32 y [rows, out channels].
 
     x [rows, length] codes, a scale for each row; ``y = activation((float32(sum) * weight_scale) * x_scale + bias) + residual``.
     """
     with function("linear_to_float") as builder:
-        x, x_scale, weight = pointer("x", product.input_dtype), pointer("x_scale", "float32"), pointer("weight", "int8")
+        x, x_scale, weight = pointer("x", product.input_dtype), pointer("x_scale", "float32"), pointer("weight", product.weight_dtype)
         weight_scale = pointer("weight_scale", "float32")
         added = pointer("bias", "float32") if bias else None
         kept = pointer("residual", "float32") if residual else None
         rows, length, out_channels = numbers("rows length out_channels")
-        y, scratch = pointer("y", "float32"), pointer("scratch", product.input_dtype)
+        y, none = pointer("y", "float32"), [T.int32(0)] * product.channels
+        pairs = pointer("pairs", "int32") if product.pairs else None
         with loop("group", quotient(rows + (product.pixels - 1), product.pixels)) as group:
             places = [let(f"row_{i}", T.min(group * product.pixels + i, rows - 1)) for i in range(product.pixels)]
-            inputs, starts = x, [let("start", place * length) for place in places]
-            if product.dsp:
-                for i, start in enumerate(starts):
-                    widen_row(product, x, start, scratch, i * 2 * length, length)
-                inputs, starts = scratch, [i * 2 * length for i in range(product.pixels)]
+            starts = [let(f"start_{i}", place * length) for i, place in enumerate(places)]
+            offsets = widen_rows(product, x, starts, pairs, length) if product.pairs else []
             with loop("columns", quotient(out_channels + (product.channels - 1), product.channels)) as columns:
-                outs = [let(f"out_{i}", T.min(columns * product.channels + i, out_channels - 1)) for i in range(product.channels)]
-                sums = block(product, inputs, starts, weight, outs, length)
-                for place, row in zip(places, sums, strict=True):
-                    for out, total in zip(outs, row, strict=True):
-                        value = T.cast(total[0], "float32") * weight_scale[out] * x_scale[place]
-                        value = _activated(let("value", value if added is None else value + added[out]), activation)
-                        at = let("at", place * out_channels + out)
-                        store(y, value if kept is None else value + kept[at], at)
+                if product.pairs:
+                    sums = pairs_block(product, pairs, offsets, weight, columns, none, length)
+                else:
+                    sums = block(product, x, starts, weight, columns, none, length)
+                for j in range(product.channels):
+                    out = let(f"out_{j}", columns * product.channels + j)
+                    with T.If(out < out_channels), T.Then():
+                        for place, row in zip(places, sums, strict=True):
+                            value = T.cast(row[j], "float32") * weight_scale[out] * x_scale[place]
+                            value = _activated(let("value", value if added is None else value + added[out]), activation)
+                            at = let("at", place * out_channels + out)
+                            store(y, value if kept is None else value + kept[at], at)
     return builder.get()
 
 
