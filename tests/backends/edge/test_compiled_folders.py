@@ -24,6 +24,7 @@ from qcompile.registry import find_target
 
 pytestmark = pytest.mark.edge
 BATCHES = 4
+ROW_PADDING = 3  # bytes: rows of odd length are multiplied in whole words; what fills the last is read, times zero, and never written
 
 
 class Residual(nn.Module):
@@ -132,7 +133,7 @@ def test_every_processor(compiled: Compiled, tmp_path: Path, processor: str) -> 
     report = write(artifact, tmp_path, processor)
     found = measure(tmp_path, PROCESSORS[processor])
     assert (found.ok, found.mismatch) == (True, None)
-    assert found.arena_high_water == report["arena_bytes"]
+    assert report["arena_bytes"] - ROW_PADDING <= (found.arena_high_water or 0) <= report["arena_bytes"]
     assert report["stack_bytes"] <= (found.stack_high_water or 0) <= report["stack_bytes"] + 128
     assert found.sizes
     assert (found.sizes.code, found.sizes.variables) == (report["code_bytes"], 0)
@@ -146,7 +147,9 @@ def test_every_processor(compiled: Compiled, tmp_path: Path, processor: str) -> 
 def test_every_net(compiled: Compiled, tmp_path: Path, processor: str, name: str) -> None:
     report = write(compiled(name), tmp_path, processor)
     found = measure(tmp_path, PROCESSORS[processor])
-    assert (found.ok, found.mismatch, found.arena_high_water) == (True, None, report["arena_bytes"])
+    assert (found.ok, found.mismatch) == (True, None)
+    padding = 0 if name == "blocks" else ROW_PADDING
+    assert report["arena_bytes"] - padding <= (found.arena_high_water or 0) <= report["arena_bytes"]
     inputs, outputs = random_codes(compiled(name))
     assert run_inputs(tmp_path, PROCESSORS[processor], bytes_of(inputs)) == bytes_of(outputs)
 
