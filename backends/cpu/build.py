@@ -6,6 +6,7 @@ from qcompile.backends.cpu import pipeline
 from qcompile.backends.cpu.executable import Executable, Interface, Port
 from qcompile.backends.cpu.kernels import isa
 from qcompile.backends.cpu.legalize import LEGALIZE
+from qcompile.backends.cpu.spool import keeper
 from qcompile.backends.cpu.tiling import Tiling
 from qcompile.backends.lowering.shapes import dtype_name
 from qcompile.backends.lowering.translate import translate
@@ -35,7 +36,9 @@ def build(
         Refused: naming the node and the operator that cannot be lowered; or ``QCOMPILE_CPU`` names a set that cannot run here.
     """
     with pipeline.COMPILE_LOCK:  # building Relax runs TVM's passes too
-        lowered = translate(graph_module, legalize=LEGALIZE if kernels else {}, taps=taps, tiling=tiling or Tiling())
+        lowered = translate(
+            graph_module, legalize=LEGALIZE if kernels else {}, taps=taps, tiling=tiling or Tiling(), keep=keeper(graph_module)
+        )
     placeholders = [node for node in graph_module.graph.nodes if node.op == "placeholder"]
     inputs = tuple(Port(node.name, dtype_name(node.meta["val"].dtype), _shape(node)) for node in placeholders)
     features = isa.required_features(isa.target_description())

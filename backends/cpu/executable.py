@@ -25,13 +25,12 @@ from qcompile.backends.cpu.memory import aligned, place
 from qcompile.backends.cpu.pipeline import COMPILE_LOCK
 from qcompile.backends.cpu.team import connect, set_threads
 from qcompile.backends.lowering.translate import Fallback
-from safetensors.torch import save_file
 from tvm import relax
 from tvm.support import cc
 
 from qcompile.errors import Refused
 from qcompile.files import cache_folder
-from qcompile.safetensors_file import open_path
+from qcompile.safetensors_file import Content, open_path
 
 LIBRARY, CONSTANTS, INTERFACE = "library.so", "constants.safetensors", "interface.json"
 
@@ -94,15 +93,10 @@ class Executable:
         self.threads = threads or isa.thread_count()
         self._module = module
         self._code: bytes | None = None
-        placed = place([constants[name] for name in interface.constants])
-        self._constants = dict(zip(interface.constants, placed, strict=True))
-        connect(module)
+        self._constants = {name: constants[name] for name in interface.constants}
+        self._placing, self._placed = threading.Lock(), False
+        connect(module)  # compiles just in time, which alters LLVM's module: the bytes of ``code`` must not depend on later calls
         self._program = read_program(module)
-        if self._program is not None:
-            literals = [aligned(torch.from_numpy(literal)) for literal in self._program.literals]
-            self._addressed = [*self._constants.values(), *literals]
-        else:
-            self._argument = tvm_ffi.convert([tvm.runtime.from_dlpack(tensor) for tensor in self._constants.values()])
         self._machines = threading.local()
         self._dtypes = [getattr(torch, port.dtype) for port in interface.inputs]
         self._accepted: tuple[list[torch.Size], dict[str, int]] = ([], {})  # the shapes of the last call, found right, and their symbols
@@ -123,8 +117,8 @@ class Executable:
         if self._program is not None:
             result: tuple[torch.Tensor, ...] = self._machine()(tensors, sizes)
             return result
-        arguments = [tvm_ffi.from_dlpack(tensor) for tensor in tensors]
-        return tuple(torch.utils.dlpack.from_dlpack(result) for result in self._machine()(*arguments, self._argument))
+        machine, arguments = self._machine(), [tvm_ffi.from_dlpack(tensor) for tensor in tensors]
+        return tuple(torch.utils.dlpack.from_dlpack(result) for result in machine(*arguments, self._argument))
 
     def tapped(self, *inputs: torch.Tensor | np.ndarray) -> tuple[tuple[torch.Tensor, ...], dict[str, torch.Tensor]]:
         """Run the model; return its outputs, and by node name the values it was built to tap."""
@@ -147,6 +141,7 @@ class Executable:
         tensors, _ = self._prepare(inputs)
         arguments = [tvm_ffi.from_dlpack(tensor) for tensor in tensors]
         set_threads(self.threads)
+        self._place()
         machine = relax.VirtualMachine(self._module, tvm.cpu())
         calls: list[tuple[str, float]] = []
         starts: list[float] = []
@@ -184,7 +179,9 @@ class Executable:
 
     def copy(self) -> Executable:
         """Return the same code with its constants, and what it will allocate, at other places in memory."""
-        return Executable(self._module, {name: tensor.clone() for name, tensor in self._constants.items()}, self.interface, self.threads)
+        self._place()
+        constants = {name: tensor.clone() for name, tensor in self._constants.items()}
+        return Executable(self._module, constants, self.interface, self.threads)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a folder with the library, its constants and its interface; it appears whole or not at all."""
@@ -192,7 +189,8 @@ class Executable:
         partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
         partial.mkdir(parents=True)
         (partial / LIBRARY).write_bytes(self.code())
-        save_file(self._constants, partial / CONSTANTS)
+        with open(partial / CONSTANTS, "wb") as file:
+            file.writelines(Content(self._constants).parts())
         (partial / INTERFACE).write_text(json.dumps(asdict(self.interface), indent=1))
         partial.rename(folder)
 
@@ -205,7 +203,6 @@ class Executable:
         if self._code is None and cc.get_cc() is None:
             raise Refused("there is no C compiler to link native code with", way_out="install one, such as gcc")
         if self._code is None:
-            self._machine()  # the just-in-time compiler alters LLVM's module: the bytes must not depend on whether the model was called
             with tempfile.TemporaryDirectory() as folder:
                 path = Path(folder) / LIBRARY
                 with COMPILE_LOCK, _without_native_log(), tvm.target.Target(isa.target_description()):
@@ -249,12 +246,26 @@ class Executable:
     def _machine(self) -> Any:
         """Return the calling thread's machine: it keeps an arena, so sharing one between threads gives wrong answers."""
         if not hasattr(self._machines, "main"):
+            self._place()
             if self._program is not None:
                 self._machines.main = Machine(self._module, self._program, self._addressed)
             else:
                 self._machines.machine = relax.VirtualMachine(self._module, tvm.cpu())
                 self._machines.main = self._machines.machine["main"]
         return self._machines.main
+
+    def _place(self) -> None:
+        """Put the constants where kernels read them, at the first call; until then those in files stay there."""
+        with self._placing:
+            if self._placed:
+                return
+            self._constants = dict(zip(self._constants, place(list(self._constants.values())), strict=True))
+            if self._program is not None:
+                literals = [aligned(torch.from_numpy(literal)) for literal in self._program.literals]
+                self._addressed = [*self._constants.values(), *literals]
+            else:
+                self._argument = tvm_ffi.convert([tvm.runtime.from_dlpack(tensor) for tensor in self._constants.values()])
+            self._placed = True
 
     def _prepare(self, inputs: Sequence[torch.Tensor | np.ndarray]) -> tuple[list[torch.Tensor], tuple[int, ...]]:
         """Return the inputs in memory as kernels read it, and the values of the program's symbols."""

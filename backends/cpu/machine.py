@@ -16,7 +16,7 @@ import numpy as np
 import torch
 import tvm_ffi
 from qcompile.backends.cpu.host import ARGUMENTS, CALLS, PROGRAM, SIZES, Layout, layout_of, returned
-from qcompile.backends.cpu.memory import allocate
+from qcompile.backends.cpu.pages import allocate
 from qcompile.backends.lowering.sequence import VALUE, Sequence
 
 

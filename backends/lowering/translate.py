@@ -100,9 +100,14 @@ class Walk:
     """
 
     def __init__(
-        self, graph_module: fx.GraphModule, legalize: dict[str, Legalizer], taps: tuple[str, ...] = (), tiling: Any = None
+        self,
+        graph_module: fx.GraphModule,
+        legalize: dict[str, Legalizer],
+        taps: tuple[str, ...] = (),
+        tiling: Any = None,
+        keep: Callable[[torch.Tensor], torch.Tensor] = in_memory,
     ) -> None:
-        self._taps = taps
+        self._taps, self._keep = taps, keep
         self.tiling = tiling
         self.graph_module = graph_module
         self.builder = relax.BlockBuilder()
@@ -184,11 +189,11 @@ class Walk:
     def parameter(self, name: str, make: Callable[[], torch.Tensor]) -> Any:
         """Return the Relax value of a constant; ``name`` identifies it and ``make`` runs once for each name."""
         if name not in self._parameters:
-            tensor = in_memory(make().detach().contiguous())
+            tensor = make().detach().contiguous()
             if tensor.nbytes <= INLINE_BYTES:
-                self._parameters[name] = relax.const(tensor.numpy(), dtype_name(tensor.dtype))
+                self._parameters[name] = relax.const(in_memory(tensor).numpy(), dtype_name(tensor.dtype))
             else:
-                self.constants[name] = tensor
+                self.constants[name] = self._keep(tensor)
                 self._parameters[name] = relax.Var(name, relax.TensorType(list(tensor.shape), dtype_name(tensor.dtype)))
         return self._parameters[name]
 
@@ -327,7 +332,12 @@ class Walk:
 
 
 def translate(
-    graph_module: fx.GraphModule, *, legalize: dict[str, Legalizer] | None = None, taps: tuple[str, ...] = (), tiling: Any = None
+    graph_module: fx.GraphModule,
+    *,
+    legalize: dict[str, Legalizer] | None = None,
+    taps: tuple[str, ...] = (),
+    tiling: Any = None,
+    keep: Callable[[torch.Tensor], torch.Tensor] = in_memory,
 ) -> Lowered:
     """Translate a graph of ATen core and qc operators into a Relax module.
 
@@ -336,11 +346,12 @@ def translate(
         legalize: a target's own emitters by operator name (``qc.linear``, ``aten.conv2d``).
         taps: names of further nodes to return after the outputs.
         tiling: handed to the legalizers as ``Walk.tiling``.
+        keep: returns what holds a large constant from then on, such as a tensor in a file.
 
     Raises:
         Refused: naming the node and the operator that cannot be lowered.
     """
-    return Walk(graph_module, legalize or {}, taps, tiling).run()
+    return Walk(graph_module, legalize or {}, taps, tiling, keep).run()
 
 
 def _is_tensor_like(value: Any) -> bool:
