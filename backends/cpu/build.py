@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from qcompile.backends.cpu import pipeline
-from qcompile.backends.cpu.executable import Executable, Interface, Port
+from qcompile.backends.cpu.executable import Executable
+from qcompile.backends.cpu.interface import Interface, Port
 from qcompile.backends.cpu.kernels import isa
+from qcompile.backends.cpu.kernels.processor import machine
 from qcompile.backends.cpu.legalize import LEGALIZE
 from qcompile.backends.cpu.spool import keeper
 from qcompile.backends.cpu.tiling import Tiling
@@ -43,7 +45,7 @@ def build(
     inputs = tuple(Port(node.name, dtype_name(node.meta["val"].dtype), _shape(node)) for node in placeholders)
     features = isa.required_features(isa.target_description())
     interface = Interface(
-        inputs, tuple(lowered.outputs), len(taps), tuple(lowered.constants), tuple(lowered.fallbacks), isa.machine(), features
+        inputs, tuple(lowered.outputs), len(taps), tuple(lowered.constants), tuple(lowered.fallbacks), machine(), features
     )  # fmt: skip
     if library is not None:
         return Executable.from_code(library, lowered.constants, interface, threads)

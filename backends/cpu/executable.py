@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,52 +19,21 @@ import torch
 import torch.utils.dlpack
 import tvm
 import tvm_ffi
+from qcompile.backends.cpu.interface import CONSTANTS, INTERFACE, LIBRARY, TEAM, Interface, check_processor, check_shape, read_interface
 from qcompile.backends.cpu.kernels import isa
-from qcompile.backends.cpu.machine import Machine, Step, read_program
+from qcompile.backends.cpu.kernels.processor import thread_count
+from qcompile.backends.cpu.machine import Step
 from qcompile.backends.cpu.memory import aligned, place
 from qcompile.backends.cpu.pipeline import COMPILE_LOCK
-from qcompile.backends.cpu.team import connect, set_threads
-from qcompile.backends.lowering.translate import Fallback
+from qcompile.backends.cpu.team import connect, library, set_threads
+from qcompile.backends.cpu.tensor_machine import ModuleFunctions, TensorMachine, read_program
+from qcompile.backends.lowering.fallback import Fallback
 from tvm import relax
 from tvm.support import cc
 
 from qcompile.errors import Refused
 from qcompile.files import cache_folder
 from qcompile.safetensors_file import Content, open_path
-
-LIBRARY, CONSTANTS, INTERFACE = "library.so", "constants.safetensors", "interface.json"
-
-
-@dataclass(frozen=True)
-class Port:
-    """An input: its name, dtype and shape; a symbol stands for a size known at the call."""
-
-    name: str
-    dtype: str
-    shape: tuple[int | str, ...]
-
-
-@dataclass(frozen=True)
-class Interface:
-    """What a caller must know of the code.
-
-    Attributes:
-        inputs: in order.
-        outputs: their names, taps last.
-        taps: how many outputs are taps.
-        constants: their names, in order.
-        fallbacks: nodes without a kernel of this target.
-        machine: the architecture that the code is for.
-        features: LLVM features of the processor that the code may use.
-    """
-
-    inputs: tuple[Port, ...]
-    outputs: tuple[str, ...]
-    taps: int
-    constants: tuple[str, ...]
-    fallbacks: tuple[Fallback, ...] = field(default=())
-    machine: str = field(default_factory=isa.machine)
-    features: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -90,7 +59,7 @@ class Executable:
 
     def __init__(self, module: Any, constants: Mapping[str, torch.Tensor], interface: Interface, threads: int | None = None) -> None:
         self.interface = interface
-        self.threads = threads or isa.thread_count()
+        self.threads = threads or thread_count()
         self._module = module
         self._code: bytes | None = None
         self._constants = {name: constants[name] for name in interface.constants}
@@ -184,11 +153,12 @@ class Executable:
         return Executable(self._module, constants, self.interface, self.threads)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write a folder with the library, its constants and its interface; it appears whole or not at all."""
+        """Write a folder with the code, its constants and its interface (see ``interface``); it appears whole or not at all."""
         folder = Path(path)
         partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
         partial.mkdir(parents=True)
         (partial / LIBRARY).write_bytes(self.code())
+        (partial / TEAM).write_bytes(library())
         with open(partial / CONSTANTS, "wb") as file:
             file.writelines(Content(self._constants).parts())
         (partial / INTERFACE).write_text(json.dumps(asdict(self.interface), indent=1))
@@ -237,8 +207,8 @@ class Executable:
         missing = [name for name in (LIBRARY, CONSTANTS, INTERFACE) if not (folder / name).is_file()]
         if missing:
             raise Refused(f"{', '.join(missing)} is missing", node=str(folder), way_out="compile the model again")
-        interface = _interface(json.loads((folder / INTERFACE).read_text()))
-        _check_processor(interface, folder)
+        interface = read_interface(folder)
+        check_processor(interface, folder, isa.features_here())
         with _without_native_log():
             module = tvm.runtime.load_module(os.fspath(folder / LIBRARY))
         return cls(module, open_path(folder / CONSTANTS), interface, threads)
@@ -248,7 +218,8 @@ class Executable:
         if not hasattr(self._machines, "main"):
             self._place()
             if self._program is not None:
-                self._machines.main = Machine(self._module, self._program, self._addressed)
+                addresses = [tensor.data_ptr() for tensor in self._addressed]
+                self._machines.main = TensorMachine(ModuleFunctions(self._module), self._program, addresses)
             else:
                 self._machines.machine = relax.VirtualMachine(self._module, tvm.cpu())
                 self._machines.main = self._machines.machine["main"]
@@ -283,7 +254,7 @@ class Executable:
         if shapes != known:
             sizes = {}
             for port, shape in zip(ports, shapes, strict=True):
-                _check_shape(port, tuple(shape), sizes)
+                check_shape(port, tuple(shape), sizes)
             self._accepted = (shapes, sizes)
         symbols = self._program.symbols if self._program is not None else ()
         return [aligned(tensor) for tensor in tensors], tuple(sizes[symbol] for symbol in symbols)
@@ -301,35 +272,3 @@ def _without_native_log() -> Iterator[None]:
         os.dup2(kept, 2)
         os.close(kept)
         os.close(nowhere)
-
-
-def _check_shape(port: Port, shape: tuple[int, ...], sizes: dict[str, int]) -> None:
-    if len(shape) != len(port.shape):
-        raise Refused(f"has {len(port.shape)} axes, not {len(shape)}", node=port.name)
-    for expected, size in zip(port.shape, shape, strict=True):
-        wanted = sizes.setdefault(expected, size) if isinstance(expected, str) and expected.isidentifier() else expected
-        if isinstance(wanted, int) and wanted != size:
-            raise Refused(f"has the shape {list(port.shape)}, not {list(shape)}", node=port.name)
-
-
-def _check_processor(interface: Interface, folder: Path) -> None:
-    """Refuse code that would stop the process at an instruction this processor does not have."""
-    lacks = ""
-    if interface.machine != isa.machine():
-        lacks = f"the code is for {interface.machine}, this machine is {isa.machine()}"
-    elif missing := isa.missing_features(interface.features):
-        lacks = f"the code uses {', '.join(missing)}, which this processor lacks"
-    if lacks:
-        raise Refused(lacks, node=str(folder), way_out=f"compile the model on this machine, or with {isa.CHOICE} set to what it has")
-
-
-def _interface(read: dict[str, Any]) -> Interface:
-    return Interface(
-        tuple(Port(port["name"], port["dtype"], tuple(port["shape"])) for port in read["inputs"]),
-        tuple(read["outputs"]),
-        read["taps"],
-        tuple(read["constants"]),
-        tuple(Fallback(**fallback) for fallback in read["fallbacks"]),
-        read["machine"],
-        tuple(read["features"]),
-    )

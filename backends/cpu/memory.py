@@ -42,7 +42,7 @@ def place(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     placed = []
     for tensor, memory in zip(tensors, pieces(sizes), strict=True):
         if isinstance(tensor, FileTensor) and tensor.stored == tensor.dtype:
-            tensor.file.read_into(tensor.offset, memoryview(memory))
+            tensor.file.read_into(tensor.offset, memory.data)
         else:
             memory[:] = aligned(tensor).reshape(-1).view(torch.uint8).numpy()
         placed.append(torch.from_numpy(memory).view(tensor.dtype).view(tensor.shape))

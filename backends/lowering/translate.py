@@ -20,6 +20,7 @@ from typing import Any
 import torch
 import tvm
 import tvm.sym
+from qcompile.backends.lowering.fallback import Fallback
 from qcompile.backends.lowering.shapes import Size, Sizes, dtype_name
 from torch import fx
 from tvm import relax, tirx
@@ -54,15 +55,6 @@ def _same(a: Size, b: Size) -> bool:
 
 def _prim(value: Any) -> Any:
     return tirx.const(value, "int64") if isinstance(value, int) else value
-
-
-@dataclass(frozen=True)
-class Fallback:
-    """A node that a target has no kernel for and that runs as a composition of generic operators."""
-
-    node: str
-    operator: str
-    reason: str
 
 
 @dataclass
