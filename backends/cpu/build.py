@@ -14,6 +14,8 @@ from qcompile.backends.lowering.shapes import dtype_name
 from qcompile.backends.lowering.translate import translate
 from torch import fx
 
+from qcompile.graph.file_tensor import forget_values
+
 
 def build(
     graph_module: fx.GraphModule,
@@ -41,6 +43,7 @@ def build(
         lowered = translate(
             graph_module, legalize=LEGALIZE if kernels else {}, taps=taps, tiling=tiling or Tiling(), keep=keeper(graph_module)
         )
+    forget_values()  # the compiler needs room, and no weight
     placeholders = [node for node in graph_module.graph.nodes if node.op == "placeholder"]
     inputs = tuple(Port(node.name, dtype_name(node.meta["val"].dtype), _shape(node)) for node in placeholders)
     features = isa.required_features(isa.target_description())
