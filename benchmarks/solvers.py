@@ -6,8 +6,8 @@
 
 Each row changes the model by one pipeline and judges WikiText-2 test in windows of 512 tokens, by default all of it (402,668 tokens, about
 a minute a row); calibration is WikiText-2 valid. The linear layers of the blocks get the row's bits (integers in groups of 128 inputs,
-codebooks by output channel); embedding and head, which share one weight unless a fold parts them, are int8 by channel in every row but the
-last, so that rows differ in their solver or fold alone.
+codebooks and pyramids by output channel); embedding and head, which share one weight unless a fold parts them, are int8 by channel in
+every row but ``small``, so that rows differ in their solver or fold alone.
 ``layer bits`` are stored bits for each weight of the blocks, scales and tables included; ``bits`` are those of the whole model over its
 5.4 million weights, its one embedding and everything in float included. ``worse`` is the perplexity beyond the float model's, in percent.
 
@@ -38,6 +38,8 @@ from qcompile.report import build_report
 TABLE = "weight=int8 channel=0 sym; activation=float"
 GROUPED = "int{bits} group=128 sym"
 CHANNEL = "codebook{bits} channel=0 sym"
+PYRAMIDS = {4: "pvq6k18g3", 3: "pvq8k13g3", 2: "pvq16k11g3"}  # by channel they take no more bits than integers in groups
+PYRAMID = "{pyramid} channel=0 sym"
 BEFORE = "canonicalize, fold-constants, recognize-attention, recognize-rotary"
 SIMULATE = "assign-bits, insert-quantizers"
 FINISH = "materialize, fuse-epilogue"
@@ -55,7 +57,7 @@ class Row:
 
     def recipe(self, name: str, bits: int, samples: int) -> Recipe:
         """Return the recipe of this row at so many bits, to the end of the simulated stage."""
-        weight = self.weight.format(bits=bits)
+        weight = self.weight.format(bits=bits, pyramid=PYRAMIDS.get(bits, PYRAMIDS[2]))
         pipeline = ", ".join(step for step in (BEFORE, self.fold.replace("WEIGHT", weight), SIMULATE, self.solve) if step)
         linear = f"weight={weight}; activation=float"
         schemes = Schemes(linear=linear, embedding=self.table, layers={"*lm_head*": self.table})
@@ -83,6 +85,8 @@ SOLVERS = {
     "lnq": Row("quantize-weights{solver=lnq}", CHANNEL),
     "lnq, rows by gradient (GuidedQuant)": Row("quantize-weights{solver=lnq, rows=gradient, row_groups=4}", CHANNEL),
     "lnq, toward float": Row("quantize-weights{solver=lnq, toward_float=true}", CHANNEL),
+    "pvq": Row("quantize-weights{solver=pvq}", PYRAMID),
+    "pvq, toward float": Row("quantize-weights{solver=pvq, toward_float=true}", PYRAMID),
     "small: lnq toward float, int4 head": Row(
         "quantize-weights{solver=lnq, toward_float=true}", CHANNEL, table="weight=int4 group=64 sym scale=f16; activation=float"
     ),
@@ -107,7 +111,7 @@ ROWS = {
 
 
 @click.command(help=__doc__)
-@click.option("--only", multiple=True, help="Rows whose name begins with this; may be given more than once.")
+@click.option("--only", multiple=True, help="A row, or all whose name begins with this; may be given more than once.")
 @click.option("--bits", multiple=True, type=click.IntRange(1, 8), default=(4, 3, 2), show_default=True)
 @click.option("--folder", type=click.Path(path_type=Path, exists=True), help="A Hugging Face folder [wikilm-5m].")
 @click.option("--samples", default=64, show_default=True, help="Calibration samples of 256 tokens.")
@@ -129,8 +133,10 @@ def main(
     exact = bench.measure("float", 32, None)
     click.echo(f"{'':40} {'layer bits':>10} {'bits':>6} {'perplexity':>10} {'worse':>8} {'seconds':>8}")
     click.echo(_line(exact, exact))
-    for name, row in ROWS.items():
-        for width in bits if not only or any(name.startswith(start) for start in only) else ():
+    chosen = [name for name in ROWS if not only or any(name == one or (one not in ROWS and name.startswith(one)) for one in only)]
+    for name in chosen:
+        for width in bits:
+            row = ROWS[name]
             click.echo(_line(bench.measure(name, width, row.recipe(name, width, samples)), exact))
             if write:
                 write.write_text(bench.markdown())

@@ -1,4 +1,4 @@
-"""Weights whose codes are places in a table, and ternary ones, from a recipe to every target and through the artifact."""
+"""Weights of codebooks, ternary ones and points of pyramids, from a recipe to every target and through the artifact."""
 
 from __future__ import annotations
 
@@ -30,6 +30,19 @@ CASES = {
     "tables of rows in groups, codes": ("codebook2-a8-g64", "kmeans, table_rows=2", 2 + 0.5 + 32 * 32 / 16384, "linear_uint8_w8_256x64"),
     "tables of rows in small groups": ("codebook2-g64", "kmeans, table_rows=2", 2 + 0.5 + 32 * 32 / 16384, "linear_float32_w8_256x64"),
     "ternary": ("ternary", "mse", 8 * 52 / 256 + 32 / 256, "linear_float32_w2_256x64"),
+    "pyramid": ("weight=pvq8k6g3 channel=0 sym; activation=float", "pvq", 18 / 8 + 32 / 256, "linear_float32_w8_256x64"),
+    "pyramid in groups, a short run": (
+        "weight=pvq12k9g3 group=64 sym; activation=float",
+        "pvq",
+        8 * 75 / 256 + 32 / 64,
+        "linear_float32_w8_256x64",
+    ),
+    "pyramid, codes": (
+        "weight=pvq8k6g3 channel=0 sym; activation=int8 token sym dynamic",
+        "pvq",
+        18 / 8 + 32 / 256,
+        "linear_int8_w8_256x64",
+    ),
     "ternary, codes": ("ternary-a8-dynamic", "mse", 8 * 52 / 256 + 32 / 256, "linear_int8_ternary_256x64"),
 }
 
@@ -57,13 +70,13 @@ def test_every_target_gives_what_the_reference_gives(name: str, tmp_path: Path, 
     x = torch.randn(ROWS, 80)
     outputs = {target: qcompile.load(tmp_path / "model.qc", target=target)(x) for target in ("reference", "cpu", "onnx")}
     bound = 300 * 2.0**-24 * float(outputs["reference"].abs().max())
-    if "a8" in scheme:  # a code on the other side of a tie, after GELU: a step of the next layer's input
+    if "a8" in scheme or "int8" in scheme:  # a code on the other side of a tie, after GELU: a step of the next layer's input
         bound = 0.02 * float(outputs["reference"].abs().max())
     for target in ("cpu", "onnx"):
         assert float((outputs[target] - outputs["reference"]).abs().max()) <= bound, target
     layer = artifact.report["layers"][1]
     assert layer["bits_per_weight"] == pytest.approx(bits, abs=1e-4)
-    for target in map(find_target, ("cpu", "onnx") if "a8" in scheme else ()):
+    for target in map(find_target, ("cpu", "onnx") if "a8" in scheme or "int8" in scheme else ()):
         digests = probe_digests(artifact.graph, lambda graph, inputs, target=target: target.build(graph)(inputs))
         assert digests == artifact.report["probes"]
     calls = qcompile.load(tmp_path / "model.qc").executable.built.kernel_calls(x)
