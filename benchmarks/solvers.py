@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -159,10 +160,14 @@ class Bench:
 
     def measure(self, name: str, bits: int, recipe: Recipe | None) -> dict[str, Any]:
         """Return ``perplexity``, ``layer_bits``, ``bits`` and the ``seconds`` that solving took."""
+        return self.remember(name, bits, lambda: self._measured(recipe))
+
+    def remember(self, name: str, bits: int, measured: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """Return a row that is known, or measure it and keep it."""
         key = f"{name} | {bits} bits | {self.samples} samples | {self.windows or 'all'} windows"
         self._read()
         if key not in self.found:
-            row = {"name": name, "width": bits, "samples": self.samples, "windows": self.windows, **self._measured(recipe)}
+            row = {"name": name, "width": bits, "samples": self.samples, "windows": self.windows, **measured()}
             self._read()  # another process may have added rows
             self.found[key] = row
             if self.results:

@@ -126,3 +126,24 @@ def test_an_artifact_with_damaged_ternary_bytes_is_refused(tmp_path: Path) -> No
 def test_what_the_cpu_has_no_kernel_for_is_refused(operator: str, weight: str, activation: str, reason: str) -> None:
     assert reason in str(find_target("cpu").supports(operator, LayerScheme(parse_scheme(weight), parse_scheme(activation))))
     assert find_target("cpu").supports("qc.linear", LayerScheme(parse_scheme("codebook4 group=64 sym"), None)) is None
+
+
+@pytest.mark.parametrize("granularity", ["channel=0", "tensor"])
+def test_an_embedding_of_pyramids_gathers_rows_of_points(granularity: str) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(50, 37), nn.Linear(37, 8)).eval()
+    passes = ["canonicalize", "assign-bits", "insert-quantizers", "quantize-weights{solver=pvq}", "materialize", "fuse-epilogue"]
+    scheme = f"weight=pvq8k6g3 {granularity} sym; activation=float"
+    recipe = Recipe(name="test", pipeline=passes, schemes=Schemes(linear=scheme, embedding=scheme), needs_data=False)
+    places = torch.tensor([[0, 49, 7], [1, 3, 3]])
+    artifact = qcompile.compile(model, (places,), recipe=recipe, target="cpu")
+    assert [layer["op"] for layer in artifact.report["layers"]] == ["qc.embedding", "qc.linear"]
+    scales = 32 / (37 if granularity == "channel=0" else 50 * 37)
+    assert artifact.report["layers"][0]["bits_per_weight"] == pytest.approx(8 * 12 / 37 + scales, abs=1e-4)
+    expected = find_target("reference").build(artifact.graph)([places])[0]
+    torch.testing.assert_close(artifact(places), expected, rtol=1e-6, atol=1e-6)
+
+
+def test_solvers_of_single_codes_leave_pyramids_to_least_squared_error() -> None:
+    artifact = _compile("weight=pvq8k6g3 channel=0 sym; activation=float", "gptq")
+    assert [text for _, text in artifact.report["notes"] if "not by gptq: that is not for pvq8k6g3" in text]
