@@ -6,7 +6,7 @@
 
 Each row changes the model by one pipeline and judges WikiText-2 test in windows of 512 tokens, by default all of it (402,668 tokens, about
 a minute a row); calibration is WikiText-2 valid. The linear layers of the blocks get the row's bits (integers in groups of 128 inputs,
-codebooks and pyramids by output channel); embedding and head, which share one weight unless a fold parts them, are int8 by channel in
+codebooks by output channel, pyramids with one scale); embedding and head, which share one weight unless a fold parts them, are int8 by channel in
 every row but ``small``, so that rows differ in their solver or fold alone.
 ``layer bits`` are stored bits for each weight of the blocks, scales and tables included; ``bits`` are those of the whole model over its
 5.4 million weights, its one embedding and everything in float included. ``worse`` is the perplexity beyond the float model's, in percent.
@@ -39,8 +39,8 @@ from qcompile.report import build_report
 TABLE = "weight=int8 channel=0 sym; activation=float"
 GROUPED = "int{bits} group=128 sym"
 CHANNEL = "codebook{bits} channel=0 sym"
-PYRAMIDS = {4: "pvq6k18g3", 3: "pvq8k13g3", 2: "pvq16k11g3"}  # by channel they take no more bits than integers in groups
-PYRAMID = "{pyramid} channel=0 sym"
+PYRAMIDS = {4: "pvq6k18g3", 3: "pvq8k14g3", 2: "pvq16k12g3"}  # no more bits than integers in groups
+PYRAMID = "{pyramid} tensor sym"
 BEFORE = "canonicalize, fold-constants, recognize-attention, recognize-rotary"
 SIMULATE = "assign-bits, insert-quantizers"
 FINISH = "materialize, fuse-epilogue"
