@@ -89,17 +89,13 @@ def choose_scale(W: torch.Tensor, importance: torch.Tensor, scheme: Scheme, step
     points, ideal = (x.flatten(-2)[:, : W.shape[1]] for x in (points, ideal))
     highest = scheme.granularity.reduce_range(ideal)[1] / format.largest_gain
     smallest = max(SMALLEST_SCALE, torch.finfo(scheme.scale_dtype).smallest_normal)
-    best = least = None
+    best, least = highest, torch.full_like(highest, torch.inf)
     for step in range(steps):
         scale = (highest * (1 - step / steps * 2 / 3)).to(scheme.scale_dtype).to(torch.float64).clamp(min=smallest)
         full = scheme.granularity.expand(scale, tuple(W.shape))
         values = (ideal / full).round().clamp(0, format.largest_gain) * points * full
         error = granule_sum(importance * (W - values).square(), scheme.granularity)
-        if least is None:
-            best, least = scale, error
-        else:
-            best, least = torch.where(error < least, scale, best), torch.minimum(error, least)
-    assert best is not None
+        best, least = torch.where(error < least, scale, best), torch.minimum(error, least)
     return best.to(torch.float32)
 
 
