@@ -6,8 +6,8 @@
 
 Each row changes the model by one pipeline and judges WikiText-2 test in windows of 512 tokens, by default all of it (402,668 tokens, about
 a minute a row); calibration is WikiText-2 valid. The linear layers of the blocks get the row's bits (integers in groups of 128 inputs,
-codebooks by output channel, pyramids with one scale); embedding and head, which share one weight unless a fold parts them, are int8 by channel in
-every row but ``small``, so that rows differ in their solver or fold alone.
+codebooks by output channel, pyramids with one scale); embedding and head, which share one weight unless a fold parts them, are int8 by
+channel in every row but ``small``, so that rows differ in their solver or fold alone.
 ``layer bits`` are stored bits for each weight of the blocks, scales and tables included; ``bits`` are those of the whole model over its
 5.4 million weights, its one embedding and everything in float included. ``worse`` is the perplexity beyond the float model's, in percent.
 
