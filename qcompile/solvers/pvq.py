@@ -5,8 +5,9 @@ runs, H = (L + I) D (L + I)^T, L strictly lower block triangular, and from the l
 
     W_q[:, b] = Q(W[:, b] + (W - W_q)[:, later] L[later, b])
 
-as LDLQ does by columns; Q is the format's own rounding. Then ``passes`` turns over all runs, in which a run goes to Q of the values that
-are best with the others where they are, if that lowers the error, and scales are fitted to the codes before each. Scales start where the
+as LDLQ does by columns; Q is the format's own rounding and then pulses moved within the run, by the error that counts, D[b, b]. Then
+``passes`` turns over all runs, in which a run goes to Q of the values that are best with the others where they are, or moves pulses of
+the point that it has, if that lowers the error; scales are fitted to the codes before each. Scales start where the
 gains lose least: points do not depend on them. The paper's rotation of weights is the pass ``rotate``; it codes activations too, here they
 stay as their scheme says.
 """
@@ -112,9 +113,11 @@ def _feedback(W: torch.Tensor, H: torch.Tensor, grids: Grids) -> torch.Tensor:
         raise Refused("the Gram matrix is not positive definite", way_out="give more damping")
     E, q = torch.zeros_like(W), torch.empty_like(W)
     for run in reversed(_runs(grids)):
-        # (W - W_q) L with L = C[later, b] C[b, b]^-1, C the Cholesky factor
-        fed = torch.linalg.solve_triangular(lower[:, run, run], E[:, :, run.stop :] @ lower[:, run.stop :, run], upper=False, left=False)
-        q[:, :, run] = grids.round_run(W[:, :, run] + fed, run)
+        C = lower[:, run, run]
+        # (W - W_q) L with L = C[later, b] C[b, b]^-1, C the Cholesky factor; D[b, b] = C[b, b] C[b, b]^T
+        fed = torch.linalg.solve_triangular(C, E[:, :, run.stop :] @ lower[:, run.stop :, run], upper=False, left=False)
+        wished = W[:, :, run] + fed
+        q[:, :, run] = move_pulses(wished, grids.round_run(wished, run), C @ C.transpose(1, 2), grids.run_scale(run), grids.scheme)
         E[:, :, run] = W[:, :, run] - q[:, :, run]
     return q
 
@@ -124,12 +127,58 @@ def _descend(W: torch.Tensor, H: torch.Tensor, q: torch.Tensor, grids: Grids) ->
     q = q.clone()
     R = (W - q) @ H
     for run in _runs(grids):
-        inside = H[:, run, run]
-        step = torch.linalg.solve(inside, R[:, :, run].transpose(1, 2)).transpose(1, 2)  # to the best values of this run
-        moved = grids.round_run(q[:, :, run] + step, run) - q[:, :, run]
-        rest = step - moved
-        better = ((rest @ inside) * rest).sum(2) < ((step @ inside) * step).sum(2)
-        moved = moved * better.unsqueeze(2)
-        R -= moved @ H[:, run]
-        q[:, :, run] += moved
+        inside, scale = H[:, run, run], grids.run_scale(run)
+        best, rest = q[:, :, run], torch.linalg.solve(inside, R[:, :, run].transpose(1, 2)).transpose(1, 2)
+        wished = best + rest  # the best values of this run with the others where they are
+        least = ((rest @ inside) * rest).sum(2)
+        for start in (grids.round_run(wished, run), best):
+            found = move_pulses(wished, start, inside, scale, grids.scheme)
+            rest = wished - found
+            error = ((rest @ inside) * rest).sum(2)
+            best = torch.where((error < least).unsqueeze(2), found, best)
+            least = torch.minimum(error, least)
+        R -= (best - q[:, :, run]) @ H[:, run]
+        q[:, :, run] = best
     return q
+
+
+def move_pulses(
+    wished: torch.Tensor, q: torch.Tensor, H: torch.Tensor, scale: torch.Tensor, scheme: Scheme, moves: int = 4
+) -> torch.Tensor:
+    """Return values after moving pulses, one at a time, to where they lower (x - q) H (x - q)^T most, and then choosing the best gains.
+
+    One pulse leaves place i and one comes to place j: with the step s m and the signs u = -sign(p_i), v = sign(p_j) (that of the gradient
+    where p_j = 0), the error changes by (s m)^2 (H_ii + H_jj + 2 u v H_ij) - 2 s m (u g_i + v g_j), g = (x - q) H.
+
+    Args:
+        wished: x, float64 [groups, rows, D].
+        q: points times gains times the scale, of the same shape.
+        H: [groups, D, D].
+        scale: of each weight, [groups, rows, D].
+        scheme: whose format is a pyramid.
+        moves: at most so many pulses of each run.
+    """
+    format = scheme.format
+    assert isinstance(format, Pyramid)
+    codes = (q / scale).round()
+    gain = (codes.abs().sum(2, keepdim=True) / format.pulses).round()
+    p, step = codes / gain.clamp(min=1), scale * gain
+    diagonal, places = torch.diagonal(H, dim1=1, dim2=2).unsqueeze(1), torch.arange(q.shape[2])
+    for _ in range(moves):
+        g = (wished - step * p) @ H
+        u, v = -p.sign(), torch.where(p != 0, p.sign(), torch.where(g < 0, -1.0, 1.0))
+        less = torch.where(p != 0, step.square() * diagonal - 2 * step * u * g, torch.inf)
+        more = step.square() * diagonal - 2 * step * v * g
+        both = 2 * (step * u).unsqueeze(3) * (step * v).unsqueeze(2) * H.unsqueeze(1)
+        change = less.unsqueeze(3) + more.unsqueeze(2) + both  # [groups, rows, i, j]
+        change[:, :, places, places] = torch.inf
+        most, place = change.flatten(2).min(2)
+        moved = (most < 0).unsqueeze(2).to(p.dtype)
+        if not moved.any():
+            break
+        i, j = (place // q.shape[2]).unsqueeze(2), (place % q.shape[2]).unsqueeze(2)
+        p = p.scatter_add(2, i, u.gather(2, i) * moved).scatter_add(2, j, v.gather(2, j) * moved)
+    unit = scale * p
+    weighed = unit @ H
+    gain = (weighed * wished).sum(2, keepdim=True) / (weighed * unit).sum(2, keepdim=True).clamp(min=torch.finfo(unit.dtype).tiny)
+    return (unit * gain.round().clamp(0, format.largest_gain)).to(torch.float32).to(torch.float64)

@@ -76,6 +76,36 @@ def test_feedback_is_ldlq_where_runs_are_single_weights() -> None:
     assert torch.equal(pvq._feedback(W, H, grids), expected)
 
 
+def test_moved_pulses_are_the_best_of_all_single_moves() -> None:
+    """One move on every row, against trying all of them on the error itself; the gain stays where it is best."""
+    generator = torch.Generator().manual_seed(0)
+    scheme = parse_scheme("pvq4k5g2 tensor sym")
+    x = torch.randn(1, 40, 4, generator=generator).double()
+    root = torch.randn(1, 6, 4, generator=generator).double()
+    H, scale = root.transpose(1, 2) @ root, torch.full_like(x, 0.25)
+    start = scheme.format.encode(x / scale).double() * scale
+
+    def error(q: torch.Tensor) -> torch.Tensor:
+        return (((x - q) @ H) * (x - q)).sum(2)
+
+    gain = (start / scale).abs().sum(2, keepdim=True) / 5
+    best, gradient = error(start), (x - start) @ H
+    for i in range(4):
+        for j in range(4):
+            for sign in (-1.0, 1.0):
+                p = start / scale / gain.clamp(min=1)
+                way = torch.where(p[..., j] == 0, gradient[..., j].sign(), p[..., j].sign())  # away from zero, or down the slope
+                able = (p[..., i] != 0) & (i != j) & (way == sign)
+                p[..., i] -= p[..., i].sign()
+                p[..., j] += sign
+                best = torch.where(able, torch.minimum(best, error(p * gain * scale)), best)
+    found = pvq.move_pulses(x, start, H, scale, scheme, moves=1)
+    assert bool((error(found) <= best + 1e-6).all())
+    assert bool((error(found) < error(start) - 1e-6).any())
+    codes = (found / scale).round().to(torch.int8)
+    assert torch.equal(scheme.format.unpack(scheme.format.pack(codes), 4), codes)
+
+
 @given(seed=seeds)
 @settings(max_examples=5, deadline=None)
 def test_representable_weights_come_back_unchanged(seed: int) -> None:
