@@ -144,6 +144,25 @@ def test_an_embedding_of_pyramids_gathers_rows_of_points(granularity: str) -> No
     torch.testing.assert_close(artifact(places), expected, rtol=1e-6, atol=1e-6)
 
 
+def test_a_head_that_shares_its_weight_with_the_embedding_counts_once() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table, self.inner = nn.Embedding(50, 48), nn.Linear(48, 48, bias=False)
+
+        def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+            return nn.functional.linear(self.inner(self.table(tokens)), self.table.weight)
+
+    torch.manual_seed(0)
+    table, passes = "weight=int8 channel=0 sym; activation=float", ["assign-bits", "insert-quantizers", "quantize-weights", "materialize"]
+    schemes = Schemes(linear=table, embedding=table, layers={"inner*": "weight=int4 channel=0 sym; activation=float"})
+    recipe = Recipe(name="test", pipeline=passes, schemes=schemes, needs_data=False)
+    artifact = qcompile.compile(Tied().eval(), (torch.tensor([[1, 2]]),), recipe=recipe, target="reference")
+    bits = 50 * (48 * 8 + 32) + 48 * (48 * 4 + 32)
+    assert artifact.report["bits_per_weight"] == pytest.approx(bits / (98 * 48), abs=1e-4)
+    assert artifact.report["bytes"] == bits / 8
+
+
 def test_solvers_of_single_codes_leave_pyramids_to_least_squared_error() -> None:
     artifact = _compile("weight=pvq8k6g3 channel=0 sym; activation=float", "gptq")
     assert [text for _, text in artifact.report["notes"] if "not by gptq: that is not for pvq8k6g3" in text]
