@@ -209,7 +209,7 @@ class Bench:
             f"Written by `python benchmarks/solvers.py{limit} --results FILE --write THIS`; the script says what is measured.",
             f"wikilm-5m, {self.judge.tokens} tokens of WikiText-2 test, calibrated on {self.samples} times 256 tokens of WikiText-2 valid;",
             f"float perplexity {exact:.2f}. A cell: perplexity, how much worse than float, stored bits for each weight of the blocks (in",
-            "brackets all weights of the model with embedding and head). A row or cell that is not there was not measured: the command goes",
+            "brackets all weights of the model with embedding and head). What is not there was not measured: the command goes",
             "on where its FILE ends.",
             "",
             "| | " + " | ".join(f"{width} bits" for width in widths) + " |",
