@@ -82,7 +82,8 @@ def _store_weight(graph: Graph, node: fx.Node, quantizer: Quantizer) -> fx.Node:
     scale = None if stored.scale is None else graph.add_constant(f"{name}_scale", stored.scale, like=node)
     zero_point = None if stored.zero_point is None else graph.add_constant(f"{name}_zero_point", stored.zero_point, like=node)
     table = None if stored.table is None else graph.add_constant(f"{name}_table", stored.table, like=node)
-    size = None if stored.scheme.bits == 8 else weight.shape[-1]
+    format = stored.scheme.format
+    size = None if format.bits == 8 and format.dense else weight.shape[-1]
     return graph.call(_qc.dequantize.default, codes, scale, zero_point, str(stored.scheme), size, table, before=node)
 
 

@@ -399,7 +399,11 @@ def _embedding(walk: Walk, node: fx.Node, a: Arguments) -> Any:
     )
     one_axis = scales != "group"
     parameters = [flat(walk, p) if one_axis else walk.plain(p) for p in (a.scale, a.zero_point) if p is not None]
-    return _gather(walk, node, a.indices, kernel, [walk.plain(a.weight), *parameters], a.size)
+    if scheme.format.dense:
+        table = walk.plain(a.weight)
+    else:
+        table = walk.packed(a.weight, "codes", lambda packed: scheme.format.unpack(packed, a.size))
+    return _gather(walk, node, a.indices, kernel, [table, *parameters], a.size)
 
 
 def _float_embedding(walk: Walk, node: fx.Node, a: Arguments) -> Any:

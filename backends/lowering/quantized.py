@@ -131,8 +131,8 @@ def _quantize(walk: Walk, a: Arguments) -> Any:
 def _dequantize(walk: Walk, a: Arguments) -> Any:
     scheme = parse_scheme(a.scheme)
     codes = a.codes
-    if a.size is not None and scheme.bits < 8:
-        if not isinstance(scheme.format, Integer):
+    if a.size is not None and (scheme.bits < 8 or not scheme.format.dense):
+        if not (isinstance(scheme.format, Integer) and scheme.format.dense):
             raise Refused("only constants may be packed in this format", node=walk.node.name, operator=str(walk.node.target))
         codes = _unpack(walk, codes, scheme, a.size)
     return emit_dequantize(walk, codes, a.scale, a.zero_point, scheme)
@@ -140,8 +140,9 @@ def _dequantize(walk: Walk, a: Arguments) -> Any:
 
 @converts("qc.pack")
 def _pack(walk: Walk, a: Arguments) -> Any:
-    bits, size = parse_scheme(a.scheme).bits, a.codes.ty.shape[-1]
-    if not isinstance(parse_scheme(a.scheme).format, Integer):
+    format, size = parse_scheme(a.scheme).format, a.codes.ty.shape[-1]
+    bits = format.bits
+    if not (isinstance(format, Integer) and format.dense):
         raise Refused("codes of this format are packed before they run", node=walk.node.name, operator=str(walk.node.target))
 
     def pack(codes: Any) -> Any:
