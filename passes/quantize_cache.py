@@ -9,6 +9,14 @@
 Keys before rotary positions vary less from token to token (KVQuant, Hooper et al. 2024, arXiv 2401.18079, section 3.2): with
 ``rotary=before`` their quantizer stands before ``qc.rotary``, the cache holds the codes, and keys are turned when attention reads them.
 
+With ``past_only`` a query meets its own token in float, as attention has it at that moment, and what is read back from the cache in codes:
+
+    %attention = qc.attention(%q, %k.quantizer, %v.quantizer) {.., causal=true, own_k=%k, own_v=%v} : f32[batch,seq,256]
+
+(WKVQuant, Yue et al. 2024, arXiv 2402.12065, section 3.1: keys and values of the current forward pass are not quantized.) The graph over
+whole texts then computes what decoding one token at a time gives, so that is what its perplexity is of; the entry ``prefill`` leaves all
+tokens of one call in float for one another, as the paper does with a prompt.
+
 Scales are found while the model runs, for each token and head (or for each token): a token's codes do not depend on the tokens after it,
 so the graph over whole texts computes what the entries with caches compute (``qcompile.generation.entries``), where the codes are stored.
 
@@ -39,6 +47,7 @@ class QuantizeCache(Pass):
         per: ``head`` (a scale for each token and head) or ``token``.
         symmetric: without zero points.
         rotary: quantize keys ``after`` rotary positions, or ``before``, where ``recognize-rotary`` found them.
+        past_only: leave the keys and values of the step that is computed in float.
     """
 
     gives: ClassVar[Stage | None] = Stage.SIMULATED
@@ -50,6 +59,7 @@ class QuantizeCache(Pass):
     per: str = "head"
     symmetric: bool = False
     rotary: str = "after"
+    past_only: bool = False
 
     @classmethod
     def takes(cls, stage: Stage) -> bool:
@@ -69,7 +79,12 @@ class QuantizeCache(Pass):
             if node.op != "call_function" or operator_name(node.target) != "qc.attention" or not bound_arguments(node)["causal"]:
                 continue
             a = bound_arguments(node)
+            if a["own_k"] is not None:
+                continue  # its cache is quantized already
             turned = self.rotary == "before" and _is_rotary(a["k"])
+            if self.past_only:
+                own_k = graph.call(a["k"].target, *a["k"].args, before=node, like=a["k"], **a["k"].kwargs) if turned else a["k"]
+                node.kwargs = {**node.kwargs, "own_k": own_k, "own_v": a["v"]}
             for name, reader, place in (("k", a["k"], 0) if turned else ("k", node, 1), ("v", node, 2)):
                 quantizer = self._placed(graph, reader.args[place], self._scheme(a, name), placed)
                 reader.args = (*reader.args[:place], quantizer, *reader.args[place + 1 :])

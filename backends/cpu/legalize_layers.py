@@ -222,17 +222,20 @@ def _attention(walk: Walk, node: fx.Node, a: Arguments) -> Any:
     quantize = first_quantize(node, bfloat16=True) if walk.is_inner(node) and len(node.users) == 1 else None
     grid = grid_of(quantize) if quantize is not None else None
     codes = code_dtype(grid.scheme) if grid else ""
-    (k, stored_k), (v, stored_v) = (_stored_rows(walk, rows, a.kv_heads, depth) for rows in (a.k, a.v))
-    key = ("attention", a.heads, a.kv_heads, depth, a.scale, masked, a.causal, codes, cached, a.window, stored_k, stored_v)
+    own, rows, own_rows = _own_rows(walk, a)
+    if own and masked:
+        return "no kernel meets a query's own token in float under a mask"
+    (k, stored_k), (v, stored_v) = (_stored_rows(walk, x, a.kv_heads, depth) for x in rows)
+    key = ("attention", a.heads, a.kv_heads, depth, a.scale, masked, a.causal, codes, cached, a.window, own, stored_k, stored_v)
     kernel = walk.kernel(
         key,
         lambda: attention.attention(
-            a.heads, a.kv_heads, depth, a.scale, key_mask=masked, causal=a.causal, codes=codes, past=cached, window=a.window,
+            a.heads, a.kv_heads, depth, a.scale, key_mask=masked, causal=a.causal, codes=codes, past=cached, window=a.window, own=own,
             stored_k=stored_k, stored_v=stored_v,
         ),
         f"attention_{a.heads}x{depth}" + f"_{codes}" * (codes != "") + "_cached" * cached,
     )  # fmt: skip
-    inputs = [walk.plain(a.q), k[0], v[0], *(walk.plain(t) for t in (a.key_mask, a.past) if t is not None), *k[1:], *v[1:]]
+    inputs = [walk.plain(a.q), k[0], v[0], *(walk.plain(t) for t in (a.key_mask, a.past, *own_rows) if t is not None), *k[1:], *v[1:]]
     inputs += grid.arguments(walk) if grid else []
     result = walk.call_kernel(kernel, inputs, (walk.shape(node), stored_dtype(codes or "float32")))
     if quantize is None:
@@ -240,6 +243,24 @@ def _attention(walk: Walk, node: fx.Node, a: Arguments) -> Any:
     walk.bind(quantize, result)
     walk.bind(node, result)  # nobody else reads it: any value marks it as done
     return None
+
+
+def _own_rows(walk: Walk, a: Arguments) -> tuple[str, list[fx.Node], list[fx.Node]]:
+    """Return whose tokens attention meets in float beside its keys and values, as its kernel says it; the keys and values; those tokens.
+
+    A cache that attention reads with the new rows in float over it, ``qc.cache_append``, is read only before them.
+    """
+    if a.own_k is not None:
+        return "token", [a.k, a.v], [a.own_k, a.own_v]
+    if a.past is not None and all(_is_read_apart(walk, x, a) for x in (a.k, a.v)):
+        return "call", [x.args[0] for x in (a.k, a.v)], [x.args[1] for x in (a.k, a.v)]
+    return "", [a.k, a.v], []
+
+
+def _is_read_apart(walk: Walk, node: fx.Node, a: Arguments) -> bool:
+    if node.target is not qc.cache_append.default or node.args[2] is not a.past or node.args[0].op == "placeholder":
+        return False
+    return str(walk.fake(node.args[1]).shape[1]) == str(walk.fake(a.q).shape[1])
 
 
 def _stored_rows(walk: Walk, node: fx.Node, kv_heads: int, depth: int) -> tuple[list[Any], Stored | None]:
@@ -266,7 +287,9 @@ def _stored_rows(walk: Walk, node: fx.Node, kv_heads: int, depth: int) -> tuple[
 
 def _cache_append(walk: Walk, node: fx.Node, a: Arguments) -> Any:
     """qc.cache_append to an input of the model that nobody else reads: in place, the caller gets the same memory back."""
-    shape = walk.shape(a.new)
+    shape, users = walk.shape(a.new), [Arguments(**bound_arguments(user)) for user in node.users if user.target is qc.attention.default]
+    if len(users) == len(node.users) and all(_own_rows(walk, user)[0] == "call" and user.key_mask is None for user in users):
+        return ""  # nothing reads it: attention takes the cache and the rows apart
     if a.cache.op != "placeholder" or len(a.cache.users) > 1:
         return "the cache is no input, or something else reads it as it was: it is copied"
     if not all(isinstance(size, int) for size in shape[2:]):

@@ -419,10 +419,21 @@ def _attention(walk: Walk, a: Arguments) -> Any:
     scores = walk.emit(op.multiply(scores, _f32(a.scale)))
     masks = [] if a.key_mask is None else [walk.reshape(cast(walk, a.key_mask, "bool"), [batch, 1, 1, keys])]
     masks += [_causal_mask(walk, a, tokens, keys)] if a.causal else []
+    own = [] if a.own_k is None else [by_head(t, tokens, a.kv_heads) for t in (a.own_k, a.own_v)]
+    met = _causal_mask(walk, SimpleNamespace(past=a.past, window=1), tokens, keys) if own else None  # where a query meets its own token
+    if own:
+        alone = walk.emit(op.sum(walk.emit(op.multiply(q, own[0])), -1, keepdims=True))
+        scores = walk.emit(op.where(met, walk.emit(op.multiply(alone, _f32(a.scale))), scores))
     for mask in masks:
         scores = walk.emit(op.where(mask, scores, _f32(-math.inf)))
     weights = masked_softmax(walk, scores, masks[0] if masks else None)
-    joined = walk.emit(op.permute_dims(walk.emit(op.matmul(weights, v)), [0, 2, 1, 3]))
+    if own:
+        others = walk.emit(op.where(met, _f32(0.0), weights))
+        share = walk.emit(op.sum(walk.emit(op.subtract(weights, others)), -1, keepdims=True))
+        mixed = walk.emit(op.add(walk.emit(op.matmul(others, v)), walk.emit(op.multiply(share, own[1]))))
+    else:
+        mixed = walk.emit(op.matmul(weights, v))
+    joined = walk.emit(op.permute_dims(mixed, [0, 2, 1, 3]))
     return op.reshape(joined, [batch, tokens, width])
 
 

@@ -13,6 +13,8 @@ Nothing is read from names. Three things tie a token to others, and each is foun
 - causal attention: its keys and values become caches ``[batch, capacity, width]``, new ones are appended. Where they come from
   ``qc.dequantize``, the codes and those of its parameters that depend on the text are cached, so a cache is as small as its scheme.
   Where keys are quantized before rotary positions, those codes are cached, and turned when attention reads them.
+  Where queries meet their own tokens in float (``own_k`` and ``own_v``), all new tokens of one call do so: they see one another as they
+  are, and the codes of those of earlier calls (past-only quantization, WKVQuant, Yue et al. 2024, arXiv 2402.12065, section 3.1).
 - positions: whatever depends on the number of tokens only, and on no token. It is computed once for ``context`` positions, checked to give
   every position the same value for texts of any length, and becomes a table from which rows are gathered.
 - the end: the rows of the last tokens are picked as early as what follows works on each token by itself.
@@ -66,12 +68,15 @@ class Decoder:
         decode: takes one new token of each row.
         caches: in the order in which both entries take and return them.
         context: the most tokens of a text.
+        past_only: tokens of one call see one another in float, so only a text that is read token by token gives the logits of the graph
+            over whole texts.
     """
 
     prefill: Graph
     decode: Graph
     caches: tuple[Cache, ...]
     context: int
+    past_only: bool = False
 
     @property
     def bytes_per_token(self) -> int:
@@ -88,7 +93,8 @@ def decoder_entries(graph: Graph, context: int) -> Decoder:
     """
     prefill, caches = _Step(graph, context, one_token=False).build()
     decode, _ = _Step(graph, context, one_token=True).build()
-    return Decoder(prefill, decode, caches, context)
+    past_only = any(_name(node) == "qc.attention" and bound_arguments(node)["own_k"] is not None for node in graph.nodes)
+    return Decoder(prefill, decode, caches, context, past_only)
 
 
 def longest_text(graph: Graph) -> int:
@@ -232,9 +238,16 @@ class _Step:
         a = bound_arguments(node)
         if not a["causal"] or a["key_mask"] is not None or a["past"] is not None:
             raise Refused("this attention sees more than the tokens before: no cache can stand for that", node=node.name)
-        key, value = (self._cached(f"{word}_{number}", a[name], by_text) for word, name in (("key", "k"), ("value", "v")))
+        past = {"past": self._past}
+        for word, name in (("key", "k"), ("value", "v")):
+            past[name] = self._cached(f"{word}_{number}", a[name], by_text)
+            own = a.get(f"own_{name}")
+            if own is not None:  # the new rows in float over what was read back: only earlier calls' tokens come from the codes
+                with self._nodes.inserting_before(node):
+                    past[name] = self._call(qc.cache_append.default, past[name], own, self._past, like=own)
+                past[f"own_{name}"] = None
         with self._nodes.inserting_before(node):
-            new = self._call(node.target, *(a | {"k": key, "v": value, "past": self._past}).values(), like=node)
+            new = self._call(node.target, *(a | past).values(), like=node)
         node.replace_all_uses_with(new)
         by_text.add(new)
 

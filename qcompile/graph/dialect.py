@@ -327,25 +327,45 @@ def _rotary(x, cos, sin, heads):
 _define("rotary(Tensor x, Tensor cos, Tensor sin, int heads) -> Tensor", _rotary, lambda x, cos, sin, heads: torch.empty_like(x))
 
 
-def _attention(q, k, v, key_mask, heads, kv_heads, scale, causal, past=None, window=0):
+def _attention(q, k, v, key_mask, heads, kv_heads, scale, causal, past=None, window=0, own_k=None, own_v=None):
     """Multi-head attention over q [batch, tokens, heads * d], k and v [batch, keys, kv_heads * d].
 
     ``key_mask`` [batch, keys] is True where a key may be seen. ``causal`` hides keys after the query: query i sees key j when
     ``j <= past + i``; with a ``window`` only the last so many of them, ``j > past + i - window``. ``past`` i64[batch] says for each row
     how many tokens came before its queries, for keys and values that are caches with room for more; without it the queries are
     the last of the keys, past = keys - tokens. A query that sees no key gives zeros.
+
+    ``own_k`` and ``own_v`` [batch, tokens, kv_heads * d], of causal attention, stand for k and v where a query meets its own token,
+    j = past + i; every other key is that of k and v.
     """
-    scores, v, seen = _heads_apart(q, k, v, key_mask, heads, kv_heads, causal, past, window)
+    scores, values, seen = _heads_apart(q, k, v, key_mask, heads, kv_heads, causal, past, window)
+    own = _own_places(scores, k, past) if own_k is not None else None
+    if own is not None:
+        own_k, own_v = (_by_head(t, heads, kv_heads) for t in (own_k, own_v))
+        scores = scores.scatter(-1, own, (_by_head(q, heads, heads) * own_k).sum(-1, keepdim=True))
     weights = torch.softmax((scores * scale).masked_fill(~seen, -torch.inf), -1).nan_to_num(0.0)
-    return (weights @ v).transpose(1, 2).flatten(2)
+    if own is None:
+        return (weights @ values).transpose(1, 2).flatten(2)
+    others = weights.scatter(-1, own, 0.0)
+    return (others @ values + weights.gather(-1, own) * own_v).transpose(1, 2).flatten(2)
+
+
+def _by_head(t: torch.Tensor, heads: int, kv_heads: int) -> torch.Tensor:
+    """Return [batch, rows, kv_heads * d] as [batch, heads, rows, d], each head of keys for all query heads that share it."""
+    return t.unflatten(-1, (kv_heads, -1)).transpose(1, 2).repeat_interleave(heads // kv_heads, 1)
+
+
+def _own_places(scores: torch.Tensor, k: torch.Tensor, past: torch.Tensor | None) -> torch.Tensor:
+    """Return which key is each query's own token, i64 [batch, heads, tokens, 1]."""
+    batch, heads, tokens, _ = scores.shape
+    before = torch.tensor(k.shape[1] - tokens) if past is None else past.view(-1, 1, 1, 1)
+    return (before + torch.arange(tokens).view(1, 1, -1, 1)).expand(batch, heads, -1, -1)
 
 
 def _heads_apart(q, k, v, key_mask, heads, kv_heads, causal, past, window):
     """Return q @ k.T [batch, heads, tokens, keys], v [batch, heads, keys, d], and which keys each query sees."""
-    batch, tokens, width = q.shape
-    keys, d = k.shape[1], width // heads
-    q = q.unflatten(-1, (heads, d)).transpose(1, 2)
-    k, v = (t.unflatten(-1, (kv_heads, d)).transpose(1, 2).repeat_interleave(heads // kv_heads, 1) for t in (k, v))
+    batch, tokens, keys = q.shape[0], q.shape[1], k.shape[1]
+    q, k, v = _by_head(q, heads, heads), _by_head(k, heads, kv_heads), _by_head(v, heads, kv_heads)
     seen = torch.ones(batch, 1, tokens, keys, dtype=torch.bool)
     if key_mask is not None:
         seen = seen & key_mask.view(batch, 1, 1, keys)
@@ -360,9 +380,9 @@ def _heads_apart(q, k, v, key_mask, heads, kv_heads, causal, past, window):
 
 _define(
     "attention(Tensor q, Tensor k, Tensor v, Tensor? key_mask, int heads, int kv_heads, float scale, bool causal, "
-    "Tensor? past=None, int window=0) -> Tensor",
+    "Tensor? past=None, int window=0, Tensor? own_k=None, Tensor? own_v=None) -> Tensor",
     _attention,
-    lambda q, k, v, key_mask, heads, kv_heads, scale, causal, past=None, window=0: torch.empty_like(q),
+    lambda q, k, v, key_mask, heads, kv_heads, scale, causal, past=None, window=0, own_k=None, own_v=None: torch.empty_like(q),
 )
 
 

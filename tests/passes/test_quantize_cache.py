@@ -11,7 +11,7 @@ from qcompile.passes.quantize_cache import QuantizeCache
 
 from qcompile import Refused
 from qcompile.generation import decoder_entries
-from qcompile.graph import print_graph
+from qcompile.graph import parse_graph, print_graph, tensor_digest
 from qcompile.pipeline import Context, Pipeline, parse_pipeline
 from qcompile.registry import find_pass
 
@@ -131,3 +131,51 @@ def test_attention_that_sees_ahead_has_no_cache(build: Callable[..., Any]) -> No
 def test_options_out_of_range_are_refused(graph: Any, options: dict[str, Any]) -> None:
     with pytest.raises(Refused):
         Pipeline((QuantizeCache(**options),)).run(graph, Context(target=ReferenceTarget()))
+
+
+def in_steps(graph: Any, decoder: Any, tokens: torch.Tensor, counts: list[int]) -> list[torch.Tensor]:
+    """Return the logits after each call of the entries, which take so many tokens of every row."""
+    caches = [torch.zeros(len(tokens), tokens.shape[1], *cache.type.shape[2:], dtype=cache.type.dtype) for cache in decoder.caches]
+    past, found = torch.zeros(len(tokens), dtype=torch.int64), []
+    for part in tokens.split(counts, 1):
+        count = torch.full_like(past, part.shape[1])
+        logits, *caches = decoder.prefill(part, past, count, *caches)
+        alone = decoder.decode(part, past, *caches)[0] if part.shape[1] == 1 else logits
+        assert torch.equal(logits, alone)
+        past = past + count
+        found.append(logits)
+    return found
+
+
+@pytest.mark.parametrize("options", [{"key": 4, "value": 3}, {"key": 2, "value": 2, "per": "token"}, {"key": 2, "rotary": "before"}])
+def test_past_only_leaves_the_step_at_hand_in_float(build: Callable[..., Any], options: dict[str, Any]) -> None:
+    """Token by token it is the graph over whole texts; all tokens in one call see no code at all."""
+    sizes = {"table": (11, 16), "wq": (16, 16), "wk": (8, 16), "wv": (8, 16), "angle": (32, 4)}
+    graph = build(TURNED, **{name: torch.randn(size) for name, size in sizes.items()})
+    everything, made = graph.copy(), graph.copy()
+    for each, past_only in ((everything, False), (made, True)):
+        steps = Pipeline((QuantizeCache(**options, past_only=past_only), Materialize())).run(each, Context(target=ReferenceTarget()))
+        assert steps[0].changes == 2
+    tokens = torch.randint(0, 11, (2, 12))
+    exact, whole, entries = graph(tokens)[0], made(tokens)[0], decoder_entries(made, 32)
+    assert entries.past_only
+    assert not decoder_entries(everything, 32).past_only
+    assert entries.bytes_per_token == decoder_entries(everything, 32).bytes_per_token
+    torch.testing.assert_close(whole[:, 0], exact[:, 0], rtol=1e-5, atol=1e-5)  # the first token has no past
+    assert not torch.allclose(whole[:, 1:], exact[:, 1:], rtol=1e-2, atol=1e-2)
+    for place, logits in enumerate(in_steps(made, entries, tokens, [1] * 12)):
+        torch.testing.assert_close(logits, whole[:, place], rtol=1e-5, atol=1e-5)
+    (together,) = in_steps(made, entries, tokens, [12])
+    torch.testing.assert_close(together, exact[:, -1], rtol=1e-5, atol=1e-5)
+    first, second = in_steps(made, entries, tokens, [7, 5])
+    torch.testing.assert_close(first, exact[:, 6], rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(second, exact[:, -1], rtol=1e-3, atol=1e-3)
+
+
+def test_past_only_changes_nothing_a_second_time(graph: Any) -> None:
+    again = Pipeline((QuantizeCache(key=4, past_only=True),) * 2).run(graph, Context(target=ReferenceTarget()))
+    assert [step.changes for step in again] == [2, 0]
+    text = print_graph(graph)
+    assert "own_k=%k, own_v=%v" in text
+    constants = {tensor_digest(t)[:16]: t for t in graph.tensors}
+    assert print_graph(parse_graph(text, constants)) == text

@@ -53,7 +53,7 @@ class Rows:
         if stored and (reason := stored.why_not(d)):
             raise ValueError(reason)
         width = heads * d * (stored.bits if stored else 8) // 8
-        self._data = argument(name, (*sizes, width), stored.dtype if stored else "float32")
+        self.data = argument(name, (*sizes, width), stored.dtype if stored else "float32")
         self._scale: Any = None
         self._zero: Any = None
         self._angles: tuple[Any, ...] = ()
@@ -71,7 +71,7 @@ class Rows:
 
     def scalar(self, b: Index, key: Index, head: Index, c: Index) -> Expression:
         """Return one element of float rows."""
-        return self._data[b, key, head * self._d + c]
+        return self.data[b, key, head * self._d + c]
 
     def scale(self, b: Index, key: Index, head: Index) -> Expression:
         """Return what a row of a head is to be multiplied by; 1 for floats."""
@@ -85,7 +85,7 @@ class Rows:
         """Return sixteen channels of a head from channel ``c`` on, neither scaled nor less the zero point, float32."""
         if self.stored is None:
             start, whole = head * self._d + c, width == LANES
-            return self._data[b, key, ramp(start)] if whole else load_part(self._data, below(width), b, key, ramp(start))
+            return self.data[b, key, ramp(start)] if whole else load_part(self.data, below(width), b, key, ramp(start))
         return self._turned(b, key, head, c) if self.stored.turned else self._codes(b, key, head, c)
 
     def _turned(self, b: Index, key: Index, head: Index, c: int) -> Expression:
@@ -118,8 +118,8 @@ class Rows:
         assert self.stored is not None
         bits = self.stored.bits
         if bits == 8:
-            return T.cast(self._data[b, key, ramp(head * self._d + c)], f"float32x{LANES}")
-        chunk = T.Bind(self._data[b, key, ramp((head * self._d + c) * bits // 8, 2 * bits)])
+            return T.cast(self.data[b, key, ramp(head * self._d + c)], f"float32x{LANES}")
+        chunk = T.Bind(self.data[b, key, ramp((head * self._d + c) * bits // 8, 2 * bits)])
         places = [lane * bits // 8 for lane in range(LANES)]
         chunks = [chunk] * -(-LANES // (2 * bits))  # a shuffle gives no more lanes than it takes
         word = T.cast(tirx.Shuffle(chunks, places), f"uint32x{LANES}")
