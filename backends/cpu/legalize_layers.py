@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from qcompile.backends.cpu.joined_layers import joined
-from qcompile.backends.cpu.kernels import attention, hadamard, matmul, normalization, pack, quantization, rotary, softmax
+from qcompile.backends.cpu.kernels import attention, hadamard, matmul, normalization, pack, quantization, rotary, softmax, vectors
 from qcompile.backends.cpu.kernels import cache as cache_kernel
 from qcompile.backends.cpu.kernels.bfloat16 import stored_dtype
 from qcompile.backends.cpu.kernels.matmul_epilogue import Epilogue
@@ -268,7 +268,14 @@ def _stored_rows(walk: Walk, node: fx.Node, kv_heads: int, depth: int) -> tuple[
     floats: tuple[list[Any], Stored | None] = ([walk.plain(node)], None)
     rotary = Arguments(**bound_arguments(node)) if node.target is qc.rotary.default else None
     source = rotary.x if rotary else node
-    if source.target is not qc.dequantize.default or walk.constant(source) is not None:
+    turned = int(walk.fake(rotary.cos).shape[-1]) if rotary else 0
+    angles = [rotary.cos, rotary.sin] if rotary else []
+    if (rotary and walk.shape(rotary.cos)[0] != 1) or walk.constant(source) is not None:
+        return floats
+    if source.target is qc.vectors.default:
+        stored = Stored(8, signed=False, turned=turned, coupled=int(walk.fake(source.args[1]).shape[-1]))
+        return floats if stored.why_not(depth) else ([walk.plain(part) for part in (*source.args, *angles)], stored)
+    if source.target is not qc.dequantize.default:
         return floats
     a = Arguments(**bound_arguments(source))
     scheme = parse_scheme(a.scheme)
@@ -277,11 +284,10 @@ def _stored_rows(walk: Walk, node: fx.Node, kv_heads: int, depth: int) -> tuple[
         return floats
     if not per_head and not isinstance(scheme.granularity, Token):
         return floats
-    turned = int(walk.fake(rotary.cos).shape[-1]) if rotary else 0
     stored = Stored(scheme.bits, scheme.format.signed, per_head, a.zero_point is not None, turned)
-    if stored.why_not(depth) or (rotary and walk.shape(rotary.cos)[0] != 1):
+    if stored.why_not(depth):
         return floats
-    parts = [a.codes, a.scale, a.zero_point, *((rotary.cos, rotary.sin) if rotary else ())]
+    parts = [a.codes, a.scale, a.zero_point, *angles]
     return [walk.plain(part) for part in parts if part is not None], stored
 
 
@@ -405,6 +411,19 @@ def _quantize_dynamic(walk: Walk, node: fx.Node, a: Arguments) -> Any:
     return [walk.reshape(result, shape) for result, shape in zip(results, shapes, strict=True)]
 
 
+def _vector_codes(walk: Walk, node: fx.Node, a: Arguments) -> Any:
+    """qc.vector_codes with a table that is a constant, kept with its vectors side by side."""
+    x, rows, width = rows_of(walk, a.x)
+    if walk.constant(a.table) is None or not isinstance(width, int):
+        return "no kernel finds vectors in a table that is computed"
+    coupled = int(walk.fake(a.table).shape[-1])
+    kernel = walk.kernel(("vector_codes", width, coupled), lambda: vectors.vector_codes(width, coupled), "vector_codes")
+    codes = walk.call_kernel(
+        kernel, [x, walk.packed(a.table, "by channel", lambda t: t.transpose(1, 2))], ([rows, width // coupled], "uint8")
+    )
+    return walk.reshape(codes, walk.shape(node))
+
+
 def _embedding(walk: Walk, node: fx.Node, a: Arguments) -> Any:
     """qc.embedding: gathers rows of the packed table."""
     scheme = parse_scheme(a.scheme)
@@ -451,6 +470,7 @@ LEGALIZE_LAYERS: dict[str, Legalizer] = {
     "qc.quantize": _quantize,
     "qc.dequantize": _dequantize,
     "qc.quantize_dynamic": _quantize_dynamic,
+    "qc.vector_codes": _vector_codes,
     "qc.embedding": _embedding,
     "aten.linear": _float_linear,
     "aten.layer_norm": _layer_norm,

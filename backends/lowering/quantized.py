@@ -5,6 +5,7 @@ Integers are exact (products and sums in int32); float parts follow the order of
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import replace
 from types import SimpleNamespace
@@ -339,6 +340,36 @@ def _matmul(walk: Walk, a: Arguments) -> Any:
     y = walk.emit(op.multiply(walk.emit(op.multiply(accumulator, a.b_scale)), a.a_scale))
     a.activation, a.residual = "none", None
     return epilogue(walk, y, a, None)
+
+
+@converts("qc.vector_codes")
+def _vector_codes(walk: Walk, a: Arguments) -> Any:
+    runs, places, coupled = (int(size) for size in a.table.ty.shape)
+
+    def distances(x: Any, table: Any) -> Any:
+        def distance(*index: Any) -> Any:
+            *row, run, place = index
+            differences = [x(*row, run * coupled + i) - table(run, place, i) for i in range(coupled)]
+            return functools.reduce(lambda a, b: a + b, [d * d for d in differences])
+
+        return te.compute((*x.shape[:-1], runs, places), distance, name="distances")
+
+    found = walk.builder.emit_te(distances, a.x, a.table, primfunc_name_hint="distances")
+    return cast(walk, walk.emit(op.argmin(found, -1)), "uint8")
+
+
+@converts("qc.vectors")
+def _vectors(walk: Walk, a: Arguments) -> Any:
+    runs, _, coupled = (int(size) for size in a.table.ty.shape)
+
+    def take(codes: Any, table: Any) -> Any:
+        def channel(*index: Any) -> Any:
+            *row, c = index
+            return table(c // coupled, codes(*row, c // coupled).astype("int64"), c % coupled)
+
+        return te.compute((*codes.shape[:-1], runs * coupled), channel, name="vectors")
+
+    return walk.builder.emit_te(take, a.codes, a.table, primfunc_name_hint="vectors")
 
 
 # ---- embedding, addition, rotation, attention -----------------------------------------------------------------------------

@@ -44,7 +44,8 @@ qc = torch.ops.qc
 # Operators that compute each token of [batch, tokens, ..] from that token alone: rows may be picked before them as well as after them.
 _BY_TOKEN = frozenset({
     "aten.linear", "aten.rms_norm", "aten.layer_norm", "aten.mul.Tensor", "aten.div.Tensor", "aten.tanh", "aten._to_copy",
-    "qc.linear", "qc.quantize", "qc.quantize_dynamic", "qc.dequantize", "qc.hadamard", "py.getitem",
+    "qc.linear", "qc.quantize", "qc.quantize_dynamic", "qc.dequantize", "qc.hadamard", "qc.vector_codes",
+    "qc.vectors", "py.getitem",
 })  # fmt: skip
 _ATTENTION = frozenset({"qc.attention", "qc.attention_codes"})
 _PAST, _COUNTS = "past", "counts"
@@ -253,8 +254,10 @@ class _Step:
 
     def _cached(self, name: str, node: fx.Node, by_text: set[fx.Node]) -> fx.Node:
         """Return what stands for a node over the whole text: a cache of it, or of the codes it is dequantized from."""
-        if _name(node) == "qc.rotary" and _name(node.args[0]) == "qc.dequantize":
+        if _name(node) == "qc.rotary" and _name(node.args[0]) in ("qc.dequantize", "qc.vectors"):
             return self._turned(node, self._cached(name, node.args[0], by_text), by_text)
+        if _name(node) == "qc.vectors":
+            return self._read(node, self._cache(name, node.args[0]), node.args[1], by_text=by_text)
         if _name(node) != "qc.dequantize":
             return self._cache(name, node)
         a = bound_arguments(node)
@@ -266,8 +269,12 @@ class _Step:
             self._copy.infer_type(codes)
         cached = self._cache(name, codes)
         rest = [self._cache(f"{name}_{part}", a[part]) if a[part] in by_text else a[part] for part in ("scale", "zero_point")]
+        return self._read(node, cached, *rest, a["scheme"], size, by_text=by_text)
+
+    def _read(self, node: fx.Node, *arguments: Any, by_text: set[fx.Node]) -> fx.Node:
+        """Return the node's operator over a cache."""
         with self._nodes.inserting_before(node):
-            new = self._call(qc.dequantize.default, cached, *rest, a["scheme"], size, like=node)
+            new = self._call(node.target, *arguments, like=node)
         by_text.add(new)
         return new
 

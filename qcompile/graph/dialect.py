@@ -57,6 +57,8 @@ ACTIVATIONS = {
 }
 
 
+VECTORS = 256  # in a table: a code is one byte
+
 MEANINGS: dict[torch._ops.OpOverload, Callable[..., Any]] = {}  # the Python function of each operator, through which gradients flow
 
 
@@ -135,6 +137,48 @@ _define(
     _pack,
     lambda codes, scheme: codes.new_empty((*codes.shape[:-1], parse_scheme(scheme).format.packed_size(codes.shape[-1])), dtype=torch.uint8),
 )
+
+
+def _vector_codes(x, table):
+    """Return for each run of c channels of x [.., runs * c] the place of the nearest vector in the run's table [runs, 256, c], uint8.
+
+    The distance is the sum of squared differences from the first channel on, every operation rounded to float32; of equal ones the
+    first place counts. c = 8 makes it one bit for a channel (coupled quantization, Zhang et al. 2024, arXiv 2405.03917, section 3).
+    """
+    runs, _, c = table.shape
+    parts = x.unflatten(-1, (runs, c))
+    distance: Any = 0.0
+    for i in range(c):
+        difference = parts[..., i].unsqueeze(-1) - table[:, :, i]  # [.., runs, 256]
+        distance = distance + difference * difference
+    return distance.argmin(-1).to(torch.uint8)
+
+
+def _vector_codes_shape(x, table):
+    torch._check(
+        table.ndim == 3 and table.shape[1] == VECTORS, lambda: f"a table of vectors is [runs, {VECTORS}, c], not {list(table.shape)}"
+    )
+    torch._check(x.shape[-1] == table.shape[0] * table.shape[2], lambda: f"a table {list(table.shape)} does not fit {x.shape[-1]} channels")
+    return x.new_empty((*x.shape[:-1], table.shape[0]), dtype=torch.uint8)
+
+
+_define("vector_codes(Tensor x, Tensor table) -> Tensor", _vector_codes, _vector_codes_shape)
+
+
+def _vectors(codes, table):
+    """Return the vectors of codes [.., runs] in their runs' tables [runs, 256, c], end to end: [.., runs * c]. Undoes ``vector_codes``."""
+    return table[torch.arange(len(table)), codes.to(torch.int64)].flatten(-2)
+
+
+def _vectors_shape(codes, table):
+    torch._check(
+        table.ndim == 3 and table.shape[1] == VECTORS, lambda: f"a table of vectors is [runs, {VECTORS}, c], not {list(table.shape)}"
+    )
+    torch._check(codes.shape[-1] == table.shape[0], lambda: f"a table {list(table.shape)} does not fit {codes.shape[-1]} codes")
+    return codes.new_empty((*codes.shape[:-1], table.shape[0] * table.shape[2]), dtype=table.dtype)
+
+
+_define("vectors(Tensor codes, Tensor table) -> Tensor", _vectors, _vectors_shape)
 
 
 # ---- products -------------------------------------------------------------------------------------------------------------

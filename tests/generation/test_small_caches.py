@@ -77,3 +77,12 @@ def test_past_only_in_wikilm(data_folder: Path) -> None:
     expected = in_calls(model.decoder.prefill, model.decoder, tokens, [tokens.shape[1] - 1, 1])
     found = in_calls(lambda *inputs: model.executable(inputs), model.decoder, tokens, [tokens.shape[1] - 1, 1])
     assert all(sqnr_db(a, b) > ALIKE_DB for a, b in zip(expected, found, strict=True))
+
+
+def test_coupled_channels(decoder: Callable[..., Any]) -> None:
+    """Attention reads the vectors of codes as they lie, turns keys, and sees the tokens of the call in float."""
+    data = [(torch.randint(0, 101, (4, 32)),) for _ in range(4)]
+    artifact = made(decoder("wide")[0], "quantize-cache{coupled=4, rotary=before, past_only=true}", calibration=data)
+    model = check_calls(artifact, torch.randint(0, 101, (2, 24)), [14, 1, 2, 6, 1])
+    assert model.decoder.bytes_per_token == 2 * 2 * 2 * 32 // 4  # layers, keys and values, heads
+    assert not [note for note in model.executable.built.fallbacks if note.operator in ("qc.attention.default", "qc.vector_codes.default")]
