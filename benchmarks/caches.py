@@ -47,7 +47,8 @@ SMOOTH = "smooth{alpha=1.0}"  # flattens the channels of values (WKVQuant's stat
 @click.option("--only", help="Rows to print, joined by commas [all].")
 @click.option("--windows", default=40, show_default=True, help="Windows of 512 tokens that are judged.")
 @click.option("--samples", default=64, show_default=True, help="Windows that tables are learned from.")
-def main(only: str | None, windows: int, samples: int) -> None:
+@click.option("--rows", default=8192, show_default=True, help="Tokens of these windows that a table is learned from.")
+def main(only: str | None, windows: int, samples: int, rows: int) -> None:
     """Print the table."""
     folder = Path(os.environ.get("QCOMPILE_DATA") or Path(__file__).resolve().parents[2] / "shared" / "data")
     captured = capture(str(folder / "wikilm-5m"))
@@ -71,7 +72,7 @@ def main(only: str | None, windows: int, samples: int) -> None:
         for more in ("", ", past_only=true"):
             graph = captured.graph.copy()
             fold = f"{SMOOTH}, " if name.endswith("smooth") else ""
-            parse_pipeline(f"{fold}quantize-cache{{{options}{more}}}", find_pass).run(graph, context)
+            parse_pipeline(f"{fold}quantize-cache{{{options}{more}, rows={rows}}}", find_pass).run(graph, context)
             found.append(perplexity(graph))
         tables = sum(value.nbytes for key, value in graph.constants.items() if key.endswith(".vectors"))
         Pipeline((Materialize(),)).run(graph, context)

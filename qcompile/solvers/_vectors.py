@@ -12,6 +12,7 @@ import torch
 
 from qcompile.graph.dialect import VECTORS
 
+_ROWS_AT_ONCE = 512  # whose distances stay in the cache of the processor
 _TINY = 1e-30  # of a probability: data may hold fewer different vectors than there are centroids
 
 
@@ -47,7 +48,8 @@ def _lloyd(x: torch.Tensor, w: torch.Tensor, table: torch.Tensor, rounds: int) -
     weighted = torch.cat([x * w.unsqueeze(1), w.unsqueeze(1)], 1).to(torch.float64)
     before: torch.Tensor | None = None
     for _ in range(rounds):
-        codes = (table.square().sum(1) - 2 * (x @ table.T)).argmin(1)
+        sizes = table.square().sum(1)
+        codes = torch.cat([torch.addmm(sizes, part, table.T, alpha=-2).min(1).indices for part in x.split(_ROWS_AT_ONCE)])
         if before is not None and torch.equal(codes, before):
             break
         sums = torch.zeros(VECTORS, weighted.shape[1], dtype=torch.float64).index_add_(0, codes, weighted)
