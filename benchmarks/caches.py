@@ -33,14 +33,12 @@ CACHES = {
     "coupled2": "coupled=2, rotary=before",
     "kv2": "key=2, value=2",
     "kv2-token": "key=2, value=2, per=token",
-    "kv2-token-smooth": "key=2, value=2, per=token",
     "kv2-before-rotary": "key=2, value=2, rotary=before",
     "coupled4": "coupled=4, rotary=before",
     "coupled4-fisher": "coupled=4, rotary=before, fisher=true",
     "coupled8": "coupled=8, rotary=before",
     "coupled8-fisher": "coupled=8, rotary=before, fisher=true",
 }
-SMOOTH = "smooth{alpha=1.0}"  # flattens the channels of values (WKVQuant's static half) by factors that are folded into weights
 
 
 @click.command(help=__doc__)
@@ -71,8 +69,7 @@ def main(only: str | None, windows: int, samples: int, rows: int) -> None:
         found = []
         for more in ("", ", past_only=true"):
             graph = captured.graph.copy()
-            fold = f"{SMOOTH}, " if name.endswith("smooth") else ""
-            parse_pipeline(f"{fold}quantize-cache{{{options}{more}, rows={rows}}}", find_pass).run(graph, context)
+            parse_pipeline(f"quantize-cache{{{options}{more}, rows={rows}}}", find_pass).run(graph, context)
             found.append(perplexity(graph))
         tables = sum(value.nbytes for key, value in graph.constants.items() if key.endswith(".vectors"))
         Pipeline((Materialize(),)).run(graph, context)
