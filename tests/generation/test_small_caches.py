@@ -12,7 +12,7 @@ import torch
 import qcompile
 from qcompile import Artifact
 from qcompile.generation import Decoder, Generator
-from qcompile.generation.session import Model
+from qcompile.generation.artifact_model import ArtifactModel
 from qcompile.pipeline import sqnr_db
 
 FOUND = "canonicalize, fold-constants, fold-batch-norm, recognize-attention, recognize-rotary"
@@ -34,8 +34,8 @@ def in_calls(run: Callable[..., Any], decoder: Decoder, tokens: torch.Tensor, co
     return found
 
 
-def check_calls(artifact: Artifact, tokens: torch.Tensor, counts: list[int]) -> Model:
-    model = Model(artifact, tokens.shape[1] + 3)
+def check_calls(artifact: Artifact, tokens: torch.Tensor, counts: list[int]) -> ArtifactModel:
+    model = ArtifactModel(artifact, tokens.shape[1] + 3)
     decoder = model.decoder
     expected = in_calls(decoder.prefill, decoder, tokens, counts)
     found = in_calls(lambda *inputs: model.executable(inputs), decoder, tokens, counts)
