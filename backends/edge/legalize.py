@@ -18,7 +18,7 @@ from qcompile.backends.edge.kernels.codes import LEAST_QUICK_SHIFT, Codes
 from qcompile.backends.edge.kernels.convolution import Convolution, convolution
 from qcompile.backends.edge.kernels.depthwise import Depthwise, depthwise
 from qcompile.backends.edge.kernels.planes import Planes, columns_together, pack_channels, plane_sizes, planes
-from qcompile.backends.edge.kernels.products import Product, pack_rows, padded
+from qcompile.backends.edge.kernels.products import CHANNELS, Product, pack_rows, padded, product_shape
 from qcompile.backends.edge.kernels.softmax import softmax
 from qcompile.backends.lowering.shapes import dtype_name
 from qcompile.backends.lowering.translate import Legalizer, Walk
@@ -55,11 +55,11 @@ class Lowering:
     """What legalizers know of the processor, and what they note (``Walk.tiling``).
 
     Attributes:
-        dsp: the processor multiplies pairs of 16-bit numbers (``kernels.products``).
+        features: of the processor (``processors.Processor``).
         layers: of each call of an edge kernel, in order.
     """
 
-    dsp: bool = False
+    features: frozenset[str] = frozenset()
     layers: list[Layer] = field(default_factory=list)
 
 
@@ -137,9 +137,7 @@ def _range(scheme: str) -> tuple[int, int]:
 
 
 def _product(walk: Walk, bits: int, signed: bool, rows: int) -> Product:
-    pixels = 2 if rows > 1 else 1
-    channels = 2 if rows > 1 or walk.tiling.dsp else 4
-    return Product(bits, signed, walk.tiling.dsp, pixels, channels)
+    return Product(bits, signed, product_shape(walk.tiling.features, signed), min(rows, 2))
 
 
 def _conv2d(walk: Walk, node: fx.Node, a: Arguments) -> Any:
@@ -201,7 +199,7 @@ def _emit_depthwise(walk: Walk, a: Arguments, codes: Any, sums: Any, x: Any, siz
         spec = Depthwise(signed, written)
         return _call(walk, spec, lambda: depthwise(spec), [x, *constants], [*sizes, x_zero, *limits], [(result, written.dtype)], layer)
     written, constants, limits = _parameters(walk, a, pack_channels(codes.reshape(channels, -1), bits), sums, 1)
-    made = Planes(bits, signed, walk.tiling.dsp, kernel_height, kernel_width, stride_x, columns_together(out_width), written)
+    made = Planes(bits, signed, "dsp" in walk.tiling.features, kernel_height, kernel_width, stride_x, columns_together(out_width), written)
     pitch, band, elements = plane_sizes(made, out_height, out_width, width, stride_y, pad_x)
     numbers = [height, width, channels, out_height, out_width, stride_y, pad_y, pad_x, x_zero, pitch, band, *limits]
     results = [(result, written.dtype), ([elements], made.plane_dtype)]
@@ -214,7 +212,7 @@ def _emit_product(
     """Emit a convolution with weights [out channels, ..], their sums by channel, and the numbers ``convolution.SIZES``."""
     weight = codes.reshape(len(codes), -1)
     pixels, length = sizes[3] * sizes[4], padded(weight.shape[1], product)
-    written, constants, limits = _parameters(walk, a, pack_rows(weight, product), sums, product.channels)
+    written, constants, limits = _parameters(walk, a, pack_rows(weight, product), sums, CHANNELS)
     spec = Convolution(product, direct, written)
     kernel_width, dilation_x = sizes[7], sizes[13]
     run = kernel_width if dilation_x == 1 else 1

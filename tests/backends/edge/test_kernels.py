@@ -1,4 +1,4 @@
-"""Edge kernels against the meaning of their operators, bit for bit: C of small layers, built with sanitizers and run, or run on Cortex-M.
+"""Edge kernels against the meaning of their operators, bit for bit: C of small layers, built with sanitizers and run, or run on emulated processors.
 
 All layers of a test are one model with an input and an output for each, so that they share a build.
 """
@@ -33,7 +33,7 @@ qc, aten = torch.ops.qc, torch.ops.aten
 
 SIGNED, UNSIGNED = "int8 tensor affine", "uint8 tensor affine"
 # What the shapes of kernels are chosen by; any of them can be run by this machine.
-FLAVOURS = ["", "dsp"]
+FLAVOURS = ["", "dsp", "sse2"]
 
 
 def random_codes(shape: Sequence[int], signed: bool, seed: int) -> torch.Tensor:
@@ -273,16 +273,16 @@ def test_kernels_give_the_codes_of_the_operators(make: Callable[[], Model], feat
 
 
 @pytest.mark.edge
-@pytest.mark.parametrize("name", ["cortex-m4", "cortex-m0+"])
+@pytest.mark.parametrize("name", ["cortex-m4", "cortex-m0+", "cortex-m55", "aarch64-dotprod"])
 @pytest.mark.parametrize("make", MODELS)
-def test_kernels_give_the_same_codes_on_microcontrollers(make: Callable[[], Model], name: str, tmp_path: Path) -> None:
+def test_kernels_give_the_same_codes_on_other_processors(make: Callable[[], Model], name: str, tmp_path: Path) -> None:
     run(make(), tmp_path, PROCESSORS[name], sanitize=False)
 
 
 @pytest.mark.parametrize("bits", [8, 4, 2])
 def test_packed_words_hold_what_one_mask_widens(bits: int) -> None:
     """The f-th shift of a word shows codes 4 * (f // 2) + f % 2 and the next but one, as inputs are widened; without sign below 8 bits."""
-    product = Product(bits, pairs=True)
+    product = Product(bits, shape="pairs")
     weight = torch.randint(-(1 << (bits - 1)), 1 << (bits - 1), (3, product.step + 1), dtype=torch.int8).numpy()
     words = pack_rows(weight, product).view(np.uint32)
     assert words.shape == (2, 2, 2)
