@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
@@ -14,6 +14,9 @@ from qcompile.errors import Refused
 from qcompile.formats import Integer, LayerScheme, Scheme
 from qcompile.graph.graph import Graph
 from qcompile.kernel_tiles import KernelTiles, Tuning
+
+if TYPE_CHECKING:
+    from qcompile.arena.from_graph import Kernels
 
 
 @dataclass(frozen=True)
@@ -216,6 +219,12 @@ class Target(ABC):
         """Raise Refused naming the first operator that this target cannot run in any scheme; asked before work on data starts."""
         return
 
+    def memory(self) -> Kernels:
+        """Return what this target's kernels need and allow in an arena, for passes that plan memory."""
+        from qcompile.arena.from_graph import PLAIN
+
+        return PLAIN
+
     @abstractmethod
     def build(self, graph: Graph, *, threads: int | None = None) -> Executable:
         """Lower an integer-stage (or float) graph and return it ready to run on this machine.
@@ -224,6 +233,13 @@ class Target(ABC):
             graph: is not changed.
             threads: worker threads, by default every physical core this process may use.
         """
+
+    def store(self, graph: Graph, *, threads: int | None = None) -> Path | None:
+        """Build a graph's code into the user's cache, where it is not there; return its folder, which ``registry.find_runtime`` can run.
+
+        None is returned where the target has no such code, or it cannot be kept, or needs the graph's own process.
+        """
+        return None
 
     def native_code(self, graph: Graph) -> dict[str, bytes]:
         """Return the graph's code for this machine by file name, the same bytes each time; only where ``native``.

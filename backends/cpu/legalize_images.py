@@ -45,6 +45,8 @@ def _conv2d(walk: Walk, node: fx.Node, a: Arguments) -> Any:
         return "no kernel of a convolution rounds to bfloat16"
     if not isinstance(scheme.format, Integer) or scheme.granularity not in (Tensor(), Channel(0)):
         return f"no kernel reads weights as '{scheme}'"
+    if len(a.padding) == 4:
+        return "no kernel pads one side more than the other"
     packed, scale, zero_point = (constant_array(walk, t) for t in (a.weight, a.weight_scale, a.weight_zero_point))
     codes = scheme.format.unpack(torch.from_numpy(packed), a.kernel_width)
     if not a.x_scheme:

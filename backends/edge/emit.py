@@ -1,31 +1,36 @@
-"""The files of a compiled model: ``model.h``, ``model.c``, ``model_weights.c``, ``runtime.h``, ``golden.h``, ``report.json``.
+"""The C of a compiled model: ``model.h``, ``model.c``, ``model_weights.c``, ``runtime.h``; and its report.
 
 The same graph gives the same bytes.
 """
 
 from __future__ import annotations
 
-import json
 from importlib import resources
 from typing import Any
 
 import numpy as np
-import torch
-from qcompile.backends.edge.boundary import Port, in_memory
+from qcompile.backends.edge.boundary import Port
 from qcompile.backends.edge.lower import ALIGNMENT, Program, constant_bytes, place
-from qcompile.backends.lowering.sequence import CONSTANT, INPUT, View
+from qcompile.backends.lowering.sequence import CONSTANT, INPUT, VALUE, View
 
-_C = {"int8": "int8_t", "uint8": "uint8_t", "int16": "int16_t", "int32": "int32_t", "int64": "int64_t", "float32": "float", "bool": "uint8_t"}
+_C = {
+    "int8": "int8_t",
+    "uint8": "uint8_t",
+    "int16": "int16_t",
+    "int32": "int32_t",
+    "int64": "int64_t",
+    "float32": "float",
+    "bool": "uint8_t",
+}
 _PER_LINE = 16
 
 
-def write_files(program: Program, name: str = "model", *, golden: list[torch.Tensor] | None = None) -> dict[str, bytes]:
+def write_files(program: Program, name: str = "model") -> dict[str, bytes]:
     """Return the content of each file by its name.
 
     Args:
         program: what to write.
         name: prefix of files and of everything that C sees.
-        golden: inputs of one call, as the graph from codes to codes takes them.
     """
     files = {
         f"{name}.h": _header(program, name),
@@ -33,8 +38,6 @@ def write_files(program: Program, name: str = "model", *, golden: list[torch.Ten
         f"{name}_weights.c": _weights(program, name),
         "runtime.h": resources.files("qcompile.backends.edge").joinpath("runtime.h").read_text(),
     }
-    if golden is not None:
-        files["golden.h"] = _golden(program, name, golden)
     return {path: text.encode() for path, text in files.items()}
 
 
@@ -56,8 +59,8 @@ def _header(program: Program, name: str) -> str:
     upper = name.upper()
     lines = [
         f"/* A compiled model: {name}_init once, {name}_run for each call. Generated; do not edit.",
-        f"   The arena is all the memory it needs: {program.arena_bytes} bytes at an address that {ALIGNMENT} divides. Calls with different",
-        "   arenas may run at the same time. */",
+        f"   The arena is all the memory it needs: {program.arena_bytes} bytes at an address that {ALIGNMENT} divides.",
+        "   Calls with different arenas may run at the same time. */",
         f"#ifndef {upper}_H",
         f"#define {upper}_H",
         "",
@@ -79,7 +82,7 @@ def _header(program: Program, name: str) -> str:
     ]
     for kind, ports in (("input", program.inputs), ("output", program.outputs)):
         for number, port in enumerate(ports):
-            lines += _port(name, f"{kind}_{number}", port)
+            lines += _port(name, f"{kind}_{number}", port, kind == "input" and number in program.updated)
     lines += [
         "",
         "/* Look at an arena once: 0, or an error above. It need not be cleared. */",
@@ -97,10 +100,11 @@ def _header(program: Program, name: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _port(name: str, which: str, port: Port) -> list[str]:
+def _port(name: str, which: str, port: Port, updated: bool) -> list[str]:
     prefix = f"{name}_{which}".upper()
     shape = "x".join(map(str, port.shape)) or "one number"
     meaning = "" if port.scale is None else ": value = scale * (code - zero point)"
+    meaning += "; a call writes it too: keep it for the next" * updated
     lines = [
         "",
         f"/* {port.name}: {port.dtype} {shape}{meaning} */",
@@ -163,7 +167,7 @@ def _source(program: Program, name: str) -> str:
 def _operand(program: Program, name: str, view: View) -> str:
     c = _C[view.dtype]
     if view.kind == INPUT:
-        return f"(const {c} *)inputs[{view.index}]"
+        return f"({'' if view.index in program.updated else 'const '}{c} *)inputs[{view.index}]"
     if view.kind == CONSTANT:
         constant = program.constants[view.index]
         own = f"{name}_{constant.name}"
@@ -171,7 +175,7 @@ def _operand(program: Program, name: str, view: View) -> str:
     offset = place(program, view)
     if offset is not None:
         return f"({c} *)(void *)(bytes + {offset})"
-    number = [output.index for output in program.sequence.outputs].index(view.index)
+    number = [output.index for output in program.sequence.outputs if output.kind == VALUE].index(view.index)
     return f"({c} *)outputs[{number}]"
 
 
@@ -197,15 +201,3 @@ def _weights(program: Program, name: str) -> str:
         declared = f"const {_C[str(constant.array.dtype)]} {name}_{constant.name}"
         parts += [f"extern {declared}[{max(constant.array.size, 1)}];", _array(declared, constant.array)]
     return "\n".join(parts)
-
-
-def _golden(program: Program, name: str, inputs: list[torch.Tensor]) -> str:
-    """Return one case: inputs, and the outputs that the graph gives by the meaning of its operators."""
-    outputs = program.graph(*inputs)
-    parts = ["/* A call with known results. Generated; do not edit. */", f"#ifndef {name.upper()}_GOLDEN_H", f"#define {name.upper()}_GOLDEN_H",
-             "", "#include <stdint.h>", "", f"#define {name.upper()}_GOLDEN_COUNT 1", ""]  # fmt: skip
-    for kind, values in (("input", inputs), ("output", outputs)):
-        for number, value in enumerate(values):
-            array = in_memory(value).numpy()
-            parts.append(_array(f"static const {_C[str(array.dtype)]} {name}_golden_{kind}_{number}", array))
-    return "\n".join([*parts, "#endif", ""])

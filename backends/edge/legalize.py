@@ -7,13 +7,14 @@ resizing) is left to the shared lowering and printed as C for its sizes.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
-from qcompile.backends.edge.kernels import elementwise, pooling
+from qcompile.backends.edge.kernels import elementwise, floats, pooling
 from qcompile.backends.edge.kernels.codes import LEAST_QUICK_SHIFT, Codes
 from qcompile.backends.edge.kernels.convolution import Convolution, convolution
 from qcompile.backends.edge.kernels.depthwise import Depthwise, depthwise
@@ -25,11 +26,13 @@ from qcompile.backends.lowering.translate import Legalizer, Walk
 from torch import fx
 
 from qcompile.errors import Refused
-from qcompile.formats import Channel, Integer, Tensor, parse_scheme
+from qcompile.formats import Channel, Integer, Tensor, Token, parse_scheme
+from qcompile.formats.quantize import SMALLEST_SCALE
 from qcompile.graph.dialect import code_limits
 
 Arguments = SimpleNamespace
 
+UPDATES = "qcompile.updates"  # attribute of a TIR function: the buffer argument that it writes in place
 LARGEST_KERNEL = 9  # columns of a depthwise kernel that are written out
 
 
@@ -64,11 +67,16 @@ class Lowering:
 
 
 def _call(walk: Walk, key: Any, build: Any, inputs: list[Any], numbers: list[int], results: list[Any], layer: Layer) -> Any:
-    """Emit a call of a kernel: arrays, then numbers, then results (shape, dtype)."""
+    """Emit a call of a kernel: arrays, then numbers, then results (shape, dtype); return the first, others are scratch."""
+    return _call_all(walk, key, build, inputs, numbers, results, layer)[0]
+
+
+def _call_all(walk: Walk, key: Any, build: Any, inputs: list[Any], numbers: list[int], results: list[Any], layer: Layer) -> list[Any]:
+    """Emit a call of a kernel and return all its results."""
     name = getattr(key, "name", None) or "_".join(str(part) for part in key)
     walk.tiling.layers.append(layer)
     made = walk.call_kernel(walk.kernel(key, build, name), inputs, *results, numbers=numbers)
-    return made if len(results) == 1 else made[0]
+    return [made] if len(results) == 1 else made
 
 
 def _dtype(walk: Walk, node: fx.Node) -> str:
@@ -152,7 +160,7 @@ def _conv2d(walk: Walk, node: fx.Node, a: Arguments) -> Any:
         return "images come one at a time"
     out_channels, _, kernel_height, kernel_width = codes.shape
     _, _, out_height, out_width = walk.shape(node)
-    window = [kernel_height, kernel_width, *a.stride, *a.padding, *a.dilation]
+    window = [kernel_height, kernel_width, *a.stride, *a.padding[:2], *a.dilation]  # above and left; sizes tell below and right
     sizes = [height, width, channels, out_height, out_width, out_channels, *window]
     x, signed = walk.channels_last(a.x), _signed(a.x_scheme)
     macs = codes.size * out_height * out_width
@@ -165,7 +173,8 @@ def _conv2d(walk: Walk, node: fx.Node, a: Arguments) -> Any:
     else:
         pixels = out_height * out_width
         product = _product(walk, _stored_bits(a.weight_scheme), signed, pixels)
-        direct = window == [1, 1, 1, 1, 0, 0, *a.dilation] and channels % product.step == 0
+        single = kernel_height == kernel_width == 1 and list(a.stride) == [1, 1] and not any(a.padding)
+        direct = single and channels % product.step == 0
         y = _emit_product(walk, a, product, direct, codes.transpose(0, 2, 3, 1), sums, x, sizes, layer)
         y = walk.reshape(y, [1, out_height, out_width, out_channels])
     walk.bind(node, y, channels_last=True)
@@ -175,7 +184,7 @@ def _conv2d(walk: Walk, node: fx.Node, a: Arguments) -> Any:
 def _linear(walk: Walk, node: fx.Node, a: Arguments) -> Any:
     """qc.linear with a multiplier: a convolution whose pixels are rows."""
     if a.multiplier is None:
-        return "its result is not in fixed point"
+        return _linear_to_float(walk, node, a)
     codes = _weight(walk, a, a.in_features)
     if isinstance(codes, str):
         return codes
@@ -332,6 +341,107 @@ def _max_pool2d(walk: Walk, node: fx.Node, a: Arguments) -> Any:
     return None
 
 
+# ---- decoders: float32 between products of codes --------------------------------------------------------------------------
+
+
+def _linear_to_float(walk: Walk, node: fx.Node, a: Arguments) -> Any:
+    """qc.linear of codes with a scale for each row, to float32."""
+    x = parse_scheme(a.x_scheme) if a.x_scheme else None
+    codes = _weight(walk, a, a.in_features)
+    if isinstance(codes, str):
+        return codes
+    if x is None or not isinstance(x.granularity, Token) or not x.symmetric or x.bits != 8:
+        return "a linear layer with a float result reads codes of 8 bits with a scale for each token"
+    if a.out_scheme or a.activation not in floats.ACTIVATIONS or (a.bias is not None and _dtype(walk, a.bias) != "float32"):
+        return "no kernel has this epilogue"
+    rows = int(np.prod(walk.shape(node)[:-1], dtype=np.int64))
+    out_features, in_features = codes.shape
+    product = _product(walk, _stored_bits(a.weight_scheme), True, rows)
+    length = padded(in_features, product)
+    if length != in_features:
+        return f"its rows of {in_features} codes do not fill steps of {product.step}"
+    packed = torch.from_numpy(np.array(pack_rows(codes, product), order="C"))
+    scale = walk.required_constant(a.weight_scale).expand(out_features).contiguous()
+    inputs = [walk.reshape(walk.plain(a.x), [rows, in_features]), walk.reshape(walk.plain(a.x_scale), [rows]),
+              walk.parameter(f"{node.name}_weight", lambda: packed), walk.parameter(f"{node.name}_scale", lambda: scale)]  # fmt: skip
+    inputs += [walk.plain(t) for t in (a.bias, a.residual) if t is not None]
+    epilogue = {"bias": a.bias is not None, "activation": a.activation, "residual": a.residual is not None}
+    results = [([rows, out_features], "float32"), *([([length // 2 * product.pixels], "int32")] if product.pairs else [])]
+    layer = Layer(node.name, "qc.linear", a.weight_scheme, codes.size * rows)
+    words = [word if value is True else str(value) for word, value in epilogue.items() if value not in (False, "none")]
+    key = ("linear_to_float", f"w{product.bits}", f"{product.pixels}x{CHANNELS}", *words)
+    y = _call(walk, key, lambda: floats.linear_to_float(product, **epilogue), inputs, [rows, length, out_features], results, layer)
+    return walk.reshape(y, walk.shape(node))
+
+
+def _quantize_dynamic(walk: Walk, node: fx.Node, a: Arguments) -> Any:
+    """qc.quantize_dynamic to int8 codes with a symmetric scale for each token."""
+    if a.scheme != "int8 token sym dynamic":
+        return f"no kernel quantizes to '{a.scheme}'"
+    width = walk.shape(a.x)[-1]
+    rows = _count(walk.plain(a.x)) // width
+    results = [([rows, width], "int8"), ([rows], "float32"), ([rows], "int32")]
+    made = _call_all(walk, ("quantize_rows",), lambda: floats.quantize_rows(127, SMALLEST_SCALE), [_flat(walk, walk.plain(a.x))],
+                     [rows, width], results, Layer(node.name, "qc.quantize_dynamic"))  # fmt: skip
+    shapes = [walk.sizes.shape(fake.shape) for fake in walk.fake(node)]
+    return [walk.reshape(result, shape) for result, shape in zip(made, shapes, strict=True)]
+
+
+def _rms_norm(walk: Walk, node: fx.Node, a: Arguments) -> Any:
+    """aten.rms_norm over the last axis with a weight."""
+    if len(a.normalized_shape) != 1 or a.weight is None or _dtype(walk, node) != "float32":
+        return "no kernel for this RMS norm: it runs over one axis of float32 with a weight"
+    width, x = a.normalized_shape[-1], _flat(walk, walk.plain(a.input))
+    epsilon = torch.finfo(torch.float32).eps if a.eps is None else a.eps
+    rows = _count(x) // width
+    y = _call(walk, ("rms_norm", _text(epsilon)), lambda: floats.rms_norm(epsilon), [x, walk.plain(a.weight)], [rows, width],
+              [([rows, width], "float32")], Layer(node.name, "aten.rms_norm"))  # fmt: skip
+    return walk.reshape(y, walk.shape(node))
+
+
+def _embedding(walk: Walk, node: fx.Node, a: Arguments) -> Any:
+    """qc.embedding: rows of a packed table of signed codes with a scale for each row."""
+    scheme = parse_scheme(a.scheme)
+    if scheme.bits not in (4, 8) or not _signed(a.scheme) or scheme.granularity != Channel(0) or a.zero_point is not None:
+        return f"no kernel gathers from a table in '{scheme}'"
+    table = walk.required_constant(a.weight).view(torch.int8)
+    indices, count = walk.plain(a.indices), _count(walk.plain(a.indices))
+    inputs = [_flat(walk, indices), walk.parameter(f"{node.name}_table", lambda: table), walk.plain(a.scale)]
+    y = _call(walk, ("gather_rows", scheme.bits), lambda: floats.gather_rows(scheme.bits), inputs, [count, a.size, table.shape[-1]],
+              [([count, a.size], "float32")], Layer(node.name, "qc.embedding", a.scheme))  # fmt: skip
+    return walk.reshape(y, walk.shape(node))
+
+
+def _cache_append(walk: Walk, node: fx.Node, a: Arguments) -> Any:
+    """qc.cache_append to an input that nobody else reads: in place, the caller's memory holds the result."""
+    shape, new = walk.shape(a.cache), walk.shape(a.new)
+    if a.cache.op != "placeholder" or len(a.cache.users) > 1 or shape[0] != 1:
+        return "the cache is no input, or something else reads it as it was"
+    width, dtype = int(np.prod(shape[2:], dtype=np.int64)), _dtype(walk, a.cache)
+    kernel = walk.kernel(("append_rows", dtype), lambda: floats.append_rows(dtype).with_attr(UPDATES, 0), f"append_rows_{dtype}")
+    walk.tiling.layers.append(Layer(node.name, "qc.cache_append"))
+    flat = walk.reshape(walk.plain(a.cache), [shape[0] * shape[1] * width])
+    updated = walk.update(kernel, flat, _flat(walk, walk.plain(a.new)), _flat(walk, walk.plain(a.past)), numbers=[shape[1], new[1], width])
+    return walk.reshape(updated, shape)
+
+
+def _attention(walk: Walk, node: fx.Node, a: Arguments) -> Any:
+    """qc.attention over caches of one text."""
+    (batch, tokens, width), keys = walk.shape(a.q), walk.shape(a.k)[1]
+    if batch != 1 or a.past is None or not a.causal or a.key_mask is not None:
+        return "no kernel for this attention: it is causal, over the caches of one text"
+    inputs = [_flat(walk, walk.plain(t)) for t in (a.q, a.k, a.v, a.past)]
+    numbers = [tokens, a.heads, a.kv_heads, width // a.heads, keys]
+    y = _call(walk, ("attention", _text(a.scale), a.window), lambda: floats.attention(a.scale, a.window), inputs, numbers,
+              [([tokens, width], "float32"), ([keys], "float32")], Layer(node.name, "qc.attention"))  # fmt: skip
+    return walk.reshape(y, walk.shape(node))
+
+
+def _text(value: float) -> str:
+    """Return a number as a part of a C name."""
+    return re.sub(r"\W", "_", repr(value))
+
+
 LEGALIZE: dict[str, Legalizer] = {
     "qc.conv2d": _conv2d,
     "qc.linear": _linear,
@@ -341,4 +451,9 @@ LEGALIZE: dict[str, Legalizer] = {
     "qc.mean": _mean,
     "qc.avg_pool2d": _avg_pool2d,
     "aten.max_pool2d": _max_pool2d,
+    "qc.quantize_dynamic": _quantize_dynamic,
+    "qc.embedding": _embedding,
+    "qc.cache_append": _cache_append,
+    "qc.attention": _attention,
+    "aten.rms_norm": _rms_norm,
 }

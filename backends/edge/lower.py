@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,10 +10,10 @@ from dataclasses import dataclass
 import numpy as np
 import tvm
 from qcompile.backends.edge.boundary import Port, without_boundary
-from qcompile.backends.edge.legalize import LEGALIZE, Layer, Lowering
+from qcompile.backends.edge.legalize import LEGALIZE, UPDATES, Layer, Lowering
 from qcompile.backends.edge.print_c import Function, print_function
 from qcompile.backends.lowering.arena import Arena, plan_arena
-from qcompile.backends.lowering.sequence import CONSTANT, VALUE, Call, NoSequence, Sequence, View, read_sequence
+from qcompile.backends.lowering.sequence import CONSTANT, INPUT, VALUE, Call, NoSequence, Sequence, View, read_sequence
 from qcompile.backends.lowering.translate import COMPILE_LOCK, SCHEDULED, translate
 from tvm import relax
 from tvm.relax import transform
@@ -45,6 +46,7 @@ class Program:
         results: how many of each call's last buffers it writes.
         constants: in the order of the sequence's indices.
         arena: where values lie.
+        updated: the inputs that a call writes in place; they are no outputs.
     """
 
     graph: Graph
@@ -56,10 +58,13 @@ class Program:
     results: list[int]
     constants: list[Constant]
     arena: Arena
+    updated: frozenset[int] = frozenset()
 
     @property
     def arena_bytes(self) -> int:
-        return sum(region.length for region in self.arena.regions)
+        """To the last byte that is written; the rounding of a value's length to the next place is no part of it."""
+        values = [self.sequence.values[index] for index in self.arena.places]
+        return max((place(self, v) + math.prod(map(int, v.shape)) * np.dtype(v.dtype).itemsize for v in values), default=0)
 
     @property
     def weights_bytes(self) -> int:
@@ -105,11 +110,16 @@ def lower(graph: Graph, features: frozenset[str]) -> Program:
         functions: dict[str, Function] = {}
         for call, count in zip(sequence.calls, results, strict=True):
             if call.kernel not in functions:
-                functions[call.kernel] = print_function(module[call.kernel], call.kernel, count)
+                buffers, updated = len(call.arguments), (module[call.kernel].attrs or {}).get(UPDATES)
+                written = {*range(buffers - count, buffers), *([int(updated)] if updated is not None else [])}
+                functions[call.kernel] = print_function(module[call.kernel], call.kernel, written)
     layers = _layers(sequence, module, lowering.layers)
     constants = [Constant(_c_name(name), tensor.numpy()) for name, tensor in lowered.constants.items()]
     constants += [Constant(f"literal_{i}", array) for i, array in enumerate(sequence.literals)]
-    return Program(stripped, inputs, outputs, functions, sequence, layers, results, constants, plan_arena(sequence, ALIGNMENT))
+    kept = [port for port, view in zip(outputs, sequence.outputs, strict=True) if view.kind == VALUE]
+    updated = frozenset(view.index for view in sequence.outputs if view.kind == INPUT)
+    arena = plan_arena(sequence, ALIGNMENT)
+    return Program(stripped, inputs, kept, functions, sequence, layers, results, constants, arena, updated)
 
 
 def _results(sequence: Sequence) -> list[int]:

@@ -112,7 +112,7 @@ _ALL = (
               ("-nostartfiles", "-Wl,-e,start"), "riscv32",
               ("qemu-riscv32", "-cpu", "rv32,a=off,f=off,d=off"), alignment=4),
     _linux("riscv64gc", "RISC-V of 64 bits", "riscv64-linux-gnu-", "-march=rv64gc -mabi=lp64d", "qemu-riscv64 -cpu sifive-u54"),
-    _linux("x86-64", "any x86 of 64 bits", "", "-march=x86-64", "qemu-x86_64", "sse2"),
+    _linux("x86-64", "any x86 of 64 bits", "", "-march=x86-64 -mno-red-zone", "qemu-x86_64", "sse2"),
 )  # fmt: skip
 
 PROCESSORS = {processor.name: processor for processor in _ALL}

@@ -120,6 +120,47 @@ QC_INLINE int32_t qc_smlad(uint32_t a, uint32_t b, int32_t sum) {
 }
 #endif
 
+/* The nearest integer, halves to even, for magnitudes below 2^22. */
+QC_INLINE int32_t qc_round(float x) {
+  volatile float shifted = x + 12582912.0f; /* volatile: no wider type may keep more bits */
+  return (int32_t)(shifted - 12582912.0f);
+}
+
+/* e^x within two units of the last place: 2^n by the exponent's bits, the rest by a polynomial on [-1/2, 1/2]. */
+QC_INLINE float qc_expf(float x) {
+  float power = x * 1.44269504f;
+  if (power < -126.0f) {
+    return 0.0f;
+  }
+  power = power > 127.0f ? 127.0f : power;
+  int32_t whole = qc_round(power);
+  float rest = power - (float)whole;
+  float value = 1.32647273e-3f;
+  value = value * rest + 9.67151179e-3f;
+  value = value * rest + 5.55073374e-2f;
+  value = value * rest + 2.40222421e-1f;
+  value = value * rest + 6.93146898e-1f;
+  value = value * rest + 1.0f;
+  uint32_t bits;
+  memcpy(&bits, &value, sizeof bits);
+  bits += (uint32_t)whole << 23;
+  memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+/* 1 / sqrt(x) for positive x: a first guess by its bits, then Newton's steps. */
+QC_INLINE float qc_rsqrt(float x) {
+  uint32_t bits;
+  memcpy(&bits, &x, sizeof bits);
+  bits = 0x5F375A86u - (bits >> 1);
+  float root;
+  memcpy(&root, &bits, sizeof root);
+  for (int step = 0; step < 4; ++step) {
+    root = root * (1.5f - 0.5f * x * root * root);
+  }
+  return root;
+}
+
 /* Two numbers of 16 bits, the first below. */
 QC_INLINE uint32_t qc_pair(int32_t low, int32_t high) { return (uint32_t)(uint16_t)low | (uint32_t)high << 16; }
 

@@ -188,7 +188,7 @@ def conv2d(emitter: Emitter, arguments: SimpleNamespace) -> Any:
             *(x, emitter.constant(part, name=str(arguments.weight.target)), x_zero, _byte(emitter, shift)),
             kernel_shape=list(part.shape[2:]),
             strides=list(arguments.stride),
-            pads=list(arguments.padding) * 2,  # ConvInteger pads with x's zero point
+            pads=list(arguments.padding) * (4 // len(arguments.padding)),  # ConvInteger pads with x's zero point
             dilations=list(arguments.dilation),
             group=arguments.groups,
         )

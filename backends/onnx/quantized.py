@@ -306,7 +306,7 @@ def conv2d(emitter: Emitter, arguments: SimpleNamespace) -> Any:
         *([x, w] if bias is None else [x, w, bias]),
         kernel_shape=[int(emitter.fake(arguments.weight).shape[2]), arguments.kernel_width],
         strides=list(arguments.stride),
-        pads=list(arguments.padding) * 2,
+        pads=list(arguments.padding) * (4 // len(arguments.padding)),
         dilations=list(arguments.dilation),
         group=arguments.groups,
     )

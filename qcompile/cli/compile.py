@@ -21,8 +21,13 @@ if TYPE_CHECKING:
 @click.option("--recipe", help="Name, YAML file, or pipeline text [w8a8; stored, where MODEL's weights have codes already].")
 @click.option("--target", default="cpu", show_default=True, help="See 'qcompile targets'.")
 @click.option("--calibrate", metavar="DATA", help="FILE.npz, FILE.npy, text:FILE, images:FOLDER?resize=..&crop=.., or random.")
-@click.option("-o", "--output", type=click.Path(path_type=Path), help="The artifact to write [MODEL's name with .qc]; a folder for edge targets.")
+@click.option(
+    "-o", "--output", type=click.Path(path_type=Path), help="The artifact to write [MODEL's name with .qc]; a folder for edge targets."
+)
 @click.option("--size", "sizes", multiple=True, metavar="NAME=N", help="Fix a symbolic size of the model, such as batch=1.")
+@click.option(
+    "--context", type=click.IntRange(min=2), help="For a decoder and an edge target: write the step of one token, for texts so long."
+)
 @click.option("--board", default="", help="A board whose memories the model must fit into, for edge targets.")
 @click.option("--arena-limit", metavar="BYTES", help="Most memory for values, such as 256K, for edge targets.")
 @click.option("--flash-limit", metavar="BYTES", help="Most memory for constants and code, for edge targets.")
@@ -67,7 +72,13 @@ def compile(model: str, recipe: str | None, target: str, calibrate: str | None, 
         sizes=parse_sizes(flags["sizes"]),
         limits=_limits(flags),
     )
-    done = run_compile(model, recipe=recipe, target=target, calibration=calibrate, options=options)
+    try:
+        done = run_compile(model, recipe=recipe, target=target, calibration=calibrate, options=options)
+        told = _write_folder(done, folder, flags["context"]) if folder and writes else {}
+    except Refused:
+        if folder and folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()
+        raise
     if flags["why_not"]:
         for line in done.context.log.why_not(flags["why_not"]) or [f"no rule was tried at {flags['why_not']}"]:
             click.echo(line, err=flags["json_"])
@@ -75,10 +86,18 @@ def compile(model: str, recipe: str | None, target: str, calibrate: str | None, 
         _print_steps(done, flags)
     if not writes:
         return None
-    told = done.context.target.write_folder(done.artifact.graph, done.artifact.golden_inputs, folder) if folder else {}
     size = finish(done.artifact, output)
     _remember(output, model)
     return _print_done(done, output, size, time.perf_counter() - start, told, flags["json_"])
+
+
+def _write_folder(done: Any, folder: Path, context: int | None) -> dict[str, Any]:
+    from qcompile.generation.entries import one_token_step
+
+    artifact = done.artifact
+    graph = one_token_step(artifact.graph, context) if context else artifact.graph
+    told: dict[str, Any] = done.context.target.write_folder(graph, artifact.golden_inputs, folder)
+    return told
 
 
 def _places(output: Path | None, model: str, target: str, writes: bool) -> tuple[Path, Path | None]:
@@ -209,7 +228,9 @@ def _print_done(done: Any, output: Path, size: int, seconds: float, told: dict[s
         f"constants {100 * report['bytes'] / max(report['float_bytes'], 1):.1f} % of float32"
     )
     if told:
-        click.echo(f"{output.parent}: C with an arena of {told['arena_bytes']} bytes, {told['weights_bytes']} bytes of weights, {told['macs']} MACs")
+        click.echo(
+            f"{output.parent}: C, arena {told['arena_bytes']} bytes, weights {told['weights_bytes']} bytes, {told['macs']} multiply-adds"
+        )
     return None
 
 

@@ -271,6 +271,7 @@ def _conv2d(x, x_scale, x_zero_point, weight, weight_scale, weight_zero_point, b
             x_scheme, weight_scheme, kernel_width, stride, padding, dilation, groups, activation="none", out_scheme="",
             multiplier=None, shift=None):  # fmt: skip
     """Convolution over NCHW; padding adds the real value zero, that is the code zero_point."""
+    x, padding = _padded_by_side(x, x_zero_point, x_scheme, padding)
     scheme = parse_scheme(weight_scheme)
     codes = _codes(weight, scheme, kernel_width)
     if multiplier is not None:
@@ -295,13 +296,24 @@ def _conv2d(x, x_scale, x_zero_point, weight, weight_scale, weight_zero_point, b
     return _epilogue(y, bias, activation, residual, out_scale, out_zero_point, out_scheme)
 
 
+def _padded_by_side(x, zero_point, scheme, padding):
+    """Return x with its padding, and none left, where it is given side by side: rows above, columns left, rows below, columns right."""
+    if len(padding) == 2:
+        return x, padding
+    top, left, bottom, right = padding
+    zero = 0 if zero_point is None else int(zero_point)
+    if scheme and not parse_scheme(scheme).calibrated:
+        raise ValueError("padding by side takes codes on a static grid")
+    return F.pad(x, (left, right, top, bottom), value=zero), (0, 0)
+
+
 def _conv2d_shape(x, x_scale, x_zero_point, weight, weight_scale, weight_zero_point, bias, residual, out_scale, out_zero_point,
                   x_scheme, weight_scheme, kernel_width, stride, padding, dilation, groups, activation="none", out_scheme="",
                   multiplier=None, shift=None):  # fmt: skip
     if multiplier is not None:
         _require_fixed_point(multiplier, shift, x_scheme, weight_scheme, bias, residual, out_scheme, activation)
     kernel = (weight.shape[-2], kernel_width)
-    size = [(x.shape[2 + d] + 2 * padding[d] - dilation[d] * (kernel[d] - 1) - 1) // stride[d] + 1 for d in range(2)]
+    size = [(x.shape[2 + d] + padding[d] + padding[d - 2] - dilation[d] * (kernel[d] - 1) - 1) // stride[d] + 1 for d in range(2)]
     return _result(x, (x.shape[0], weight.shape[0], *size), out_scheme)
 
 

@@ -160,6 +160,23 @@ def test_conv2d(bits, stride, padding, dilation, groups) -> None:
     check_meta(qc.conv2d, *args)
 
 
+def test_conv2d_pads_side_by_side() -> None:
+    """Rows above, columns left, rows below, columns right, as over codes that were padded with the zero point before."""
+    x, w, zero = codes((1, 2, 5, 4), "uint8 tensor affine"), codes((3, 2, 3, 3), "int8 channel=0 sym"), torch.tensor(90, dtype=torch.int32)
+    bias = torch.randint(-900, 900, (3,), dtype=torch.int32)
+
+    def run(x: torch.Tensor, padding: list[int]) -> torch.Tensor:
+        args = (x, torch.tensor(0.02), zero, w, torch.rand(3, generator=torch.Generator().manual_seed(0)), None, bias, None, torch.tensor(1.0),
+                zero, "uint8 tensor affine", "int8 channel=0 sym", 3, [2, 1], padding, [1, 1], 1, "none", "uint8 tensor affine")  # fmt: skip
+        check_meta(qc.conv2d, *args)
+        return qc.conv2d(*args)
+
+    padded = torch.full((1, 2, 8, 6), 90, dtype=torch.uint8)
+    padded[:, :, 1:6, 2:] = x
+    assert torch.equal(run(x, [1, 2, 2, 0]), run(padded, [0, 0]))
+    assert torch.equal(run(x, [1, 1, 1, 1]), run(x, [1, 1]))
+
+
 # ---- the others -----------------------------------------------------------------------------------------------------------
 
 

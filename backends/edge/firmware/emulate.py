@@ -161,10 +161,11 @@ def _counting(symbols: list[tuple[int, str]], built: Path) -> list[str]:
 
 
 def _count(blocks: Path, symbols: list[tuple[int, str]]) -> dict[str, int]:
-    """Return instructions by function, the largest first."""
+    """Return instructions by function, the largest first; what the compiler made of one function counts for that function."""
     addresses = [at for at, _ in symbols]
     found: Counter[str] = Counter()
     for line in blocks.read_text().splitlines() if blocks.is_file() else []:
         address, instructions, executions = line.split()
-        found[symbols[bisect.bisect_right(addresses, int(address, 16)) - 1][1]] += int(instructions) * int(executions)
+        name = symbols[bisect.bisect_right(addresses, int(address, 16)) - 1][1]
+        found[name.partition(".")[0]] += int(instructions) * int(executions)
     return dict(found.most_common())

@@ -16,13 +16,16 @@ from qcompile.backends.edge.processors import Machine, Processor
 NUMBERS_A_LINE = 24
 
 
-def example_files(processor: Processor, sources: Sequence[str] = ("model.c", "model_weights.c"), prefix: str = "model") -> dict[str, str]:
+def example_files(
+    processor: Processor, sources: Sequence[str] = ("model.c", "model_weights.c"), prefix: str = "model", *, decoder: bool = False
+) -> dict[str, str]:
     """Return by path the example, its Makefile and CMakeLists.txt, for a folder that holds the model's C and golden.h.
 
     Args:
         processor: that the example is built for and runs on.
         sources: names of the model's own C files.
         prefix: of the model's names.
+        decoder: the example continues a text.
     """
     values = {
         "NAME": processor.name,
@@ -35,12 +38,38 @@ def example_files(processor: Processor, sources: Sequence[str] = ("model.c", "mo
         "RUN": shlex.join(processor.emulator),
         **(_memories(processor.machine, processor.emulator) if processor.machine else {}),
     }
-    names = ["Makefile", "CMakeLists.txt", "main.c", "stream.c", "port.h", f"port_{processor.port}.c"]
-    names += ["link.ld"] if processor.machine else []
-    return {
-        name if name in ("Makefile", "CMakeLists.txt") else f"example/{name}": _with_prefix(_filled(_source(name), values), prefix)
-        for name in names
-    }
+    paths = {name: name for name in ("Makefile", "CMakeLists.txt")}
+    paths |= {f"example/{name}": name for name in ("main.c", "stream.c", "port.h", f"port_{processor.port}.c")}
+    if processor.machine:
+        paths["example/link.ld"] = "link.ld"
+    if decoder:
+        del paths["example/stream.c"]
+        paths["example/main.c"] = "main_decoder.c"
+    return {path: _with_prefix(_filled(_source(name), values), prefix) for path, name in paths.items()}
+
+
+def decoder_header(prompt: Sequence[int], tokens: Sequence[int], input_bytes: Sequence[int], prefix: str = "model") -> str:
+    """Return golden.h of a decoder: a prompt, the tokens that follow it, and the bytes of each input; the third is the first cache."""
+    caches = sum(-(-size // 16) * 16 for size in input_bytes[2:])
+    lines = [
+        "/* A prompt, and the tokens that follow by greedy decoding. */",
+        "#ifndef MODEL_GOLDEN_H",
+        "#define MODEL_GOLDEN_H",
+        "",
+        '#include "model.h"',
+        "",
+        f"#define MODEL_GOLDEN_PROMPT {len(prompt)}u",
+        f"#define MODEL_GOLDEN_TOKENS {len(tokens)}u",
+        f"#define MODEL_GOLDEN_CACHE_BYTES {caches}",
+        "",
+        *_array(f"static const int32_t model_golden_prompt[{len(prompt)}]", np.array(prompt)),
+        *_array(f"static const int32_t model_golden_tokens[{len(tokens)}]", np.array(tokens)),
+        f"static const size_t model_golden_input_bytes[MODEL_INPUT_COUNT] = {{{', '.join(map(str, input_bytes))}}};",
+        "",
+        "#endif",
+        "",
+    ]
+    return _with_prefix("\n".join(lines), prefix)
 
 
 def golden_header(inputs: Sequence[Sequence[np.ndarray]], outputs: Sequence[Sequence[np.ndarray]], prefix: str = "model") -> str:

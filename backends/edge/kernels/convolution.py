@@ -73,6 +73,10 @@ def convolution(spec: Convolution) -> tirx.PrimFunc:
         rows = x if spec.direct else pointer("rows", product.input_dtype)
         length, out_channels = s["channels" if spec.direct else "length"], s["out_channels"]
         pixels = s["pixels"] if spec.direct else let("pixels", s["out_height"] * s["out_width"])
+        if not spec.direct:
+            kernel = let("kernel", s["kernel_height"] * s["kernel_width"] * s["channels"])
+            with loop("i", product.pixels) as i:
+                T.evaluate(T.call_extern("void", "qc_fill", T.address_of(rows[i * length + kernel]), 0, length - kernel))
         with loop("group", quotient(pixels + (product.pixels - 1), product.pixels)) as group:
             places = [let(f"pixel_{i}", T.min(group * product.pixels + i, pixels - 1)) for i in range(product.pixels)]
             starts = [let(f"start_{i}", place * length) if spec.direct else i * length for i, place in enumerate(places)]

@@ -119,7 +119,7 @@ def planes(spec: Planes) -> tirx.PrimFunc:
         s = dict(zip(names.split(), numbers(names), strict=True))
         y, plane = pointer("y", spec.codes.dtype), pointer("plane", spec.plane_dtype)
         lines = let("lines", (s["band"] - 1) * s["stride_y"] + spec.kernel_height)
-        with loop("i", lines * s["pitch"]) as i:
+        with loop("i", lines * s["pitch"] + 1) as i:
             store(plane, T.cast(s["x_zero"], spec.plane_dtype), i)
         with loop("c", s["channels"]) as c:
             taps = _load_taps(spec, weight, c)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from importlib import resources
 from pathlib import Path
 
 import numpy as np
@@ -21,16 +22,28 @@ HEADER = """
 #define MODEL_ARENA_ALIGNMENT @ALIGNMENT@
 #define MODEL_INPUT_COUNT 2
 #define MODEL_OUTPUT_COUNT 2
+#define MODEL_INPUT_0_ELEMENTS 16
+#define MODEL_INPUT_1_ELEMENTS 16
+#define MODEL_OUTPUT_0_ELEMENTS 16
+#define MODEL_OUTPUT_1_ELEMENTS 16
+#ifdef __cplusplus
+extern "C" {
+#endif
 typedef int8_t model_input_0_t;
 typedef uint8_t model_input_1_t;
 typedef int8_t model_output_0_t;
 typedef int16_t model_output_1_t;
 int32_t model_init(void *arena, size_t arena_bytes);
 int32_t model_run(const void *const inputs[MODEL_INPUT_COUNT], void *const outputs[MODEL_OUTPUT_COUNT], void *arena);
+#ifdef __cplusplus
+}
+#endif
 #endif
 """
 CODE = """
 #include "model.h"
+
+#include "runtime.h"
 
 extern const int8_t model_weights[16];
 
@@ -90,7 +103,8 @@ def write_folder(tmp_path: Path, cases: list[tuple[np.ndarray, ...]], expected: 
         numbers = ", ".join(map(str, WEIGHTS.tolist()))
         weights = f"#include <stdint.h>\nextern const int8_t model_weights[16];\nconst int8_t model_weights[16] = {{{numbers}}};\n"
         header = HEADER.replace("@ALIGNMENT@", str(processor.alignment))
-        own = {"model.h": header, "model.c": code, "model_weights.c": weights}
+        runtime = (resources.files("qcompile.backends.edge") / "runtime.h").read_text(encoding="utf-8")
+        own = {"runtime.h": runtime, "model.h": header, "model.c": code, "model_weights.c": weights}
         if prefix != "model":
             renamed = {"model_": f"{prefix}_", "MODEL_": f"{prefix.upper()}_", "model.": f"{prefix}."}
             own = {_replaced(name, renamed): _replaced(text, renamed) for name, text in own.items()}

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from qcompile.backends.edge.boards import BOARDS, find_board
+from qcompile.backends.edge.firmware.build import measure_objects
 from qcompile.backends.edge.firmware.emulate import measure, run_inputs
 from qcompile.backends.edge.firmware.files import example_files, golden_header
 from qcompile.backends.edge.processors import PACKAGES, PROCESSORS, find_processor
@@ -70,6 +71,18 @@ def test_stack_that_is_used_is_seen(write_folder: WriteFolder, name: str) -> Non
     assert plain.stack_high_water
     assert 3000 <= found.stack_high_water <= 3000 + 256
     assert plain.stack_high_water <= 256
+
+
+@EVERY
+def test_the_stack_that_the_compiler_names_is_what_is_used(write_folder: WriteFolder, name: str) -> None:
+    """Measured is more: the frame that calls, and what lies between frames. The array is written by a function of its own."""
+    head = "__attribute__((noinline)) static int deep(int x) { volatile int room[300]; room[0] = x; return room[x & 0]; }\n"
+    folder = write_folder(PROCESSORS[name], head=head, before="(void)deep(x[0]);")
+    sizes, stack = measure_objects(folder, PROCESSORS[name])
+    found = measure(folder, PROCESSORS[name])
+    assert found.stack_high_water
+    assert found.sizes == sizes
+    assert 1200 <= stack <= found.stack_high_water <= stack + 128
 
 
 @EVERY

@@ -1,4 +1,4 @@
-"""Edge kernels against the meaning of their operators, bit for bit: C of small layers, built with sanitizers and run, or run on emulated processors.
+"""Edge kernels against the meaning of their operators, bit for bit: small layers in C, built with sanitizers here, or for other processors.
 
 All layers of a test are one model with an input and an output for each, so that they share a build.
 """
