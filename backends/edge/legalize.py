@@ -17,7 +17,7 @@ import torch
 from qcompile.backends.edge.kernels import elementwise, floats, pooling
 from qcompile.backends.edge.kernels.codes import LEAST_QUICK_SHIFT, Codes
 from qcompile.backends.edge.kernels.convolution import Convolution, convolution
-from qcompile.backends.edge.kernels.depthwise import Depthwise, depthwise
+from qcompile.backends.edge.kernels.depthwise import LANES, Depthwise, depthwise
 from qcompile.backends.edge.kernels.planes import Planes, columns_together, pack_channels, plane_sizes, planes
 from qcompile.backends.edge.kernels.products import CHANNELS, Product, pack_rows, padded, product_shape
 from qcompile.backends.edge.kernels.softmax import softmax
@@ -203,10 +203,14 @@ def _emit_depthwise(walk: Walk, a: Arguments, codes: Any, sums: Any, x: Any, siz
     height, width, channels, out_height, out_width, _, kernel_height, kernel_width, stride_y, stride_x, pad_y, pad_x, *dilation = sizes
     signed, x_zero, bits = _signed(a.x_scheme), _number(walk, a.x_zero_point), _stored_bits(a.weight_scheme)
     result = [1, out_height, out_width, channels]
-    if dilation != [1, 1] or kernel_width > LARGEST_KERNEL:
+    vectors = product_shape(walk.tiling.features, signed) == "vectors" and "mve" not in walk.tiling.features and channels % LANES == 0
+    if vectors or dilation != [1, 1] or kernel_width > LARGEST_KERNEL:
         written, constants, limits = _parameters(walk, a, codes.transpose(1, 2, 0), sums, 1)
-        spec = Depthwise(signed, written)
-        return _call(walk, spec, lambda: depthwise(spec), [x, *constants], [*sizes, x_zero, *limits], [(result, written.dtype)], layer)
+        spec = Depthwise(signed, written, vectors)
+        scratch = [([LANES], spec.input_dtype)] if vectors else []
+        return _call(
+            walk, spec, lambda: depthwise(spec), [x, *constants], [*sizes, x_zero, *limits], [(result, written.dtype), *scratch], layer
+        )
     written, constants, limits = _parameters(walk, a, pack_channels(codes.reshape(channels, -1), bits), sums, 1)
     made = Planes(bits, signed, "dsp" in walk.tiling.features, kernel_height, kernel_width, stride_x, columns_together(out_width), written)
     pitch, band, elements = plane_sizes(made, out_height, out_width, width, stride_y, pad_x)

@@ -293,6 +293,39 @@ QC_ROWS(int8, QC_INNER)
 #endif
 QC_ROWS(uint8, QC_INNER)
 
+/* sums[0..15] += the products of 16 channels of `count` codes that lie `step` apart with weights that lie `channels` apart; and their codes as by
+   qc_scale. Loops of 16 turns become vectors. */
+#define QC_TAPS(input)                                                                                                                 \
+  QC_INLINE void qc_taps_##input(const input##_t *x, int32_t step, const int8_t *weights, int32_t channels, int32_t count,             \
+                                 int32_t *sums) {                                                                                      \
+    int32_t own[16];                                                                                                                   \
+    memcpy(own, sums, sizeof own);                                                                                                     \
+    for (int32_t tap = 0; tap < count; ++tap, x += step, weights += channels) {                                                        \
+      for (int32_t i = 0; i < 16; ++i) {                                                                                               \
+        own[i] += x[i] * weights[i];                                                                                                   \
+      }                                                                                                                                \
+    }                                                                                                                                  \
+    memcpy(sums, own, sizeof own);                                                                                                     \
+  }
+QC_TAPS(int8)
+QC_TAPS(uint8)
+
+QC_INLINE void qc_scale_16(const int32_t *sums, const int32_t *multiplier, const int8_t *shift, int32_t rest, int32_t low, int32_t high, void *y) {
+  int32_t upper[16];
+  uint8_t codes[16];
+  for (int32_t i = 0; i < 16; ++i) {
+    upper[i] = (int32_t)(((int64_t)sums[i] * multiplier[i]) >> 32);
+  }
+  for (int32_t i = 0; i < 16; ++i) {
+    upper[i] = ((upper[i] >> shift[i]) + rest) >> 1;
+  }
+  for (int32_t i = 0; i < 16; ++i) {
+    const int32_t bounded = upper[i] < high ? upper[i] : high;
+    codes[i] = (uint8_t)(bounded > low ? bounded : low);
+  }
+  memcpy(y, codes, sizeof codes);
+}
+
 /* A field of a byte as if it stood at the byte's top: the field times a power of two, with its sign. */
 QC_INLINE int32_t qc_top_bits(int32_t byte, int32_t from_top, int32_t bits) {
   return (int8_t)(((uint32_t)byte << from_top) & (0xFF00u >> bits) & 0xFFu);

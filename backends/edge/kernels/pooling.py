@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from qcompile.backends.edge.kernels.builder import cell, clamp, external, function, let, loop, numbers, pointer, store, widen
+from qcompile.backends.edge.kernels.builder import Expression, cell, clamp, external, function, let, loop, numbers, pointer, store, widen
 from tvm import tirx
 from tvm.tirx.script.builder import ir as T
 
@@ -21,14 +21,22 @@ def mean_pool(x_dtype: str, out_dtype: str) -> tirx.PrimFunc:
         y = pointer("y", out_dtype)
         with loop("line_out", s["out_height"]) as line_out, loop("column_out", s["out_width"]) as column_out, loop("c", s["channels"]) as c:
             total = cell("total", T.int32(0))
-            top, left = let("top", line_out * s["stride_y"] - s["pad_y"]), let("left", column_out * s["stride_x"] - s["pad_x"])
-            with loop("i", s["kernel_height"]) as i, loop("j", s["kernel_width"]) as j:
-                line, column = let("line", top + i), let("column", left + j)
-                with T.If(tirx.all(line >= 0, line < s["height"], column >= 0, column < s["width"])), T.Then():
-                    store(total, total[0] + widen(x[(line * s["width"] + column) * s["channels"] + c]) - x_zero, 0)
+            first_line, lines = _inside(line_out * s["stride_y"] - s["pad_y"], s["kernel_height"], s["height"])
+            first, columns = _inside(column_out * s["stride_x"] - s["pad_x"], s["kernel_width"], s["width"])
+            with loop("i", lines) as i:
+                start = let("start", ((first_line + i) * s["width"] + first) * s["channels"] + c)
+                with loop("j", columns) as j:
+                    store(total, total[0] + widen(x[start + j * s["channels"]]), 0)
+            store(total, total[0] - lines * columns * x_zero, 0)
             code = clamp(external("qc_requantize", total[0], multiplier, shift) + out_zero, low, high)
             store(y, T.cast(code, out_dtype), (line_out * s["out_width"] + column_out) * s["channels"] + c)
     return builder.get()
+
+
+def _inside(start: Expression, size: Expression, length: Expression) -> tuple[Expression, Expression]:
+    """Return where a window of ``size`` from ``start`` on begins in an axis of ``length``, and how much of it is inside."""
+    first = let("first", T.max(start, 0))
+    return first, let("count", T.max(T.min(start + size, length) - first, 0))
 
 
 def max_pool(dtype: str) -> tirx.PrimFunc:

@@ -168,6 +168,10 @@ DEPTHWISE = [
     Conv(6, 6, depthwise=True, extreme=True),
     Conv(6, 6, depthwise=True, extreme=True, signed=False),
     Conv(4, 4, factor=0.7, bias=0, depthwise=True),
+    Conv(16, 16, depthwise=True),  # vectors of channels
+    Conv(32, 32, height=5, width=4, kernel=(5, 5), stride=(2, 1), padding=(2, 2), depthwise=True, signed=False, out_signed=False),
+    Conv(16, 16, dilation=(2, 3), padding=(2, 3), depthwise=True, activation="relu6", out_signed=False),
+    Conv(16, 16, height=2, width=1, kernel=(3, 5), padding=(1, 4), depthwise=True, signed=False, extreme=True),
 ]
 
 
@@ -200,7 +204,7 @@ def products_model(bits: int) -> Model:
 
 def depthwise_model(bits: int) -> Model:
     model = Model()
-    for seed, layer in enumerate(with_bits(DEPTHWISE if bits == 8 else DEPTHWISE[:6], bits)):
+    for seed, layer in enumerate(with_bits(DEPTHWISE if bits == 8 else [*DEPTHWISE[:6], *DEPTHWISE[-4:]], bits)):
         layer.add_to(model, seed)
     return model
 
