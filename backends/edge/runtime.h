@@ -185,13 +185,18 @@ QC_INLINE uint32_t qc_pair(int32_t low, int32_t high) { return (uint32_t)(uint16
 #define QC_TURN_2(step)                                                                          \
   step(QC_FIELD, "0") step(QC_FIELD, "2") step(QC_FIELD, "4") step(QC_FIELD, "6")                \
   step(QC_FIELD, "8") step(QC_FIELD, "10") step(QC_FIELD, "12") step(QC_FIELD, "14")
-#define QC_LOOP(turn) "0: ldrd %[w0], %[w1], [%[weights]], #8\n" turn "subs %[turns], #1\n bne 0b\n"
+#define QC_ALL(bits, step) "ldrd %[w0], %[w1], [%[weights]], #8\n" QC_TURN_##bits(step)
+#define QC_LOOP(turn) "0: " turn "subs %[turns], #1\n bne 0b\n"
+/* Two turns for a branch; of an odd number, the first begins in the middle. */
+#define QC_LOOP_8(step) "lsrs %[turns], %[turns], #1\n bcc 0f\n adds %[turns], #1\n b 1f\n 0: " QC_ALL(8, step) "1: " QC_ALL(8, step) "subs %[turns], #1\n bne 0b\n"
+#define QC_LOOP_4(step) QC_LOOP(QC_ALL(4, step))
+#define QC_LOOP_2(step) QC_LOOP(QC_ALL(2, step))
 #define QC_MOVED [weights] "+r"(weights), [inputs] "+r"(inputs), [turns] "+r"(turns), [w0] "=&r"(w0), [w1] "=&r"(w1), [pair] "=&r"(pair)
 
 #define QC_PRODUCTS(bits, fields, kind)                                                                                              \
   QC_INLINE void qc_products_w##bits##_2(const int32_t *weights, const int32_t *inputs, int32_t turns, int32_t *sums) {         \
     uint32_t w0, w1, pair, x0, x1;                                                                                              \
-    __asm__ volatile(QC_LOOP(QC_TURN_##bits(QC_STEP_2))                                                                         \
+    __asm__ volatile(QC_LOOP_##bits(QC_STEP_2)                                                                        \
                      : QC_MOVED, [x0] "=&r"(x0), [x1] "=&r"(x1), [s0] "+r"(sums[0]), [s1] "+r"(sums[1]), [s2] "+r"(sums[2]),    \
                        [s3] "+r"(sums[3])                                                                                       \
                      : [mask] kind(fields)                                                                                       \
@@ -199,7 +204,7 @@ QC_INLINE uint32_t qc_pair(int32_t low, int32_t high) { return (uint32_t)(uint16
   }                                                                                                                             \
   QC_INLINE void qc_products_w##bits##_1(const int32_t *weights, const int32_t *inputs, int32_t turns, int32_t *sums) {         \
     uint32_t w0, w1, pair, x0;                                                                                                  \
-    __asm__ volatile(QC_LOOP(QC_TURN_##bits(QC_STEP_1))                                                                         \
+    __asm__ volatile(QC_LOOP_##bits(QC_STEP_1)                                                                        \
                      : QC_MOVED, [x0] "=&r"(x0), [s0] "+r"(sums[0]), [s1] "+r"(sums[1])                                         \
                      : [mask] kind(fields)                                                                                       \
                      : "cc", "memory");                                                                                         \

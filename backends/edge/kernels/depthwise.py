@@ -44,9 +44,10 @@ class Depthwise:
 
 
 def depthwise(spec: Depthwise) -> tirx.PrimFunc:
-    """Build ``f(x, weight, bias, multiplier, shift, sizes.., x_zero, result.., y, [zeros])``; zeros: scratch of ``LANES`` codes, for ``vectors``.
+    """Build ``f(x, weight, bias, multiplier, shift, sizes.., x_zero, result.., y, [zeros])``.
 
-    x [height, width, channels] codes; weight int8 [kernel height, kernel width, channels]; y [out height, out width, channels].
+    x [height, width, channels] codes; weight int8 [kernel height, kernel width, channels]; y [out height, out width, channels];
+    zeros: scratch of ``LANES`` codes, for ``vectors``.
     """
     with function(spec.name) as builder:
         x, weight = pointer("x", spec.input_dtype), pointer("weight", "int8")

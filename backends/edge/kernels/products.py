@@ -105,7 +105,7 @@ def pack_rows(weight: Array, product: Product) -> Array:
     for f in range(16 // product.bits):
         first = 4 * (f // 2) + f % 2
         words |= (fields[:, :, first] | fields[:, :, first + 2] << 16) << (f * product.bits)
-    return words.reshape(-1, CHANNELS, words.shape[1]).swapaxes(1, 2).astype(np.uint32).view(np.int32)
+    return words.reshape(-1, CHANNELS, codes.shape[1] // product.step).swapaxes(1, 2).astype(np.uint32).view(np.int32)
 
 
 def _offset(product: Product) -> int:
