@@ -262,10 +262,14 @@ def _add(walk: Walk, node: fx.Node, a: Arguments) -> Any:
     dtypes = (_dtype(walk, a.a), _dtype(walk, a.b), _dtype(walk, node))
     factors, zeros = a.multipliers, (_number(walk, a.a_zero_point), _number(walk, a.b_zero_point))
     rest = (1 << (a.shift - 1)) - sum(zero * factor for zero, factor in zip(zeros, factors, strict=True))
-    numbers = [count, *factors, rest, a.shift, *_limits(walk, a)]
-    key = ("add", *dtypes)
+    zero, low, high = _limits(walk, a)
+    whole = rest + (zero << a.shift)
+    largest = sum(255 * factor for factor in factors) + abs(whole)  # of any partial sum: codes lie between -128 and 255
+    quick = (low, high) == _range(a.out_scheme) and largest < 2**31
+    numbers = [count, *factors, *([whole, a.shift] if quick else [rest, a.shift, zero, low, high])]
+    key = ("add", *dtypes, *(["quick"] if quick else []))
     inputs = [_flat(walk, one), _flat(walk, two)]
-    y = _call(walk, key, lambda: elementwise.add(*dtypes), inputs, numbers, [([count], dtypes[2])], Layer(node.name, "qc.add"))
+    y = _call(walk, key, lambda: elementwise.add(*dtypes, quick), inputs, numbers, [([count], dtypes[2])], Layer(node.name, "qc.add"))
     walk.bind(node, walk.reshape(y, shape), channels_last=last)
     return None
 
