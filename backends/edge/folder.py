@@ -32,7 +32,7 @@ def write_folder(
     graph: Graph, golden: Sequence[torch.Tensor], folder: Path, processor: Processor, limits: MemoryLimits, target: str, name: str
 ) -> dict[str, Any]:
     """Write a graph for a processor; see ``Target.write_folder``."""
-    program = lower(graph, dsp="dsp" in processor.features)
+    program = lower(graph, processor.features)
     _check(program, limits)
     files = write_files(program, name)
     decoder = bool(program.updated)

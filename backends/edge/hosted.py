@@ -25,8 +25,8 @@ _FROM_CHANNELS_LAST = tuple(CHANNELS_LAST.index(axis) for axis in range(4))
 class Hosted:
     """Calls a program's C with the calling convention of ``qcompile.target.Executable``."""
 
-    def __init__(self, graph: Graph, *, dsp: bool) -> None:
-        self._program = lower(graph, dsp=dsp)
+    def __init__(self, graph: Graph, features: frozenset[str]) -> None:
+        self._program = lower(graph, features)
         self._library = _compiled(self._program)
         room = np.zeros(max(self._program.arena_bytes, ALIGNMENT) + ALIGNMENT, np.uint8)
         first = -room.ctypes.data % ALIGNMENT

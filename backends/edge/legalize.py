@@ -17,9 +17,9 @@ import torch
 from qcompile.backends.edge.kernels import elementwise, floats, pooling
 from qcompile.backends.edge.kernels.codes import LEAST_QUICK_SHIFT, Codes
 from qcompile.backends.edge.kernels.convolution import Convolution, convolution
-from qcompile.backends.edge.kernels.depthwise import Depthwise, depthwise
+from qcompile.backends.edge.kernels.depthwise import LANES, Depthwise, depthwise
 from qcompile.backends.edge.kernels.planes import Planes, columns_together, pack_channels, plane_sizes, planes
-from qcompile.backends.edge.kernels.products import Product, pack_rows, padded
+from qcompile.backends.edge.kernels.products import CHANNELS, Product, pack_rows, padded, product_shape
 from qcompile.backends.edge.kernels.softmax import softmax
 from qcompile.backends.lowering.shapes import dtype_name
 from qcompile.backends.lowering.translate import Legalizer, Walk
@@ -58,11 +58,11 @@ class Lowering:
     """What legalizers know of the processor, and what they note (``Walk.tiling``).
 
     Attributes:
-        dsp: the processor multiplies pairs of 16-bit numbers (``kernels.products``).
+        features: of the processor (``processors.Processor``).
         layers: of each call of an edge kernel, in order.
     """
 
-    dsp: bool = False
+    features: frozenset[str] = frozenset()
     layers: list[Layer] = field(default_factory=list)
 
 
@@ -145,9 +145,7 @@ def _range(scheme: str) -> tuple[int, int]:
 
 
 def _product(walk: Walk, bits: int, signed: bool, rows: int) -> Product:
-    pixels = 2 if rows > 1 else 1
-    channels = 2 if rows > 1 or walk.tiling.dsp else 4
-    return Product(bits, signed, walk.tiling.dsp, pixels, channels)
+    return Product(bits, signed, product_shape(walk.tiling.features, signed), min(rows, 2))
 
 
 def _conv2d(walk: Walk, node: fx.Node, a: Arguments) -> Any:
@@ -175,13 +173,8 @@ def _conv2d(walk: Walk, node: fx.Node, a: Arguments) -> Any:
     else:
         pixels = out_height * out_width
         product = _product(walk, _stored_bits(a.weight_scheme), signed, pixels)
-        direct = [kernel_height, kernel_width, *a.stride, *a.padding] == [
-            1,
-            1,
-            1,
-            1,
-            *[0] * len(a.padding),
-        ] and channels % product.step == 0
+        single = kernel_height == kernel_width == 1 and list(a.stride) == [1, 1] and not any(a.padding)
+        direct = single and channels % product.step == 0
         y = _emit_product(walk, a, product, direct, codes.transpose(0, 2, 3, 1), sums, x, sizes, layer)
         y = walk.reshape(y, [1, out_height, out_width, out_channels])
     walk.bind(node, y, channels_last=True)
@@ -210,12 +203,16 @@ def _emit_depthwise(walk: Walk, a: Arguments, codes: Any, sums: Any, x: Any, siz
     height, width, channels, out_height, out_width, _, kernel_height, kernel_width, stride_y, stride_x, pad_y, pad_x, *dilation = sizes
     signed, x_zero, bits = _signed(a.x_scheme), _number(walk, a.x_zero_point), _stored_bits(a.weight_scheme)
     result = [1, out_height, out_width, channels]
-    if dilation != [1, 1] or kernel_width > LARGEST_KERNEL:
+    vectors = product_shape(walk.tiling.features, signed) == "vectors" and "mve" not in walk.tiling.features and channels % LANES == 0
+    if vectors or dilation != [1, 1] or kernel_width > LARGEST_KERNEL:
         written, constants, limits = _parameters(walk, a, codes.transpose(1, 2, 0), sums, 1)
-        spec = Depthwise(signed, written)
-        return _call(walk, spec, lambda: depthwise(spec), [x, *constants], [*sizes, x_zero, *limits], [(result, written.dtype)], layer)
+        spec = Depthwise(signed, written, vectors)
+        scratch = [([LANES], spec.input_dtype)] if vectors else []
+        return _call(
+            walk, spec, lambda: depthwise(spec), [x, *constants], [*sizes, x_zero, *limits], [(result, written.dtype), *scratch], layer
+        )
     written, constants, limits = _parameters(walk, a, pack_channels(codes.reshape(channels, -1), bits), sums, 1)
-    made = Planes(bits, signed, walk.tiling.dsp, kernel_height, kernel_width, stride_x, columns_together(out_width), written)
+    made = Planes(bits, signed, "dsp" in walk.tiling.features, kernel_height, kernel_width, stride_x, columns_together(out_width), written)
     pitch, band, elements = plane_sizes(made, out_height, out_width, width, stride_y, pad_x)
     numbers = [height, width, channels, out_height, out_width, stride_y, pad_y, pad_x, x_zero, pitch, band, *limits]
     results = [(result, written.dtype), ([elements], made.plane_dtype)]
@@ -228,7 +225,7 @@ def _emit_product(
     """Emit a convolution with weights [out channels, ..], their sums by channel, and the numbers ``convolution.SIZES``."""
     weight = codes.reshape(len(codes), -1)
     pixels, length = sizes[3] * sizes[4], padded(weight.shape[1], product)
-    written, constants, limits = _parameters(walk, a, pack_rows(weight, product), sums, product.channels)
+    written, constants, limits = _parameters(walk, a, pack_rows(weight, product), sums, CHANNELS)
     spec = Convolution(product, direct, written)
     kernel_width, dilation_x = sizes[7], sizes[13]
     run = kernel_width if dilation_x == 1 else 1
@@ -265,10 +262,14 @@ def _add(walk: Walk, node: fx.Node, a: Arguments) -> Any:
     dtypes = (_dtype(walk, a.a), _dtype(walk, a.b), _dtype(walk, node))
     factors, zeros = a.multipliers, (_number(walk, a.a_zero_point), _number(walk, a.b_zero_point))
     rest = (1 << (a.shift - 1)) - sum(zero * factor for zero, factor in zip(zeros, factors, strict=True))
-    numbers = [count, *factors, rest, a.shift, *_limits(walk, a)]
-    key = ("add", *dtypes)
+    zero, low, high = _limits(walk, a)
+    whole = rest + (zero << a.shift)
+    largest = sum(255 * factor for factor in factors) + abs(whole)  # of any partial sum: codes lie between -128 and 255
+    quick = (low, high) == _range(a.out_scheme) and largest < 2**31
+    numbers = [count, *factors, *([whole, a.shift] if quick else [rest, a.shift, zero, low, high])]
+    key = ("add", *dtypes, *(["quick"] if quick else []))
     inputs = [_flat(walk, one), _flat(walk, two)]
-    y = _call(walk, key, lambda: elementwise.add(*dtypes), inputs, numbers, [([count], dtypes[2])], Layer(node.name, "qc.add"))
+    y = _call(walk, key, lambda: elementwise.add(*dtypes, quick), inputs, numbers, [([count], dtypes[2])], Layer(node.name, "qc.add"))
     walk.bind(node, walk.reshape(y, shape), channels_last=last)
     return None
 
@@ -376,7 +377,7 @@ def _linear_to_float(walk: Walk, node: fx.Node, a: Arguments) -> Any:
     results = [([rows, out_features], "float32"), *([([length // 2 * product.pixels], "int32")] if product.pairs else [])]
     layer = Layer(node.name, "qc.linear", a.weight_scheme, codes.size * rows)
     words = [word if value is True else str(value) for word, value in epilogue.items() if value not in (False, "none")]
-    key = ("linear_to_float", f"w{product.bits}", f"{product.pixels}x{product.channels}", *words)
+    key = ("linear_to_float", f"w{product.bits}", f"{product.pixels}x{CHANNELS}", *words)
     y = _call(walk, key, lambda: floats.linear_to_float(product, **epilogue), inputs, [rows, length, out_features], results, layer)
     return walk.reshape(y, walk.shape(node))
 

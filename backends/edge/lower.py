@@ -84,18 +84,18 @@ def passes() -> list[object]:
     ]
 
 
-def lower(graph: Graph, *, dsp: bool) -> Program:
+def lower(graph: Graph, features: frozenset[str]) -> Program:
     """Return the program of an integer graph with fixed sizes.
 
     Args:
         graph: is not changed.
-        dsp: the processor multiplies pairs of 16-bit numbers in one instruction.
+        features: of the processor (``processors.Processor``).
 
     Raises:
         Refused: naming the node that has no form in C.
     """
     stripped, inputs, outputs = without_boundary(graph)
-    lowering = Lowering(dsp)
+    lowering = Lowering(features)
     with COMPILE_LOCK, tvm.target.Target({"kind": "c"}):
         lowered = translate(stripped.module, legalize=LEGALIZE, tiling=lowering, inline_bytes=0, images_last=True)
         for fallback in lowered.fallbacks:

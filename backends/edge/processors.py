@@ -46,7 +46,7 @@ class Processor:
         port: ``example/port_NAME.c`` starts the example: ``cortex_m``, ``riscv32`` or ``hosted``.
         emulator: the command of QEMU that runs a program; its name follows.
         machine: its memories; None where there is an operating system.
-        features: instructions that C cannot say plainly: ``dsp`` (SMLAD), ``mve``, ``fpu``, ``neon``, ``dotprod``, ``i8mm``.
+        features: instructions that C cannot say plainly: ``dsp`` (SMLAD), ``mve``, ``fpu``, ``neon``, ``dotprod``, ``i8mm``, ``sse2``.
         alignment: bytes that an arena begins at a multiple of.
     """
 
@@ -112,7 +112,7 @@ _ALL = (
               ("-nostartfiles", "-Wl,-e,start"), "riscv32",
               ("qemu-riscv32", "-cpu", "rv32,a=off,f=off,d=off"), alignment=4),
     _linux("riscv64gc", "RISC-V of 64 bits", "riscv64-linux-gnu-", "-march=rv64gc -mabi=lp64d", "qemu-riscv64 -cpu sifive-u54"),
-    _linux("x86-64", "any x86 of 64 bits", "", "-march=x86-64 -mno-red-zone", "qemu-x86_64"),
+    _linux("x86-64", "any x86 of 64 bits", "", "-march=x86-64 -mno-red-zone", "qemu-x86_64", "sse2"),
 )  # fmt: skip
 
 PROCESSORS = {processor.name: processor for processor in _ALL}

@@ -56,18 +56,28 @@ QC_INLINE void qc_copy(void *to, const void *from, int32_t bytes) { memcpy(to, f
 
 QC_INLINE void qc_fill(void *to, int32_t code, int32_t bytes) { memset(to, code & 0xFF, (size_t)bytes); }
 
+/* The upper word of a product. Small cores multiply 32 bits alone; the factors' halves then take four products. */
+#if defined(__ARM_ARCH_6M__) || defined(__ARM_ARCH_8M_BASE__)
+QC_INLINE int32_t qc_upper(int32_t a, int32_t b) {
+  const uint32_t a0 = (uint32_t)a & 0xFFFF, b0 = (uint32_t)b & 0xFFFF;
+  const int32_t a1 = a >> 16, b1 = b >> 16, middle = a1 * (int32_t)b0 + (int32_t)(a0 * b0 >> 16), other = (int32_t)a0 * b1 + (middle & 0xFFFF);
+  return a1 * b1 + (middle >> 16) + (other >> 16);
+}
+#else
+QC_INLINE int32_t qc_upper(int32_t a, int32_t b) { return (int32_t)(((int64_t)a * b) >> 32); }
+#endif
+
 /* (sum * multiplier + half) >> shift in 64 bits: a product with multiplier / 2^shift, rounded half up. */
 QC_INLINE int32_t qc_requantize(int32_t sum, int32_t multiplier, int32_t shift) {
-  int64_t product = (int64_t)sum * multiplier;
   if (shift > 32) { /* the lower word is below what is rounded away: only the upper one counts */
-    return (((int32_t)(product >> 32) >> (shift - 33)) + 1) >> 1;
+    return ((qc_upper(sum, multiplier) >> (shift - 33)) + 1) >> 1;
   }
-  return (int32_t)((product + ((int64_t)1 << (shift - 1))) >> shift);
+  return (int32_t)(((int64_t)sum * multiplier + ((int64_t)1 << (shift - 1))) >> shift);
 }
 
 /* The same where shift is over 32 and given less 33, with the zero point of the codes: rest is twice that, plus one. */
 QC_INLINE int32_t qc_scale(int32_t sum, int32_t multiplier, int32_t shift, int32_t rest) {
-  return (((int32_t)(((int64_t)sum * multiplier) >> 32) >> shift) + rest) >> 1;
+  return ((qc_upper(sum, multiplier) >> shift) + rest) >> 1;
 }
 
 /* The nearest code of 8 bits. */
@@ -175,13 +185,18 @@ QC_INLINE uint32_t qc_pair(int32_t low, int32_t high) { return (uint32_t)(uint16
 #define QC_TURN_2(step)                                                                          \
   step(QC_FIELD, "0") step(QC_FIELD, "2") step(QC_FIELD, "4") step(QC_FIELD, "6")                \
   step(QC_FIELD, "8") step(QC_FIELD, "10") step(QC_FIELD, "12") step(QC_FIELD, "14")
-#define QC_LOOP(turn) "0: ldrd %[w0], %[w1], [%[weights]], #8\n" turn "subs %[turns], #1\n bne 0b\n"
+#define QC_ALL(bits, step) "ldrd %[w0], %[w1], [%[weights]], #8\n" QC_TURN_##bits(step)
+#define QC_LOOP(turn) "0: " turn "subs %[turns], #1\n bne 0b\n"
+/* Two turns for a branch; of an odd number, the first begins in the middle. */
+#define QC_LOOP_8(step) "lsrs %[turns], %[turns], #1\n bcc 0f\n adds %[turns], #1\n b 1f\n 0: " QC_ALL(8, step) "1: " QC_ALL(8, step) "subs %[turns], #1\n bne 0b\n"
+#define QC_LOOP_4(step) QC_LOOP(QC_ALL(4, step))
+#define QC_LOOP_2(step) QC_LOOP(QC_ALL(2, step))
 #define QC_MOVED [weights] "+r"(weights), [inputs] "+r"(inputs), [turns] "+r"(turns), [w0] "=&r"(w0), [w1] "=&r"(w1), [pair] "=&r"(pair)
 
 #define QC_PRODUCTS(bits, fields, kind)                                                                                              \
   QC_INLINE void qc_products_w##bits##_2(const int32_t *weights, const int32_t *inputs, int32_t turns, int32_t *sums) {         \
     uint32_t w0, w1, pair, x0, x1;                                                                                              \
-    __asm__ volatile(QC_LOOP(QC_TURN_##bits(QC_STEP_2))                                                                         \
+    __asm__ volatile(QC_LOOP_##bits(QC_STEP_2)                                                                        \
                      : QC_MOVED, [x0] "=&r"(x0), [x1] "=&r"(x1), [s0] "+r"(sums[0]), [s1] "+r"(sums[1]), [s2] "+r"(sums[2]),    \
                        [s3] "+r"(sums[3])                                                                                       \
                      : [mask] kind(fields)                                                                                       \
@@ -189,7 +204,7 @@ QC_INLINE uint32_t qc_pair(int32_t low, int32_t high) { return (uint32_t)(uint16
   }                                                                                                                             \
   QC_INLINE void qc_products_w##bits##_1(const int32_t *weights, const int32_t *inputs, int32_t turns, int32_t *sums) {         \
     uint32_t w0, w1, pair, x0;                                                                                                  \
-    __asm__ volatile(QC_LOOP(QC_TURN_##bits(QC_STEP_1))                                                                         \
+    __asm__ volatile(QC_LOOP_##bits(QC_STEP_1)                                                                        \
                      : QC_MOVED, [x0] "=&r"(x0), [s0] "+r"(sums[0]), [s1] "+r"(sums[1])                                         \
                      : [mask] kind(fields)                                                                                       \
                      : "cc", "memory");                                                                                         \
@@ -218,6 +233,103 @@ QC_INLINE void qc_products(int32_t bits, uint32_t fields, int32_t rows, const in
 QC_PRODUCTS(8, 0, "i")
 QC_PRODUCTS(4, 0x000F000Fu, "r")
 QC_PRODUCTS(2, 0x00030003u, "r")
+
+/* The same sums over codes as they lie: two rows of weights of `part` bytes, one after the other, rows 1 or 2. A byte holds 8 / bits weights, the
+   first at its top; they belong to inputs that are `part` apart. A field at the top of a byte is the weight times a power of two, taken off at the
+   end. `part` is a multiple of 4; where it is seen to be one of 16, compilers with vectors use them. */
+#define QC_ROWS(input, qc_inner)                                                                                                       \
+  QC_INLINE void qc_rows_##input(int32_t bits, int32_t rows, const int8_t *weights, const input##_t *x0, const input##_t *x1,          \
+                                 int32_t part, int32_t *sums) {                                                                        \
+    int32_t s0 = 0, s1 = 0, s2 = 0, s3 = 0;                                                                                            \
+    for (int32_t at = 0; at < 8; at += bits, x0 += part, x1 += part) {                                                                 \
+      const int32_t scale = 1 << at, mask = -(256 >> bits);                                                                            \
+      qc_inner                                                                                                                         \
+    }                                                                                                                                  \
+    sums[0] += s0 >> (8 - bits);                                                                                                       \
+    sums[1] += s1 >> (8 - bits);                                                                                                       \
+    if (rows == 2) {                                                                                                                   \
+      sums[2] += s2 >> (8 - bits);                                                                                                     \
+      sums[3] += s3 >> (8 - bits);                                                                                                     \
+    }                                                                                                                                  \
+  }
+#define QC_ONE(i)                                                                                                                      \
+  {                                                                                                                                    \
+    const int8_t a = (int8_t)((weights[i] * scale) & mask), b = (int8_t)((weights[part + (i)] * scale) & mask);                        \
+    s0 += x0[i] * a;                                                                                                                   \
+    s1 += x0[i] * b;                                                                                                                   \
+    if (rows == 2) {                                                                                                                   \
+      s2 += x1[i] * a;                                                                                                                 \
+      s3 += x1[i] * b;                                                                                                                 \
+    }                                                                                                                                  \
+  }
+#if defined(__ARM_NEON) || defined(__SSE2__) || defined(__ARM_ARCH_6M__) /* the last has too few registers for more */
+#define QC_INNER                                                                                                                       \
+  for (int32_t i = 0; i < part; ++i) {                                                                                                 \
+    QC_ONE(i)                                                                                                                          \
+  }
+#else
+#define QC_INNER                                                                                                                       \
+  for (int32_t i = 0; i < part; i += 4) {                                                                                              \
+    QC_ONE(i) QC_ONE(i + 1) QC_ONE(i + 2) QC_ONE(i + 3)                                                                                \
+  }
+#endif
+#if defined(__ARM_FEATURE_MVE) && (__ARM_FEATURE_MVE & 1)
+#include <arm_mve.h>
+#define QC_INNER_MVE                                                                                                                   \
+  const int8x16_t masks = vdupq_n_s8((int8_t)mask);                                                                                    \
+  for (int32_t i = 0; i < part; i += 16) {                                                                                             \
+    int8x16_t a = vldrbq_s8(weights + i), b = vldrbq_s8(weights + part + i);                                                           \
+    if (bits < 8) {                                                                                                                    \
+      a = vandq_s8(vmulq_n_s8(a, (int8_t)scale), masks);                                                                               \
+      b = vandq_s8(vmulq_n_s8(b, (int8_t)scale), masks);                                                                               \
+    }                                                                                                                                  \
+    const int8x16_t p = vldrbq_s8(x0 + i);                                                                                             \
+    s0 = vmladavaq_s8(s0, p, a);                                                                                                       \
+    s1 = vmladavaq_s8(s1, p, b);                                                                                                       \
+    if (rows == 2) {                                                                                                                   \
+      const int8x16_t q = vldrbq_s8(x1 + i);                                                                                           \
+      s2 = vmladavaq_s8(s2, q, a);                                                                                                     \
+      s3 = vmladavaq_s8(s3, q, b);                                                                                                     \
+    }                                                                                                                                  \
+  }
+QC_ROWS(int8, QC_INNER_MVE)
+#else
+QC_ROWS(int8, QC_INNER)
+#endif
+QC_ROWS(uint8, QC_INNER)
+
+/* sums[0..15] += the products of 16 channels of `count` codes that lie `step` apart with weights that lie `channels` apart; and their codes as by
+   qc_scale. Loops of 16 turns become vectors. */
+#define QC_TAPS(input)                                                                                                                 \
+  QC_INLINE void qc_taps_##input(const input##_t *x, int32_t step, const int8_t *weights, int32_t channels, int32_t count,             \
+                                 int32_t *sums) {                                                                                      \
+    int32_t own[16];                                                                                                                   \
+    memcpy(own, sums, sizeof own);                                                                                                     \
+    for (int32_t tap = 0; tap < count; ++tap, x += step, weights += channels) {                                                        \
+      for (int32_t i = 0; i < 16; ++i) {                                                                                               \
+        own[i] += x[i] * weights[i];                                                                                                   \
+      }                                                                                                                                \
+    }                                                                                                                                  \
+    memcpy(sums, own, sizeof own);                                                                                                     \
+  }
+QC_TAPS(int8)
+QC_TAPS(uint8)
+
+QC_INLINE void qc_scale_16(const int32_t *sums, const int32_t *multiplier, const int8_t *shift, int32_t rest, int32_t low, int32_t high, void *y) {
+  int32_t upper[16];
+  uint8_t codes[16];
+  for (int32_t i = 0; i < 16; ++i) {
+    upper[i] = (int32_t)(((int64_t)sums[i] * multiplier[i]) >> 32);
+  }
+  for (int32_t i = 0; i < 16; ++i) {
+    upper[i] = ((upper[i] >> shift[i]) + rest) >> 1;
+  }
+  for (int32_t i = 0; i < 16; ++i) {
+    const int32_t bounded = upper[i] < high ? upper[i] : high;
+    codes[i] = (uint8_t)(bounded > low ? bounded : low);
+  }
+  memcpy(y, codes, sizeof codes);
+}
 
 /* A field of a byte as if it stood at the byte's top: the field times a power of two, with its sign. */
 QC_INLINE int32_t qc_top_bits(int32_t byte, int32_t from_top, int32_t bits) {

@@ -55,7 +55,7 @@ class EdgeTarget(Target):
         """Return the same C, compiled for this machine: one thread, whatever is asked for."""
         from qcompile.backends.edge.hosted import Hosted
 
-        return Hosted(graph, dsp="dsp" in self.processor.features)
+        return Hosted(graph, self.processor.features)
 
     def write_folder(self, graph: Graph, golden: Sequence[torch.Tensor], folder: Path, *, name: str = "model") -> dict[str, Any]:
         from qcompile.backends.edge.folder import write_folder

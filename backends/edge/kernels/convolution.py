@@ -13,7 +13,7 @@ from typing import Any
 
 from qcompile.backends.edge.kernels.builder import Expression, function, let, loop, numbers, pointer, quotient, store
 from qcompile.backends.edge.kernels.codes import Codes
-from qcompile.backends.edge.kernels.products import Product, block, pairs_block, widen_rows
+from qcompile.backends.edge.kernels.products import CHANNELS, Product, block, widen_rows
 from tvm import tirx
 from tvm.tirx.script.builder import ir as T
 
@@ -41,7 +41,7 @@ class Convolution:
         kind = "pointwise" if self.direct else "convolution"
         product = self.product
         signs = f"{'s' if product.signed else 'u'}8_{self.codes.name}"
-        return f"{kind}_w{product.bits}_{signs}_{product.pixels}x{product.channels}{'_pairs' * product.pairs}"
+        return f"{kind}_w{product.bits}_{signs}_{product.pixels}x{CHANNELS}_{product.shape}"
 
     @property
     def numbers(self) -> str:
@@ -59,8 +59,8 @@ class Convolution:
 def convolution(spec: Convolution) -> tirx.PrimFunc:
     """Build ``f(x, weight, bias, multiplier, shift, numbers.., y, scratch..)``.
 
-    x [height, width, channels] codes; weight rows packed by ``pack_rows`` over (kernel row, kernel column, channel); bias, multiplier int32,
-    shift int8 [out channels, padded to a multiple of ``product.channels``]; y [out height, out width, out channels] codes. length: products
+    x [height, width, channels] codes; weight rows packed by ``pack_rows`` over (kernel row, kernel column, channel); bias, multiplier
+    int32, shift int8 [out channels, padded to a multiple of ``CHANNELS``]; y [out height, out width, out channels] codes. length: products
     of a row, padded; run: kernel columns that lie side by side in the image, ``runs`` times in a kernel row.
     """
     product = spec.product
@@ -73,6 +73,10 @@ def convolution(spec: Convolution) -> tirx.PrimFunc:
         rows = x if spec.direct else pointer("rows", product.input_dtype)
         length, out_channels = s["channels" if spec.direct else "length"], s["out_channels"]
         pixels = s["pixels"] if spec.direct else let("pixels", s["out_height"] * s["out_width"])
+        if not spec.direct:
+            kernel = let("kernel", s["kernel_height"] * s["kernel_width"] * s["channels"])
+            with loop("i", product.pixels) as i:
+                T.evaluate(T.call_extern("void", "qc_fill", T.address_of(rows[i * length + kernel]), 0, length - kernel))
         with loop("group", quotient(pixels + (product.pixels - 1), product.pixels)) as group:
             places = [let(f"pixel_{i}", T.min(group * product.pixels + i, pixels - 1)) for i in range(product.pixels)]
             starts = [let(f"start_{i}", place * length) if spec.direct else i * length for i, place in enumerate(places)]
@@ -80,13 +84,10 @@ def convolution(spec: Convolution) -> tirx.PrimFunc:
                 with loop("i", product.pixels) as i:
                     _gather(x, let("place", T.min(group * product.pixels + i, pixels - 1)), rows, i * length, s)
             offsets = widen_rows(product, rows, starts, pairs, length) if product.pairs else []
-            with loop("columns", quotient(out_channels + (product.channels - 1), product.channels)) as columns:
-                outs = [let(f"out_{j}", columns * product.channels + j) for j in range(product.channels)]
+            with loop("columns", quotient(out_channels + (CHANNELS - 1), CHANNELS)) as columns:
+                outs = [let(f"out_{j}", columns * CHANNELS + j) for j in range(CHANNELS)]
                 added = [let(f"added_{j}", bias[out]) for j, out in enumerate(outs)]
-                if product.pairs:
-                    sums = pairs_block(product, pairs, offsets, weight, columns, added, length)
-                else:
-                    sums = block(product, rows, starts, weight, columns, added, length)
+                sums = block(product, pairs if product.pairs else rows, starts, offsets, weight, columns, added, length)
                 for j, out in enumerate(outs):
                     with T.If(out < out_channels), T.Then():
                         factor, by = let("factor", multiplier[out]), let("by", shift[out])

@@ -7,7 +7,7 @@ names one. Nothing of a C library's mathematics is called: exponentials and root
 from __future__ import annotations
 
 from qcompile.backends.edge.kernels.builder import Expression, cell, external, function, let, loop, numbers, pointer, quotient, store, widen
-from qcompile.backends.edge.kernels.products import Product, block, pairs_block, widen_rows
+from qcompile.backends.edge.kernels.products import CHANNELS, Product, block, widen_rows
 from tvm import tirx
 from tvm.tirx.script.builder import ir as T
 
@@ -25,19 +25,16 @@ def linear_to_float(product: Product, *, bias: bool, activation: str, residual: 
         added = pointer("bias", "float32") if bias else None
         kept = pointer("residual", "float32") if residual else None
         rows, length, out_channels = numbers("rows length out_channels")
-        y, none = pointer("y", "float32"), [T.int32(0)] * product.channels
+        y, none = pointer("y", "float32"), [T.int32(0)] * CHANNELS
         pairs = pointer("pairs", "int32") if product.pairs else None
         with loop("group", quotient(rows + (product.pixels - 1), product.pixels)) as group:
             places = [let(f"row_{i}", T.min(group * product.pixels + i, rows - 1)) for i in range(product.pixels)]
             starts = [let(f"start_{i}", place * length) for i, place in enumerate(places)]
             offsets = widen_rows(product, x, starts, pairs, length) if product.pairs else []
-            with loop("columns", quotient(out_channels + (product.channels - 1), product.channels)) as columns:
-                if product.pairs:
-                    sums = pairs_block(product, pairs, offsets, weight, columns, none, length)
-                else:
-                    sums = block(product, x, starts, weight, columns, none, length)
-                for j in range(product.channels):
-                    out = let(f"out_{j}", columns * product.channels + j)
+            with loop("columns", quotient(out_channels + (CHANNELS - 1), CHANNELS)) as columns:
+                sums = block(product, pairs if product.pairs else x, starts, offsets, weight, columns, none, length)
+                for j in range(CHANNELS):
+                    out = let(f"out_{j}", columns * CHANNELS + j)
                     with T.If(out < out_channels), T.Then():
                         for place, row in zip(places, sums, strict=True):
                             value = T.cast(row[j], "float32") * weight_scale[out] * x_scale[place]

@@ -1,9 +1,10 @@
 """Depthwise convolutions a channel at a time: its codes are copied to a plane with borders, and its weights to registers.
 
-The copy takes the zero point outside the image, so that no product is tested, and makes codes lie side by side that are ``channels`` apart in
-the image (Lin et al., "MCUNet", NeurIPS 2020, section 3.2, copy a channel for the same reason). With ``pairs`` they become 16-bit numbers and
-SMLAD takes two neighbours at once; without, they are multiplied one by one. A few columns of the result are made together and share what
-they load. A tall image goes through the plane in bands of lines. A group of columns or a band past the end is moved back: it is computed twice.
+The copy takes the zero point outside the image, so that no product is tested, and makes codes lie side by side that are ``channels`` apart
+in the image (Lin et al., "MCUNet", NeurIPS 2020, section 3.2, copy a channel for the same reason). With ``pairs`` they become 16-bit
+numbers and SMLAD takes two neighbours at once; without, they are multiplied one by one. A few columns of the result are made together and
+share what they load. A tall image goes through the plane in bands of lines. A group of columns or a band past the end is moved back: it is
+computed twice.
 """
 
 from __future__ import annotations
@@ -118,7 +119,7 @@ def planes(spec: Planes) -> tirx.PrimFunc:
         s = dict(zip(names.split(), numbers(names), strict=True))
         y, plane = pointer("y", spec.codes.dtype), pointer("plane", spec.plane_dtype)
         lines = let("lines", (s["band"] - 1) * s["stride_y"] + spec.kernel_height)
-        with loop("i", lines * s["pitch"]) as i:
+        with loop("i", lines * s["pitch"] + 1) as i:
             store(plane, T.cast(s["x_zero"], spec.plane_dtype), i)
         with loop("c", s["channels"]) as c:
             taps = _load_taps(spec, weight, c)

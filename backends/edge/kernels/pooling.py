@@ -2,7 +2,20 @@
 
 from __future__ import annotations
 
-from qcompile.backends.edge.kernels.builder import cell, clamp, external, function, let, loop, numbers, pointer, store, widen
+from qcompile.backends.edge.kernels.builder import (
+    Expression,
+    cell,
+    clamp,
+    external,
+    function,
+    let,
+    loop,
+    numbers,
+    pointer,
+    quotient,
+    store,
+    widen,
+)
 from tvm import tirx
 from tvm.tirx.script.builder import ir as T
 
@@ -19,16 +32,26 @@ def mean_pool(x_dtype: str, out_dtype: str) -> tirx.PrimFunc:
         s = dict(zip(WINDOWS.split(), numbers(WINDOWS), strict=True))
         x_zero, multiplier, shift, out_zero, low, high = numbers("x_zero multiplier shift out_zero low high")
         y = pointer("y", out_dtype)
-        with loop("line_out", s["out_height"]) as line_out, loop("column_out", s["out_width"]) as column_out, loop("c", s["channels"]) as c:
-            total = cell("total", T.int32(0))
-            top, left = let("top", line_out * s["stride_y"] - s["pad_y"]), let("left", column_out * s["stride_x"] - s["pad_x"])
-            with loop("i", s["kernel_height"]) as i, loop("j", s["kernel_width"]) as j:
-                line, column = let("line", top + i), let("column", left + j)
-                with T.If(tirx.all(line >= 0, line < s["height"], column >= 0, column < s["width"])), T.Then():
-                    store(total, total[0] + widen(x[(line * s["width"] + column) * s["channels"] + c]) - x_zero, 0)
-            code = clamp(external("qc_requantize", total[0], multiplier, shift) + out_zero, low, high)
-            store(y, T.cast(code, out_dtype), (line_out * s["out_width"] + column_out) * s["channels"] + c)
+        with loop("line_out", s["out_height"]) as line_out, loop("column_out", s["out_width"]) as column_out:
+            first_line, lines = _inside(line_out * s["stride_y"] - s["pad_y"], s["kernel_height"], s["height"])
+            first, columns = _inside(column_out * s["stride_x"] - s["pad_x"], s["kernel_width"], s["width"])
+            zeros, out = let("zeros", lines * columns * x_zero), let("out", (line_out * s["out_width"] + column_out) * s["channels"])
+            with loop("c", s["channels"]) as c:
+                total = cell("total", T.int32(0))
+                with loop("i", lines) as i:
+                    start = let("start", ((first_line + i) * s["width"] + first) * s["channels"] + c)
+                    with loop("j", columns) as j:
+                        store(total, total[0] + widen(x[start + j * s["channels"]]), 0)
+                code = clamp(external("qc_requantize", total[0] - zeros, multiplier, shift) + out_zero, low, high)
+                store(y, T.cast(code, out_dtype), out + c)
     return builder.get()
+
+
+def _inside(start: Expression, size: Expression, length: Expression, dilation: Expression | int = 1) -> tuple[Expression, Expression]:
+    """Return where the part of a window inside an axis of ``length`` begins, and its taps; the window's are ``size``, from ``start`` on."""
+    skipped = let("skipped", quotient(T.max(0 - start, 0) + (dilation - 1), dilation))
+    end = let("end", T.min(quotient(T.max(length - start, 0) + (dilation - 1), dilation), size))
+    return let("first", start + skipped * dilation), let("count", T.max(end - skipped, 0))
 
 
 def max_pool(dtype: str) -> tirx.PrimFunc:
@@ -38,12 +61,15 @@ def max_pool(dtype: str) -> tirx.PrimFunc:
         s = dict(zip(WINDOWS.split(), numbers(WINDOWS), strict=True))
         dilation_y, dilation_x = numbers("dilation_y dilation_x")
         y = pointer("y", dtype)
-        with loop("line_out", s["out_height"]) as line_out, loop("column_out", s["out_width"]) as column_out, loop("c", s["channels"]) as c:
-            top = cell("top", T.int32(-128 if dtype == "int8" else 0))
-            first_line, first = line_out * s["stride_y"] - s["pad_y"], column_out * s["stride_x"] - s["pad_x"]
-            with loop("i", s["kernel_height"]) as i, loop("j", s["kernel_width"]) as j:
-                line, column = let("line", first_line + i * dilation_y), let("column", first + j * dilation_x)
-                with T.If(tirx.all(line >= 0, line < s["height"], column >= 0, column < s["width"])), T.Then():
-                    store(top, T.max(top[0], widen(x[(line * s["width"] + column) * s["channels"] + c])), 0)
-            store(y, T.cast(top[0], dtype), (line_out * s["out_width"] + column_out) * s["channels"] + c)
+        with loop("line_out", s["out_height"]) as line_out, loop("column_out", s["out_width"]) as column_out:
+            first_line, lines = _inside(line_out * s["stride_y"] - s["pad_y"], s["kernel_height"], s["height"], dilation_y)
+            first, columns = _inside(column_out * s["stride_x"] - s["pad_x"], s["kernel_width"], s["width"], dilation_x)
+            out = let("out", (line_out * s["out_width"] + column_out) * s["channels"])
+            with loop("c", s["channels"]) as c:
+                top = cell("top", T.int32(-128 if dtype == "int8" else 0))
+                with loop("i", lines) as i:
+                    start = let("start", ((first_line + i * dilation_y) * s["width"] + first) * s["channels"] + c)
+                    with loop("j", columns) as j:
+                        store(top, T.max(top[0], widen(x[start + j * dilation_x * s["channels"]])), 0)
+                store(y, T.cast(top[0], dtype), out + c)
     return builder.get()

@@ -108,7 +108,7 @@ def write(artifact: Artifact, folder: Path, processor: str) -> dict[str, Any]:
 
 def random_codes(artifact: Artifact) -> tuple[list[list[torch.Tensor]], list[list[torch.Tensor]]]:
     """Return input codes over their whole range, the two extremes among them, and the output codes of the meaning."""
-    program = lower(artifact.graph, dsp=False)
+    program = lower(artifact.graph, frozenset())
     cases = []
     for number in range(BATCHES):
         case = []
