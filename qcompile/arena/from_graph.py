@@ -197,7 +197,7 @@ class _Reader:
             return
         if name == "aten.slice.Tensor" and (start := row_slice(node)) is not None:
             if source in self.pieces:
-                self.pieces[node] = _Piece(self.pieces[source].value, self.pieces[source].at + start)  # type: ignore[index]
+                self.pieces[node] = _Piece(self.pieces[source].value, self.pieces[source].at + start)
             return
         parts = self._direct_parts(node, outside) if name == "aten.cat" else []
         if node not in outside:
