@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from qcompile.backends.lowering.sequence import VALUE, Call, Sequence
+from qcompile.backends.lowering.sequence import VALUE, Call, Sequence, written
 from qcompile.backends.lowering.shapes import Size
 from tvm import tirx
 
@@ -58,24 +58,17 @@ def describe_sequence(sequence: Sequence, leads: Leads = lambda call: ()) -> Wor
     Sizes are the numbers of bytes, without the symbols that they are multiplied with. Outputs, inputs and constants lie elsewhere.
     """
     outputs = {sequence.located(output).index for output in sequence.outputs if output.kind == VALUE}
-    seen: set[int] = set()
     steps = []
-    for call in sequence.calls:
+    for call, results in zip(sequence.calls, written(sequence), strict=True):
         views = {n: sequence.located(view) for n, view in enumerate(call.arguments) if view.kind == VALUE}
         views = {n: view for n, view in views.items() if view.index not in outputs}
-        written = {n for n, view in views.items() if call.arguments[n].index not in seen}
-        for n in written:  # a part, and with it all that it is a part of
-            index = call.arguments[n].index
-            while index not in seen:
-                seen.add(index)
-                index = sequence.parts.get(index, (index, 0))[0]
         overlaps = [
             Overlap(views[read].index, views[result].index, lead + views[result].at - views[read].at)
             for read, result, lead in leads(call)
-            if read in views and read not in written and result in written
+            if read in views and read not in results and result in views and result in results
         ]
-        reads = tuple(view.index for n, view in views.items() if n not in written)
-        steps.append(Step(call.kernel, reads, tuple(views[n].index for n in sorted(written)), overlaps=tuple(overlaps)))
+        reads = tuple(view.index for n, view in views.items() if n not in results)
+        steps.append(Step(call.kernel, reads, tuple(views[n].index for n in results if n in views), overlaps=tuple(overlaps)))
     sizes = tuple(factors(value.shape)[0] * np.dtype(value.dtype).itemsize for value in sequence.values)
     return Work(tuple(f"value {i}" for i in range(len(sizes))), sizes, tuple(steps))
 

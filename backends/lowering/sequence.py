@@ -93,6 +93,24 @@ class Sequence:
         return view
 
 
+def written(sequence: Sequence) -> list[tuple[int, ...]]:
+    """Return for each call the positions, among its buffers, of the values that it writes: those that no call was given before.
+
+    A concatenation is written with its parts, so a call that is given it later reads it.
+    """
+    seen: set[int] = set()
+    found = []
+    for call in sequence.calls:
+        new = tuple(n for n, view in enumerate(call.arguments) if view.kind == VALUE and view.index not in seen)
+        for n in new:
+            index = call.arguments[n].index
+            while index not in seen:
+                seen.add(index)
+                index = sequence.parts.get(index, (index, 0))[0]
+        found.append(new)
+    return found
+
+
 def read_sequence(module: IRModule) -> Sequence:
     """Return the calls of a module's ``main(input_0, .., constants)``.
 
