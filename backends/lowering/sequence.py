@@ -199,7 +199,7 @@ class _Reader:
         axes, begins, _, *rest = ([_size(number) for number in argument.fields] for argument in call.args[1:])
         steps = rest[0] if rest else [1] * len(axes)
         axis, begin = axes[0], begins[0]
-        if len(axes) != 1 or steps != [1] or not _leads(source.shape, axis) or not _constant([*source.shape, begin]):
+        if len(axes) != 1 or steps != [1] or not contiguous_along(source.shape, axis) or not isinstance(begin, int):
             raise NoSequence("a slice is not contiguous")
         length = source.shape[axis]
         first = min(max(begin + length if begin < 0 else begin, 0), length)
@@ -208,7 +208,7 @@ class _Reader:
 
     def _concatenation(self, call: relax.Call) -> View:
         parts, shape = self._value(call.args[0]), _shape(call.ty)
-        if not _leads(shape, int(call.attrs.axis) % len(shape)) or not _constant([*shape, *(s for part in parts for s in part.shape)]):
+        if not contiguous_along(shape, int(call.attrs.axis) % len(shape)):
             raise NoSequence("a concatenation is not contiguous")
         for part in parts:
             made = part.kind == VALUE and part.at == 0 and math.prod(part.shape) == math.prod(self._found.values[part.index].shape)
@@ -262,13 +262,10 @@ class _Reader:
                         raise NoSequence(f"the size {size} depends on data")
 
 
-def _leads(shape: tuple[Size, ...], axis: int) -> bool:
-    """Say whether what lies along an axis follows one another in memory: all axes before it have one element."""
-    return all(isinstance(size, int) and size == 1 for size in shape[:axis])
-
-
-def _constant(sizes: list[Size]) -> bool:
-    return all(isinstance(size, int) for size in sizes)
+def contiguous_along(shape: Any, axis: int) -> bool:
+    """Say whether runs along an axis follow one another in memory: sizes are numbers, and all axes before it have one element."""
+    sizes = [_size(size) for size in shape]
+    return all(isinstance(size, int) for size in sizes) and all(size == 1 for size in sizes[:axis])
 
 
 def _size(size: Any) -> Size:

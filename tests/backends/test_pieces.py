@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 from qcompile.backends.lowering.arena import Arena, describe_sequence, plan_arena
+from qcompile.backends.lowering.pieces import LegalizePieces
 from qcompile.backends.lowering.sequence import INPUT, VALUE, Call, NoSequence, Sequence, View, read_sequence
 from tvm import relax, te, tirx
 from tvm.ir import IRModule
@@ -46,8 +47,11 @@ def patches(builder: Any, x: Any) -> Any:
     made = []
     for first, end in ((0, 6), (4, ROWS)):
         part = builder.emit(relax.op.strided_slice(x, [1], [first], [end], assume_inbound=True))
-        for name in ("turn", "sum", "sum", "turn"):
+        for name in ("turn", "sum", "sum"):
             part = builder.emit_te(kernel(name), part, primfunc_name_hint=name)
+        flat = builder.emit(relax.op.reshape(part, [int(np.prod([int(size) for size in part.ty.shape]))]))
+        flat = builder.emit_te(kernel("turn"), flat, primfunc_name_hint="turn")  # a part seen through a reshape
+        part = builder.emit(relax.op.reshape(flat, part.ty.shape))
         made.append(part)
     whole = builder.emit(relax.op.concat(made, axis=1))
     for name in ("turn", "sum"):
@@ -102,7 +106,7 @@ def run(sequence: Sequence, arena: Arena, x: np.ndarray) -> np.ndarray:
 @pytest.mark.parametrize("overlapping", [False, True])
 @pytest.mark.parametrize("alignment", [1, 16])
 def test_pieces_lie_in_place(overlapping: bool, alignment: int) -> None:
-    sequence = read_sequence(module(patches))
+    sequence = read_sequence(LegalizePieces()(module(patches)))
     assert len(sequence.calls) == 10, "slices and the concatenation are no calls"
     assert len(sequence.parts) == 2
     x = np.random.default_rng(0).integers(0, 256, (1, ROWS, COLUMNS, CHANNELS), np.uint8)
@@ -132,3 +136,41 @@ def test_what_is_not_contiguous_is_refused() -> None:
     for name, build in cases.items():
         with pytest.raises(NoSequence, match=reasons[name]):
             read_sequence(module(build))
+
+
+def mixed(builder: Any, x: Any) -> Any:
+    """Columns are cut and joined, which takes copies; one part is joined twice; rows are joined for nothing."""
+    turned = builder.emit_te(kernel("turn"), x, primfunc_name_hint="turn")
+    left = builder.emit(relax.op.strided_slice(turned, [2], [0], [2], assume_inbound=True))
+    right = builder.emit(relax.op.strided_slice(turned, [2], [2], [COLUMNS], assume_inbound=True))
+    columns = builder.emit(relax.op.concat([right, left], axis=2))
+    twice = builder.emit_te(kernel("turn"), columns, primfunc_name_hint="turn")
+    doubled = builder.emit(relax.op.concat([twice, twice], axis=1))
+    rows = [builder.emit(relax.op.strided_slice(doubled, [1], [at], [at + 3], assume_inbound=True)) for at in (1, 5)]
+    return builder.emit(relax.op.concat([builder.emit_te(kernel("turn"), part, primfunc_name_hint="turn") for part in rows], axis=1))
+
+
+def operators(lowered: IRModule) -> list[str]:
+    bindings = [binding.value for block in lowered["main"].body.blocks for binding in block.bindings]
+    return [value.op.name for value in bindings if isinstance(value, relax.Call)]
+
+
+def test_only_what_needs_a_copy_becomes_a_kernel() -> None:
+    lowered = LegalizePieces()(module(mixed))
+    left = ["relax.strided_slice", "relax.strided_slice", "relax.concat"]
+    assert [name for name in operators(lowered) if name != "relax.call_tir"] == left
+    sequence = read_sequence(lowered)
+    assert len(sequence.calls) == 8
+    assert len(sequence.parts) == 2
+    plain = operators(LegalizePieces()(module(patches)))
+    assert plain.count("relax.concat") == 1
+    assert plain.count("relax.strided_slice") == 2
+    assert plain.count("relax.call_tir") == 10
+
+
+def test_pieces_that_are_returned_become_kernels() -> None:
+    def cut(builder: Any, x: Any) -> Any:
+        return builder.emit(relax.op.strided_slice(builder.emit_te(kernel("turn"), x), [1], [1], [3], assume_inbound=True))
+
+    assert operators(LegalizePieces()(module(cut))) == ["relax.call_tir", "relax.call_tir"]
+    assert len(read_sequence(LegalizePieces()(module(cut))).calls) == 2
