@@ -13,7 +13,7 @@ TYPECHECK := build/typecheck
 WORKERS ?= 2
 PYTEST_OPTIONS ?=
 
-.PHONY: help install aarch64-tools demo test first-steps lint format bench clean
+.PHONY: help install edge-tools demo test first-steps lint format bench clean
 
 help: ## Print this list.
 	@sed -n 's/^\([a-z0-9-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 22
@@ -29,10 +29,14 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[hf,dev]'
 	touch $@
 
-# Without them the tests of aarch64 kernels are skipped on other processors.
-aarch64-tools: ## Install the cross compiler and the emulator for tests of aarch64 kernels (Debian, as root).
+# Without them the tests marked edge are skipped, each naming what it lacks: kernels for other processors, and firmware.
+EDGE_PACKAGES := cmake gcc gcc-aarch64-linux-gnu gcc-arm-linux-gnueabihf gcc-arm-none-eabi gcc-riscv64-linux-gnu gcc-riscv64-unknown-elf \
+    libc6-dev libc6-dev-arm64-cross libc6-dev-armhf-cross libc6-dev-riscv64-cross libnewlib-arm-none-eabi make \
+    picolibc-riscv64-unknown-elf qemu-system-arm qemu-user
+
+edge-tools: ## Install the cross compilers and emulators that tests of other processors take (Debian, as root).
 	apt-get update --quiet
-	apt-get install --quiet --yes --no-install-recommends gcc-aarch64-linux-gnu libc6-dev-arm64-cross qemu-user
+	apt-get install --quiet --yes --no-install-recommends $(EDGE_PACKAGES)
 
 demo: $(INSTALLED) ## Compile all-MiniLM-L6-v2 to 8 bits, print what it lost and what it gained.
 	PATH="$(CURDIR)/$(BIN):$$PATH" benchmarks/demo/run

@@ -85,10 +85,10 @@ def _fuse_requantize(graph: Graph, m: Match) -> fx.Node:
 
 
 def _guard_same_grid(graph: Graph, m: Match) -> str | None:
-    return _differ(graph, m.arguments("quantize"), m.arguments("dequantize"))
+    return differ(graph, m.arguments("quantize"), m.arguments("dequantize"))
 
 
-def _differ(graph: Graph, q: dict[str, Any], d: dict[str, Any]) -> str | None:
+def differ(graph: Graph, q: dict[str, Any], d: dict[str, Any]) -> str | None:
     """Return None where a quantize and a dequantize have one grid, so that codes pass through both unchanged."""
     same = all(q[key] is d[key] or _equal(graph, q[key], d[key]) for key in ("scale", "zero_point")) and q["scheme"] == d["scheme"]
     return None if same and d["size"] is None else "the two grids differ"
@@ -104,7 +104,7 @@ def _guard_concat(graph: Graph, m: Match) -> str | None:
     for part in m.arguments("cat")["tensors"]:
         if part.op != "call_function" or operator_name(part.target) != "qc.dequantize":
             return f"{part.name} is not on a grid"
-        if reason := _differ(graph, q, bound_arguments(part)):
+        if reason := differ(graph, q, bound_arguments(part)):
             return f"{part.name}: {reason}"
     return None
 

@@ -11,6 +11,9 @@ head. Attention reads its queries, keys and values so, and a product of two comp
 concatenations between quantized convolutions are integer too (Krishnamoorthi 2018, section 2): their operands and results get quantizers,
 and the operands of a concatenation share the grid of its result, so that it only moves codes.
 
+With ``everywhere=true`` every computed value has a quantizer, for processors that have integers alone: ``_places.py`` says how. Values
+that are returned, or that a softmax reads, then have the range of all that was seen: of large values cut to one code, none is the largest.
+
 Static ranges come from calibration (``minmax``, ``percentile``, ``mse``, ``entropy``) or, with ``range=model``, from the model itself:
 beta +- 6 gamma of the folded batch normalization (Nagel et al. 2019, section 4.2), carried through the operators between.
 """
@@ -23,6 +26,7 @@ from typing import ClassVar
 
 import torch
 import torch.fx as fx
+from qcompile.passes import _places
 from qcompile.passes.assign_bits import PRODUCTS
 
 from qcompile.errors import Refused
@@ -47,6 +51,7 @@ class InsertQuantizers(Pass):
         range: minmax, percentile, mse, entropy, or model (no data).
         percentile: the share, in percent, of values inside a ``percentile`` range.
         deviations: a ``model`` range reaches so many standard deviations of a channel to either side; 6 in the paper.
+        everywhere: quantize every computed value, not only those that layers and joins of images read.
     """
 
     gives: ClassVar[Stage | None] = Stage.SIMULATED
@@ -56,23 +61,44 @@ class InsertQuantizers(Pass):
     range: str = "minmax"
     percentile: float = 99.99
     deviations: float = DEVIATIONS
+    everywhere: bool = False
 
     def requests(self, graph: Graph, context: Context) -> Sequence[Request]:
         if self.range == "model":
             return ()
-        return [range_request(self.range, node.name) for node, scheme in _activations(graph).items() if scheme.calibrated]
+        activations = self._activations(graph)
+        kinds, deciding = self._kinds(activations), self._deciding(activations)
+        asked = {other for node in activations for other in deciding.get(node, (node,))}
+        return [range_request(kinds[node], node.name) for node, scheme in activations.items() if scheme.calibrated and node in asked]
+
+    def _activations(self, graph: Graph) -> dict[fx.Node, Scheme]:
+        return _places.all_places(graph, _activations(graph)) if self.everywhere else _activations(graph)
+
+    def _deciding(self, activations: dict[fx.Node, Scheme]) -> dict[fx.Node, tuple[fx.Node, ...]]:
+        """Return by value those whose ranges its grid covers, where that is not the value alone."""
+        return _places.grids(activations) if self.everywhere else _shared_grids(activations)
+
+    def _kinds(self, activations: dict[fx.Node, Scheme]) -> dict[fx.Node, str]:
+        """Return the kind of range that each value has."""
+        kinds = dict.fromkeys(activations, self.range)
+        if self.everywhere and self.range != "model":
+            deciding = _places.grids(activations)
+            kinds |= {other: "minmax" for node in activations if _places.keeps_extremes(node) for other in deciding[node]}
+        return kinds
 
     def run(self, graph: Graph, context: Context) -> int:
-        activations = _activations(graph)
-        grids = _Grids(self, graph, context)
+        activations = self._activations(graph)
+        grids = _Grids(self, graph, context, self._kinds(activations))
         placed: dict[fx.Node, fx.Node] = {}
-        shared = _shared_grids(activations)
+        shared = self._deciding(activations)
         for node, scheme in activations.items():
-            scale, zero_point = (None, None) if not scheme.calibrated else grids.find(shared.get(node, node), scheme)
+            scale, zero_point = (None, None) if not scheme.calibrated else grids.find(shared.get(node, (node,)), scheme)
             first_user = _first(graph, node.users)
             placed[node] = graph.call_quantizer(
                 Quantizer(scheme, scale, zero_point), node, before=first_user, name=f"{node.name}.quantizer"
             )
+            if self.everywhere:
+                node.replace_all_uses_with(placed[node], delete_user_cb=lambda user, own=placed[node]: user is not own)
         weights: dict[tuple[fx.Node, Scheme], fx.Node] = {}
         for node in graph.nodes:
             scheme = _scheme(node)
@@ -156,13 +182,13 @@ def _joined_scheme(node: fx.Node, wanted: dict[fx.Node, Scheme]) -> Scheme | Non
     return schemes[0] if schemes else None
 
 
-def _shared_grids(activations: dict[fx.Node, Scheme]) -> dict[fx.Node, fx.Node]:
+def _shared_grids(activations: dict[fx.Node, Scheme]) -> dict[fx.Node, tuple[fx.Node, ...]]:
     """Map each operand of a concatenation to the concatenation whose grid it takes."""
-    shared: dict[fx.Node, fx.Node] = {}
+    shared: dict[fx.Node, tuple[fx.Node, ...]] = {}
     for node in reversed(activations):
         if node.op == "call_function" and operator_name(node.target) == "aten.cat" and _is_join(node):
             for operand in _operands(node):
-                shared.setdefault(operand, shared.get(node, node))
+                shared.setdefault(operand, shared.get(node, (node,)))
     return shared
 
 
@@ -179,16 +205,23 @@ def _first(graph: Graph, users) -> fx.Node:  # type: ignore[no-untyped-def]
 class _Grids:
     """Finds scale and zero point of a value from statistics or from the model."""
 
-    def __init__(self, item: InsertQuantizers, graph: Graph, context: Context) -> None:
-        self.item, self.context = item, context
+    def __init__(self, item: InsertQuantizers, graph: Graph, context: Context, kinds: dict[fx.Node, str]) -> None:
+        self.item, self.context, self.kinds = item, context, kinds
         self.model = ModelRanges(graph, context.example_inputs, item.deviations) if item.range == "model" else None
 
-    def find(self, node: fx.Node, scheme: Scheme) -> tuple[torch.Tensor, torch.Tensor | None]:
-        if self.model:
-            ends: tuple[float | torch.Tensor, float | torch.Tensor] = self.model.range(node)
-        else:
-            assert self.context.statistics is not None
-            result = self.context.statistics[range_request(self.item.range, node.name)]
-            ends = find_range(self.item.range, result, scheme, percentile=self.item.percentile)
-        low, high = (torch.as_tensor(end, dtype=torch.float32) for end in ends)
+    def find(self, nodes: tuple[fx.Node, ...], scheme: Scheme) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return the grid that covers the ranges of these values."""
+        if self.item.everywhere and not scheme.symmetric and _places.is_softmax(nodes[0]):
+            return _places.softmax_grid(scheme)
+        ends = [self._ends(node, scheme) for node in nodes]
+        low = torch.stack([torch.as_tensor(low, dtype=torch.float32) for low, _ in ends]).min()
+        high = torch.stack([torch.as_tensor(high, dtype=torch.float32) for _, high in ends]).max()
         return choose_scale(low, high, scheme)
+
+    def _ends(self, node: fx.Node, scheme: Scheme) -> tuple[float | torch.Tensor, float | torch.Tensor]:
+        if self.model:
+            return self.model.range(node)
+        assert self.context.statistics is not None
+        kind = self.kinds[node]
+        result = self.context.statistics[range_request(kind, node.name)]
+        return find_range(kind, result, scheme, percentile=self.item.percentile)

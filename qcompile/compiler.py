@@ -18,6 +18,7 @@ import torch
 from qcompile.artifact import Artifact
 from qcompile.calibration import Calibration, from_iterable, parse_calibration
 from qcompile.capture import Captured, capture
+from qcompile.capture.sizes import fix_sizes
 from qcompile.capture.torch_export import DynamicShapes
 from qcompile.checkpoint import Checkpoints
 from qcompile.errors import Refused
@@ -29,6 +30,7 @@ from qcompile.pipeline import Context, Observer, Pass, Pipeline, Step
 from qcompile.recipe import CODES_RECIPE, DEFAULT_RECIPE, Recipe, load_recipe
 from qcompile.registry import find_target
 from qcompile.report import build_report, layer_errors
+from qcompile.target import MemoryLimits
 
 RANDOM_SAMPLES = 16  # noise tells little; more of it tells no more
 VERSIONED = ("qcompile", "torch", "apache-tvm", "onnx", "onnxruntime")
@@ -49,6 +51,8 @@ class Options:
         hold_promises: refuse the pass that breaks its promise under ``check``; False only measures (bisection).
         kernel_times: the table of measured kernel times to use and extend, by default the one in the cache folder.
         native: build the target's code too and put it into the artifact.
+        sizes: symbolic sizes of the model to fix, by name.
+        limits: what the target's memory holds, see ``Target.with_limits``.
     """
 
     output: Path | None = None
@@ -61,6 +65,8 @@ class Options:
     kernel_times: Path | None = None
     hold_promises: bool = True
     native: bool = False
+    sizes: Mapping[str, int] = field(default_factory=dict)
+    limits: MemoryLimits | None = None
 
 
 @dataclass
@@ -122,10 +128,12 @@ def run_compile(
     """Compile as ``compile`` does, with options, and return what happened on the way."""
     options = options or Options()
     chosen, place = load_recipe(recipe or DEFAULT_RECIPE), find_target(target)
+    place = place.with_limits(options.limits) if options.limits else place
     if options.native and not place.native:
         raise Refused(f"target {place.name} has no native code to store", way_out="leave out --native")
     pipeline = _stopped(chosen.parsed_pipeline(), options.stop_after)
     captured = capture(model, example_inputs, dynamic_shapes)
+    captured = fix_sizes(captured, options.sizes) if options.sizes else captured
     if recipe is None and captured.brings_codes:
         chosen = load_recipe(CODES_RECIPE)
         pipeline = _stopped(chosen.parsed_pipeline(), options.stop_after)

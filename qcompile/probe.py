@@ -1,7 +1,8 @@
 """Probes: for every integer layer, seeded codes in, exact products out. The same digests on every target, or ``verify`` names the layer.
 
 A probe runs the layer's own weights and scales without its float epilogue (no activation, residual or float bias), so its float32
-result is determined to the bit by the dialect: ``(float32(acc) * weight_scale) * x_scale``. Scales and zero points that a layer would
+result is determined to the bit by the dialect: ``(float32(acc) * weight_scale) * x_scale``. A layer that requantizes by multiplier and
+shift has no float part: its probe gives codes. Scales and zero points that a layer would
 be given by the values before it (dynamic schemes) are drawn too.
 
 Where codes are values without a scale (bfloat16), a kernel may sum in any order: there each row has one element that is not zero, and so
@@ -18,6 +19,7 @@ import torch
 import torch.fx as fx
 
 from qcompile.formats import parse_scheme
+from qcompile.graph.code_operators import is_fixed_point
 from qcompile.graph.graph import Graph, build_module, tensor_digest
 from qcompile.graph.stage import Stage
 from qcompile.graph.text import bound_arguments, operator_name
@@ -25,6 +27,7 @@ from qcompile.graph.types import TensorType
 
 ROWS = 5  # odd, so that no kernel's row block divides it
 VALUE_ROWS = 37  # each meets the weights of one input, so there are more
+_NO_EPILOGUE = {"activation": "none", "residual": None, "out_scale": None, "out_zero_point": None, "out_scheme": ""}
 
 
 def probe_graph(graph: Graph) -> tuple[Graph | None, list[torch.Tensor], list[str]]:
@@ -41,13 +44,8 @@ def probe_graph(graph: Graph) -> tuple[Graph | None, list[torch.Tensor], list[st
     constants: dict[str, torch.Tensor] = {}
     outputs = []
     for node, given in zip(nodes, placeholders, strict=True):
-        arguments = bound_arguments(node) | {
-            "activation": "none",
-            "residual": None,
-            "out_scale": None,
-            "out_zero_point": None,
-            "out_scheme": "",
-        }
+        arguments = bound_arguments(node)
+        arguments |= {} if is_fixed_point(arguments) else _NO_EPILOGUE
         arguments |= given
         bias = graph.constant(arguments["bias"])
         arguments["bias"] = arguments["bias"] if bias is not None and not bias.is_floating_point() else None

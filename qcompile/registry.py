@@ -67,7 +67,8 @@ def names(kind: str) -> list[str]:
 
 def check_name(kind: str, name: str) -> None:
     """Raise Refused, with the nearest name, unless there is a ``pass``, ``target`` or ``solver`` of this name."""
-    if name not in _known(kind):
+    family = name.partition(":")[0] if kind == "target" else name
+    if family not in _known(kind):
         raise Refused(f"unknown {_KINDS[kind].word} '{name}'", way_out=nearest_name(name, _known(kind)))
 
 
@@ -89,8 +90,14 @@ def find_pass(name: str) -> type[Pass]:
 
 
 def find_target(name: str) -> Target:
-    """Return the target of this name, such as ``cpu``."""
-    return _load("target", name, lambda n: "TARGET")
+    """Return the target of this name, such as ``cpu``, or ``edge:cortex-m4``: a target and what it is made for.
+
+    Raises:
+        Refused: there is none; the message gives the nearest name.
+    """
+    family, colon, variant = name.partition(":")
+    target: Target = _load("target", family, lambda n: "TARGET")
+    return target.variant(variant) if colon else target
 
 
 def find_solver(name: str) -> Callable[..., Any]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
@@ -61,6 +62,21 @@ class Limits:
     def integer_gops(self) -> float | None:
         """The faster of the two ways to multiply int8."""
         return self.tile_gops or self.int8_gops
+
+
+@dataclass(frozen=True)
+class MemoryLimits:
+    """What a model may take of a board, each in bytes or None for no limit.
+
+    Attributes:
+        board: whose memories are meant, by its name; empty for none.
+        arena: for values, at one time.
+        flash: for constants and code.
+    """
+
+    board: str = ""
+    arena: int | None = None
+    flash: int | None = None
 
 
 @dataclass(frozen=True)
@@ -121,6 +137,7 @@ class Target(ABC):
         measures: kernel times can be measured on this machine.
         native: ``native_code`` builds code that an artifact can hold.
         tunes: ``tune`` finds tiles for kernels, see ``qcompile.kernel_tiles``.
+        writes_folder: what comes out of a compile is a folder of source code, see ``write_folder``.
     """
 
     name: str
@@ -129,6 +146,40 @@ class Target(ABC):
     measures: bool = False
     native: bool = False
     tunes: bool = False
+    writes_folder: bool = False
+
+    def variant(self, name: str) -> Target:
+        """Return the target for one of what it is made for, such as a processor.
+
+        Raises:
+            Refused: it has no variants, or none of this name.
+        """
+        raise Refused(f"target {self.name} has no variants", node=f"{self.name}:{name}", way_out=f"--target {self.name}")
+
+    def with_limits(self, limits: MemoryLimits) -> Target:
+        """Return the target as it refuses models that need more memory.
+
+        Raises:
+            Refused: its memory is not limited, or there is no such board.
+        """
+        raise Refused(f"target {self.name} has no limits of memory", way_out="leave out --board, --arena-limit and --flash-limit")
+
+    def write_folder(self, graph: Graph, golden: Sequence[torch.Tensor], folder: Path, *, name: str = "model") -> dict[str, Any]:
+        """Write a graph as a folder of source code; only where ``writes_folder``.
+
+        Args:
+            graph: is not changed.
+            golden: one input for each of the graph's.
+            folder: exists; files of other names in it stay as they are.
+            name: what the code calls the model.
+
+        Returns:
+            What ``report.json`` in the folder says.
+
+        Raises:
+            Refused: an operator has no form there, or a limit is exceeded; then nothing is written.
+        """
+        raise NotImplementedError(f"{self.name} writes no folder")
 
     def supports(self, operator: str, scheme: LayerScheme) -> str | None:
         """Return None if there is a kernel for this operator and scheme, else the reason with the nearest scheme that runs."""
@@ -218,6 +269,21 @@ class Target(ABC):
             Refused: the target has none, or an operator has no form in it.
         """
         raise Refused(f"target {self.name} exports no file")
+
+    def verify_folder(self, folder: Path, *, sanitize: bool = False) -> dict[str, Any]:
+        """Build the example in a folder of source code that was compiled for this target and run its golden inputs, emulated.
+
+        Args:
+            folder: is not changed.
+            sanitize: run on this machine instead, built so that undefined behaviour ends it.
+
+        Returns:
+            ``ok``, and what was measured; ``docs/cli.md`` has the names.
+
+        Raises:
+            Refused: the target writes no folders, this is none of them, or a tool is missing.
+        """
+        raise Refused(f"target {self.name} writes no folders of source code")
 
     def with_tiles(self, tiles: KernelTiles) -> Target:
         """Return the target as it builds with a table beside the user's own, whose entries go first. Without ``tunes``, it is the same."""

@@ -290,6 +290,37 @@ def stages_table() -> str:
     )
 
 
+def processors_table() -> str:
+    from qcompile.backends.edge.processors import PROCESSORS
+
+    return table(
+        ["name", "what it is", "compiler", "runs under", "features", "arena begins at a multiple of"],
+        [
+            [
+                f"`{p.name}`",
+                p.summary,
+                f"`{' '.join([f'{p.prefix}gcc', *p.flags])}`",
+                f"`{p.emulator[0]}`" + (f", machine `{p.emulator[2]}`" if p.machine else ""),
+                ", ".join(sorted(p.features)),
+                f"{p.alignment} bytes",
+            ]
+            for p in PROCESSORS.values()
+        ],
+    )
+
+
+def boards_table() -> str:
+    from qcompile.backends.edge.boards import BOARDS
+
+    return table(
+        ["board", "processor", "clock", "flash", "RAM", "data sheet"],
+        [
+            [f"`{b.name}`", f"`{b.processor}`", f"{b.clock_mhz} MHz", f"{b.flash_bytes // 1024} KB", f"{b.ram_bytes // 1024} KB", b.chip]
+            for b in BOARDS.values()
+        ],
+    )
+
+
 TABLES = {
     ("design.md", "stages"): stages_table,
     ("methods.md", "methods"): methods_table,
@@ -298,6 +329,8 @@ TABLES = {
     ("recipes.md", "passes"): passes_table,
     ("recipes.md", "solvers"): solvers_table,
     ("cli.md", "options"): options_text,
+    ("edge.md", "processors"): processors_table,
+    ("edge.md", "boards"): boards_table,
 }
 
 

@@ -7,9 +7,12 @@ from qcompile.backends.cpu.executable import Executable, Interface, Port
 from qcompile.backends.cpu.kernels import isa
 from qcompile.backends.cpu.legalize import LEGALIZE
 from qcompile.backends.cpu.tiling import Tiling
+from qcompile.backends.lowering.converters import fixed_point_refused, named_arguments
 from qcompile.backends.lowering.shapes import dtype_name
 from qcompile.backends.lowering.translate import translate
 from torch import fx
+
+from qcompile.graph.code_operators import is_fixed_point
 
 
 def build(
@@ -34,6 +37,9 @@ def build(
     Raises:
         Refused: naming the node and the operator that cannot be lowered; or ``QCOMPILE_CPU`` names a set that cannot run here.
     """
+    for node in graph_module.graph.nodes:
+        if node.op == "call_function" and is_fixed_point(named_arguments(node)):
+            raise fixed_point_refused(node)  # before a legalizer, which would read the scales
     with pipeline.COMPILE_LOCK:  # building Relax runs TVM's passes too
         lowered = translate(graph_module, legalize=LEGALIZE if kernels else {}, taps=taps, tiling=tiling or Tiling())
     placeholders = [node for node in graph_module.graph.nodes if node.op == "placeholder"]

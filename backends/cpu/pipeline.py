@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import threading
 from typing import Any
 
 import tvm
@@ -15,12 +14,11 @@ from qcompile.backends.cpu.team import CONNECT, connect, connector, set_threads
 from qcompile.backends.lowering.arena import plan_arena
 from qcompile.backends.lowering.sequence import NoSequence, read_sequence
 from qcompile.backends.lowering.share_shapes import OrderShapes, ShareShapes
+from qcompile.backends.lowering.translate import COMPILE_LOCK
 from tvm import relax, tirx
 from tvm.relax import transform
 
 logger = logging.getLogger(__name__)
-
-COMPILE_LOCK = threading.Lock()  # TVM's compiler is not thread-safe: one compile at a time in a process
 
 
 def kernel_passes() -> list[Any]:

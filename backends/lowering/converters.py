@@ -17,6 +17,7 @@ from torch import fx
 
 from qcompile.errors import Refused
 from qcompile.formats import Tensor, parse_scheme
+from qcompile.graph.code_operators import is_fixed_point
 
 PLAIN, POINTWISE, SPATIAL = "plain", "pointwise", "spatial"
 NCHW, NHWC = "NCHW", "NHWC"
@@ -82,6 +83,14 @@ def _no_entry(node: fx.Node) -> Refused:
     )  # fmt: skip
 
 
+def fixed_point_refused(node: fx.Node) -> Refused:
+    """Return the refusal of an operator whose multipliers nothing here reads: its float form would give other codes."""
+    return Refused(
+        "requantization by multiplier and shift has no kernel here", node=node.name, operator=operator_names(node.target)[0],
+        way_out="run it on the target reference, or compile without use-fixed-point",
+    )  # fmt: skip
+
+
 def convert(walk: Walk, node: fx.Node) -> None:
     """Emit one node: with the target's legalizer if it takes the node, else with the table.
 
@@ -104,6 +113,8 @@ def convert(walk: Walk, node: fx.Node) -> None:
         walk.report("the target has no kernel for this operator")
     if entry is None:
         raise _no_entry(node)
+    if is_fixed_point(arguments):
+        raise fixed_point_refused(node)
     _emit(walk, node, entry, arguments)
 
 

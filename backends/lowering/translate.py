@@ -12,6 +12,7 @@ transposes.
 from __future__ import annotations
 
 import operator
+import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -31,6 +32,8 @@ from qcompile.graph.file_tensor import in_memory
 
 TO_CHANNELS_LAST = (0, 2, 3, 1)
 TO_PLAIN = (0, 3, 1, 2)
+
+COMPILE_LOCK = threading.Lock()  # TVM's compiler is not thread-safe: one compile at a time in a process
 
 SCHEDULED = "qcompile.scheduled"  # attribute of a TIR function whose loops must be left as they are
 
@@ -100,9 +103,12 @@ class Walk:
     """
 
     def __init__(
-        self, graph_module: fx.GraphModule, legalize: dict[str, Legalizer], taps: tuple[str, ...] = (), tiling: Any = None
-    ) -> None:
+        self, graph_module: fx.GraphModule, legalize: dict[str, Legalizer], taps: tuple[str, ...] = (), tiling: Any = None,
+        inline_bytes: int = INLINE_BYTES, images_last: bool = False,
+    ) -> None:  # fmt: skip
         self._taps = taps
+        self._images_last = images_last
+        self._inline_bytes = inline_bytes
         self.tiling = tiling
         self.graph_module = graph_module
         self.builder = relax.BlockBuilder()
@@ -135,16 +141,23 @@ class Walk:
             self._kernels[key] = self.builder.add_func(function, name)
         return self._kernels[key]
 
-    def call_kernel(self, kernel: Any, inputs: list[Any], *results: tuple[Iterable[Size], str]) -> Any:
-        """Emit a call of a TIR kernel; each result is (shape, dtype name). Returns the value, or a list of several."""
+    def call_kernel(self, kernel: Any, inputs: list[Any], *results: tuple[Iterable[Size], str], numbers: Iterable[int] = ()) -> Any:
+        """Emit a call of a TIR kernel; each result is (shape, dtype name). Returns the value, or a list of several.
+
+        ``numbers`` are int32 arguments between the inputs and the results.
+        """
         types = [relax.TensorType([_prim(s) for s in shape], dtype) for shape, dtype in results]
-        call = self.builder.emit(relax.op.call_tir(kernel, relax.Tuple(inputs), types[0] if len(types) == 1 else types))
+        arguments = relax.Tuple([*inputs, *(tirx.const(number, "int32") for number in numbers)])
+        call = self.builder.emit(relax.op.call_tir(kernel, arguments, types[0] if len(types) == 1 else types))
         return call if len(types) == 1 else [self.builder.emit(relax.TupleGetItem(call, i)) for i in range(len(types))]
 
-    def update(self, kernel: Any, updated: Any, *others: Any) -> Any:
-        """Emit a call of a TIR kernel that writes its first argument in place; return what stands for it from then on."""
-        kind = updated.ty
-        return self.builder.emit(relax.op.call_tir_inplace(kernel, relax.Tuple([updated, *others]), 0, kind))
+    def update(self, kernel: Any, updated: Any, *others: Any, numbers: Iterable[int] = ()) -> Any:
+        """Emit a call of a TIR kernel that writes its first argument in place; return what stands for it from then on.
+
+        ``numbers`` are int32 arguments after the others.
+        """
+        arguments = relax.Tuple([updated, *others, *(tirx.const(number, "int32") for number in numbers)])
+        return self.builder.emit(relax.op.call_tir_inplace(kernel, arguments, 0, updated.ty))
 
     def reshape(self, value: Any, shape: Iterable[Size]) -> Any:
         """Emit a view of a value with another shape; nothing is copied when the value is in memory."""
@@ -185,7 +198,7 @@ class Walk:
         """Return the Relax value of a constant; ``name`` identifies it and ``make`` runs once for each name."""
         if name not in self._parameters:
             tensor = in_memory(make().detach().contiguous())
-            if tensor.nbytes <= INLINE_BYTES:
+            if tensor.nbytes <= self._inline_bytes:
                 self._parameters[name] = relax.const(tensor.numpy(), dtype_name(tensor.dtype))
             else:
                 self.constants[name] = tensor
@@ -275,7 +288,8 @@ class Walk:
                 for node in self.graph_module.graph.nodes:
                     self._translate(node)
                 outputs = self._outputs(self._taps)
-                result = self.builder.emit_output(relax.Tuple([self.plain(node) for node in outputs]))
+                returned = [self.channels_last(n) if self._images_last and self.fake(n).ndim == 4 else self.plain(n) for n in outputs]
+                result = self.builder.emit_output(relax.Tuple(returned))
             self.builder.emit_func_output(result, [*inputs, *(self._parameters[name] for name in self.constants)])
         module, constants = _bundle_constants(self.builder.finalize(), inputs, {name: self._parameters[name] for name in self.constants})
         kept = {name: self.constants[name] for name in constants}
@@ -285,8 +299,11 @@ class Walk:
         fake = self.fake(node)
         if not isinstance(fake, torch.Tensor):
             raise Refused("an input is not a tensor", node=node.name, way_out="export the model with tensors as inputs")
-        variable = relax.Var(node.name, relax.TensorType([_prim(s) for s in self.shape(node)], dtype_name(fake.dtype)))
-        self._plain[node] = variable
+        last = self._images_last and fake.ndim == 4
+        shape = self.shape(node)
+        sizes = [_prim(shape[axis]) for axis in (TO_CHANNELS_LAST if last else range(len(shape)))]
+        variable = relax.Var(node.name, relax.TensorType(sizes, dtype_name(fake.dtype)))
+        (self._channels_last if last else self._plain)[node] = variable
         return variable
 
     def _translate(self, node: fx.Node) -> None:
@@ -327,8 +344,9 @@ class Walk:
 
 
 def translate(
-    graph_module: fx.GraphModule, *, legalize: dict[str, Legalizer] | None = None, taps: tuple[str, ...] = (), tiling: Any = None
-) -> Lowered:
+    graph_module: fx.GraphModule, *, legalize: dict[str, Legalizer] | None = None, taps: tuple[str, ...] = (), tiling: Any = None,
+    inline_bytes: int = INLINE_BYTES, images_last: bool = False,
+) -> Lowered:  # fmt: skip
     """Translate a graph of ATen core and qc operators into a Relax module.
 
     Args:
@@ -336,11 +354,13 @@ def translate(
         legalize: a target's own emitters by operator name (``qc.linear``, ``aten.conv2d``).
         taps: names of further nodes to return after the outputs.
         tiling: handed to the legalizers as ``Walk.tiling``.
+        inline_bytes: constants up to this size are part of the code.
+        images_last: inputs and outputs of rank 4 are NHWC.
 
     Raises:
         Refused: naming the node and the operator that cannot be lowered.
     """
-    return Walk(graph_module, legalize or {}, taps, tiling).run()
+    return Walk(graph_module, legalize or {}, taps, tiling, inline_bytes, images_last).run()
 
 
 def _is_tensor_like(value: Any) -> bool:

@@ -27,6 +27,7 @@ from qcompile.backends.onnx.emit import FORMS, INTEGER_TABLE, ONNX_TYPES, TABLE,
 from qcompile.errors import Refused
 from qcompile.formats import parse_scheme
 from qcompile.graph import Graph, Stage
+from qcompile.graph.code_operators import is_fixed_point
 from qcompile.graph.text import bound_arguments
 
 OPSET = 21
@@ -90,6 +91,8 @@ def _convert(emitter: Emitter, node: fx.Node, name: str) -> None:
         raise Refused("there is no ONNX export of this operator", node=node.name, operator=str(node.target), way_out="use another target")
     arguments = bound_arguments(node) if isinstance(node.target, torch._ops.OpOverload) else {"args": node.args}
     emitter.current = node
+    if is_fixed_point(arguments):
+        raise emitter.refuse("ONNX has no requantization by multiplier and shift", "compile without use-fixed-point")
     for key, text in arguments.items():
         if key.endswith("scheme") and text and not parse_scheme(text).format.scaled:
             raise emitter.refuse(f"{parse_scheme(text).format} has no ONNX form", "run it on the target cpu, or use another scheme")

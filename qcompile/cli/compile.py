@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from qcompile.cli.main import as_json, check_folder, print_json
+from qcompile.errors import Refused
 from qcompile.files import map_large_blocks
+
+if TYPE_CHECKING:
+    from qcompile.target import MemoryLimits
 
 
 @click.command()
@@ -17,7 +21,12 @@ from qcompile.files import map_large_blocks
 @click.option("--recipe", help="Name, YAML file, or pipeline text [w8a8; stored, where MODEL's weights have codes already].")
 @click.option("--target", default="cpu", show_default=True, help="See 'qcompile targets'.")
 @click.option("--calibrate", metavar="DATA", help="FILE.npz, FILE.npy, text:FILE, images:FOLDER?resize=..&crop=.., or random.")
-@click.option("-o", "--output", type=click.Path(path_type=Path, dir_okay=False), help="The artifact to write [MODEL's name with .qc].")
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="The artifact to write [MODEL's name with .qc]; a folder for edge targets.")
+@click.option("--size", "sizes", multiple=True, metavar="NAME=N", help="Fix a symbolic size of the model, such as batch=1.")
+@click.option("--context", type=click.IntRange(min=2), help="For a decoder and an edge target: write the step of one token, for texts so long.")
+@click.option("--board", default="", help="A board whose memories the model must fit into, for edge targets.")
+@click.option("--arena-limit", metavar="BYTES", help="Most memory for values, such as 256K, for edge targets.")
+@click.option("--flash-limit", metavar="BYTES", help="Most memory for constants and code, for edge targets.")
 @click.option("--resume", is_flag=True, help="Go on where a killed compile stopped.")
 @click.option("--check", is_flag=True, help="Hold every pass to what it says it keeps.")
 @click.option("--dump", type=click.Path(path_type=Path, file_okay=False), help="Write the graph's text after every pass to this folder.")
@@ -33,6 +42,7 @@ from qcompile.files import map_large_blocks
 @as_json()
 def compile(model: str, recipe: str | None, target: str, calibrate: str | None, output: Path | None, **flags: Any) -> None:
     """Compile MODEL (.onnx, .pt2, .gguf, Hugging Face folder, python:FILE_OR_MODULE:FUNCTION) to an artifact."""
+    from qcompile.capture.sizes import parse_sizes
     from qcompile.compiler import Options, finish, run_compile
 
     start = time.perf_counter()
@@ -41,9 +51,8 @@ def compile(model: str, recipe: str | None, target: str, calibrate: str | None, 
         from qcompile.plan import plan
 
         return _print_plan(plan(model, recipe=recipe, target=target), flags["json_"])
-    output = output or Path(_default_name(model))
     writes = not flags["bisect"] and not flags["stop_after"]
-    check_folder(output)
+    output, folder = _places(output, model, target, writes)
     tracer = _Tracer(flags)
     options = Options(
         output=output if writes else None,
@@ -56,8 +65,16 @@ def compile(model: str, recipe: str | None, target: str, calibrate: str | None, 
         kernel_times=flags["kernel_times"],
         hold_promises=not flags["bisect"],
         native=flags["native"] and writes,
+        sizes=parse_sizes(flags["sizes"]),
+        limits=_limits(flags),
     )
-    done = run_compile(model, recipe=recipe, target=target, calibration=calibrate, options=options)
+    try:
+        done = run_compile(model, recipe=recipe, target=target, calibration=calibrate, options=options)
+        told = _write_folder(done, folder, flags["context"]) if folder and writes else {}
+    except Refused:
+        if folder and folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()
+        raise
     if flags["why_not"]:
         for line in done.context.log.why_not(flags["why_not"]) or [f"no rule was tried at {flags['why_not']}"]:
             click.echo(line, err=flags["json_"])
@@ -67,7 +84,54 @@ def compile(model: str, recipe: str | None, target: str, calibrate: str | None, 
         return None
     size = finish(done.artifact, output)
     _remember(output, model)
-    return _print_done(done, output, size, time.perf_counter() - start, flags["json_"])
+    return _print_done(done, output, size, time.perf_counter() - start, told, flags["json_"])
+
+
+def _write_folder(done: Any, folder: Path, context: int | None) -> dict[str, Any]:
+    from qcompile.generation.entries import one_token_step
+
+    artifact = done.artifact
+    graph = one_token_step(artifact.graph, context) if context else artifact.graph
+    told: dict[str, Any] = done.context.target.write_folder(graph, artifact.golden_inputs, folder)
+    return told
+
+
+def _places(output: Path | None, model: str, target: str, writes: bool) -> tuple[Path, Path | None]:
+    """Return the artifact to write and the folder around it, which is None where the target writes no folder; it is made here."""
+    from qcompile.registry import find_target
+
+    output = output or Path(_default_name(model))
+    check_folder(output)
+    if not find_target(target).writes_folder:
+        if output.is_dir():
+            raise Refused("this is a folder", node=str(output), way_out="name a file to write, such as model.qc")
+        return output, None
+    folder = output.with_suffix("") if output.suffix == ".qc" else output
+    if folder.exists() and not folder.is_dir():
+        raise Refused("this is a file", node=str(folder), way_out="name a folder to write")
+    if writes:
+        folder.mkdir(exist_ok=True)
+    return folder / "model.qc", folder
+
+
+def _limits(flags: dict[str, Any]) -> MemoryLimits | None:
+    from qcompile.target import MemoryLimits
+
+    arena, flash = (parse_bytes(flags[name]) if flags[name] else None for name in ("arena_limit", "flash_limit"))
+    return MemoryLimits(flags["board"], arena, flash) if flags["board"] or arena or flash else None
+
+
+def parse_bytes(text: str) -> int:
+    """Parse ``262144``, ``256K``, ``1M``: K is 1024.
+
+    Raises:
+        Refused: the text is none of these.
+    """
+    unit = {"K": 1 << 10, "M": 1 << 20}.get(text[-1:].upper(), 1)
+    number = text[:-1] if unit > 1 else text
+    if not (number.isdigit() and int(number)):
+        raise Refused("this is no number of bytes", node=text, way_out="write 262144, 256K or 1M")
+    return int(number) * unit
 
 
 def _default_name(model: str) -> str:
@@ -135,7 +199,7 @@ def _print_plan(plan: dict[str, Any], json_: bool) -> None:
     return None
 
 
-def _print_done(done: Any, output: Path, size: int, seconds: float, json_: bool) -> None:
+def _print_done(done: Any, output: Path, size: int, seconds: float, told: dict[str, Any], json_: bool) -> None:
     report = done.artifact.report
     if json_:
         return print_json(
@@ -149,6 +213,7 @@ def _print_done(done: Any, output: Path, size: int, seconds: float, json_: bool)
                 "weight_bytes": report["bytes"],
                 "float_bytes": report["float_bytes"],
                 "warnings": report["warnings"],
+                **({"folder": str(output.parent), **{key: told[key] for key in _TOLD}} if told else {}),
             }
         )
     _print_warnings(report["warnings"])
@@ -158,7 +223,12 @@ def _print_done(done: Any, output: Path, size: int, seconds: float, json_: bool)
         f"{low} of {len(report['layers'])} layers in low bits, {report['bits_per_weight']:.2f} bits per weight, "
         f"constants {100 * report['bytes'] / max(report['float_bytes'], 1):.1f} % of float32"
     )
+    if told:
+        click.echo(f"{output.parent}: C with an arena of {told['arena_bytes']} bytes, {told['weights_bytes']} bytes of weights, {told['macs']} MACs")
     return None
+
+
+_TOLD = ("arena_bytes", "weights_bytes", "macs")
 
 
 def _print_warnings(warnings: list[str]) -> None:

@@ -91,6 +91,18 @@ def decoder_entries(graph: Graph, context: int) -> Decoder:
     return Decoder(prefill, decode, caches, context)
 
 
+def one_token_step(graph: Graph, context: int) -> Graph:
+    """Return the entry ``decode`` of a decoder for one text, with caches for ``context`` tokens and no symbolic size.
+
+    Raises:
+        Refused: the graph is no decoder, or its texts are shorter.
+    """
+    if context > (longest := longest_text(graph)):
+        raise Refused(f"its texts have at most {longest} tokens, not {context}", way_out=f"--context {longest}")
+    step = decoder_entries(graph, context).decode
+    return step.with_sizes({name: context if name == "capacity" else 1 for name in step.symbols.ranges})
+
+
 def longest_text(graph: Graph) -> int:
     """Return the most tokens that a decoder takes: what its sizes allow, and what its positions can be computed for.
 

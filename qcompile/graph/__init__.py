@@ -1,6 +1,6 @@
 """The graph: FX and the qc dialect, their text form, rewriting, and the structure found in them."""
 
-from qcompile.graph import dialect  # noqa: F401  registers the qc operators
+from qcompile.graph import code_operators, dialect  # noqa: F401  register the qc operators
 from qcompile.graph.graph import Graph, tensor_digest
 from qcompile.graph.quantizer import Quantizer
 from qcompile.graph.stage import Stage

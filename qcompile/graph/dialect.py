@@ -25,7 +25,15 @@ Conventions shared by all operators:
   ``(in + 8) * 2**-24 * sum of abs(x * w) + in * 2**-126`` of the meaning's;
 
 - with weight groups along the input, ``y`` is the sum in ascending group order of ``float32(acc_g) * weight_scale_g``,
-  then times x_scale.
+  then times x_scale;
+
+- an operator that is given a ``multiplier`` and a ``shift`` has no float part: with ``requantize`` of ``qcompile.graph.fixed_point``
+
+      codes = clamp(requantize(acc + bias, multiplier, shift) + out_zero_point, low, high)
+
+  low and high are those of the out scheme's format; relu raises low to ``out_zero_point``, relu6 lowers high as well, to
+  ``out_zero_point + round_half_even(6 / out_scale)``. Its scales then only say what the codes mean. The operators that exist in
+  integers alone are in ``qcompile.graph.code_operators``.
 """
 
 from __future__ import annotations
@@ -37,7 +45,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from qcompile.formats import Group, Scheme, decode, dequantize, parse_scheme, quantize, quantize_dynamic
+from qcompile.formats import Group, Scheme, Tensor, decode, dequantize, parse_scheme, quantize, quantize_dynamic
+from qcompile.graph.fixed_point import requantize, sum_fits
 from qcompile.graph.hadamard import hadamard_matrix, require_hadamard
 
 LIBRARY = torch.library.Library("qc", "DEF")
@@ -60,7 +69,7 @@ ACTIVATIONS = {
 MEANINGS: dict[torch._ops.OpOverload, Callable[..., Any]] = {}  # the Python function of each operator, through which gradients flow
 
 
-def _define(schema: str, meaning, shape) -> None:
+def define(schema: str, meaning, shape) -> None:
     """Register one operator: its schema, its meaning, and the rule that gives the meta result."""
     name = schema.partition("(")[0]
     LIBRARY.define(schema)
@@ -80,7 +89,7 @@ def _quantize(x, scale, zero_point, scheme):
     return quantize(x, scale, zero_point, parse_scheme(scheme))
 
 
-_define(
+define(
     "quantize(Tensor x, Tensor? scale, Tensor? zero_point, str scheme) -> Tensor",
     _quantize,
     lambda x, scale, zero_point, scheme: x.new_empty(x.shape, dtype=_code_dtype(scheme)),
@@ -100,7 +109,7 @@ def _quantize_dynamic_shape(x, scheme):
     return x.new_empty(x.shape, dtype=_code_dtype(scheme)), x.new_empty(shape), x.new_empty(shape, dtype=torch.int32)
 
 
-_define("quantize_dynamic(Tensor x, str scheme) -> (Tensor, Tensor, Tensor)", _quantize_dynamic, _quantize_dynamic_shape)
+define("quantize_dynamic(Tensor x, str scheme) -> (Tensor, Tensor, Tensor)", _quantize_dynamic, _quantize_dynamic_shape)
 
 
 def _codes(codes: torch.Tensor, scheme: Scheme, size: int | None) -> torch.Tensor:
@@ -118,7 +127,7 @@ def _dequantize_shape(codes, scale, zero_point, scheme, size=None, table=None):
     return codes.new_empty((*codes.shape[:-1], size) if size is not None else codes.shape, dtype=dtype)
 
 
-_define(
+define(
     "dequantize(Tensor codes, Tensor? scale, Tensor? zero_point, str scheme, int? size=None, Tensor? table=None) -> Tensor",
     _dequantize,
     _dequantize_shape,
@@ -130,7 +139,7 @@ def _pack(codes, scheme):
     return parse_scheme(scheme).format.pack(codes)
 
 
-_define(
+define(
     "pack(Tensor codes, str scheme) -> Tensor",
     _pack,
     lambda codes, scheme: codes.new_empty((*codes.shape[:-1], parse_scheme(scheme).format.packed_size(codes.shape[-1])), dtype=torch.uint8),
@@ -166,10 +175,56 @@ def _epilogue(y, bias, activation, residual, out_scale, out_zero_point, out_sche
     return y if not out_scheme else quantize(y, out_scale, out_zero_point, parse_scheme(out_scheme))
 
 
+def _fixed_point_codes(acc, multiplier, shift, activation, out_scale, out_zero_point, out_scheme):
+    """Return the codes of int32 accumulators, which hold the bias; multiplier and shift broadcast against them."""
+    return clamp_codes(requantize(acc, multiplier, shift), activation, out_scale, out_zero_point, out_scheme)
+
+
+def clamp_codes(steps, activation, out_scale, out_zero_point, out_scheme):
+    """Return codes of integers that count steps of the out scale from zero, cut where the format or the activation ends."""
+    format, zero = parse_scheme(out_scheme).format, 0 if out_zero_point is None else int(out_zero_point)
+    low, high = code_limits(activation, out_scale, zero, out_scheme)
+    return (steps + zero).clamp(low, high).to(format.storage)
+
+
+def code_limits(activation: str, out_scale: torch.Tensor | None, zero_point: int, out_scheme: str) -> tuple[int, int]:
+    """Return the lowest and highest code after an activation of ``FIXED_POINT_ACTIVATIONS``; only relu6 reads the scale."""
+    format = parse_scheme(out_scheme).format
+    low, high = int(format.lowest), int(format.highest)
+    if activation != "none":
+        low = max(low, zero_point)
+    if activation == "relu6":
+        assert out_scale is not None
+        high = min(high, zero_point + int((6.0 / out_scale.to(torch.float32)).round()))
+    return low, high
+
+
+FIXED_POINT_ACTIVATIONS = ("none", "relu", "relu6")
+
+
+def _require_fixed_point(multiplier, shift, x_scheme, weight_scheme, bias, residual, out_scheme, activation) -> None:
+    """Raise ValueError where a product with a multiplier would have a float part."""
+    if shift is None or multiplier.dtype != torch.int32 or shift.dtype != torch.int8 or multiplier.shape != shift.shape:
+        raise ValueError("a multiplier is int32 and stands with a shift, int8 of its shape")
+    x = parse_scheme(x_scheme) if x_scheme else None
+    if x is None or not x.calibrated or not isinstance(x.granularity, Tensor) or not out_scheme:
+        raise ValueError("a product with a multiplier takes codes on one static grid to codes")
+    if isinstance(parse_scheme(weight_scheme).granularity, Group):
+        raise ValueError("a product with a multiplier has no weight groups along the input")
+    if residual is not None or (bias is not None and bias.dtype != torch.int32) or activation not in FIXED_POINT_ACTIVATIONS:
+        raise ValueError(f"a product with a multiplier has an int32 bias, no residual, and of {', '.join(FIXED_POINT_ACTIVATIONS)} one")
+
+
 def _linear(x, x_scale, x_zero_point, weight, weight_scale, weight_zero_point, bias, residual, out_scale, out_zero_point,
-            x_scheme, weight_scheme, in_features, activation="none", out_scheme="", weight_table=None):  # fmt: skip
+            x_scheme, weight_scheme, in_features, activation="none", out_scheme="", weight_table=None,
+            multiplier=None, shift=None):  # fmt: skip
     scheme = parse_scheme(weight_scheme)
     codes = _codes(weight, scheme, in_features)
+    if multiplier is not None:
+        _require_fixed_point(multiplier, shift, x_scheme, weight_scheme, bias, residual, out_scheme, activation)
+        acc = F.linear(_centered(x, x_zero_point, parse_scheme(x_scheme)), _centered(codes, weight_zero_point, scheme, weight_table))
+        acc = acc if bias is None else acc + bias
+        return _fixed_point_codes(acc, multiplier, shift, activation, out_scale, out_zero_point, out_scheme)
     if not x_scheme or weight_scale is None:  # float activations: the weight is dequantized, then an ordinary product
         w = dequantize(codes, weight_scale, weight_zero_point, scheme, weight_table)
         y = _product_of_values(F.linear, x, x_scheme, w) if x_scheme else F.linear(x, w)
@@ -194,26 +249,37 @@ def _result(x, shape, out_scheme):
 
 
 def _linear_shape(x, x_scale, x_zero_point, weight, weight_scale, weight_zero_point, bias, residual, out_scale, out_zero_point,
-                  x_scheme, weight_scheme, in_features, activation="none", out_scheme="", weight_table=None):  # fmt: skip
+                  x_scheme, weight_scheme, in_features, activation="none", out_scheme="", weight_table=None,
+                  multiplier=None, shift=None):  # fmt: skip
+    if multiplier is not None:
+        _require_fixed_point(multiplier, shift, x_scheme, weight_scheme, bias, residual, out_scheme, activation)
     torch._check(x.shape[-1] == in_features, lambda: f"qc.linear reads {in_features} features, its input has {x.shape[-1]}")
     return _result(x, (*x.shape[:-1], weight.shape[0]), out_scheme)
 
 
-_define(
+define(
     "linear(Tensor x, Tensor? x_scale, Tensor? x_zero_point, Tensor weight, Tensor? weight_scale, Tensor? weight_zero_point, "
     "Tensor? bias, Tensor? residual, Tensor? out_scale, Tensor? out_zero_point, str x_scheme, str weight_scheme, "
-    'int in_features, str activation="none", str out_scheme="", Tensor? weight_table=None) -> Tensor',
+    'int in_features, str activation="none", str out_scheme="", Tensor? weight_table=None, '
+    "Tensor? multiplier=None, Tensor? shift=None) -> Tensor",
     _linear,
     _linear_shape,
 )
 
 
 def _conv2d(x, x_scale, x_zero_point, weight, weight_scale, weight_zero_point, bias, residual, out_scale, out_zero_point,
-            x_scheme, weight_scheme, kernel_width, stride, padding, dilation, groups, activation="none", out_scheme=""):  # fmt: skip
+            x_scheme, weight_scheme, kernel_width, stride, padding, dilation, groups, activation="none", out_scheme="",
+            multiplier=None, shift=None):  # fmt: skip
     """Convolution over NCHW; padding adds the real value zero, that is the code zero_point."""
     x, padding = _padded_by_side(x, x_zero_point, x_scheme, padding)
     scheme = parse_scheme(weight_scheme)
     codes = _codes(weight, scheme, kernel_width)
+    if multiplier is not None:
+        _require_fixed_point(multiplier, shift, x_scheme, weight_scheme, bias, residual, out_scheme, activation)
+        a, w = _centered(x, x_zero_point, parse_scheme(x_scheme)), _centered(codes, weight_zero_point, scheme)
+        acc = F.conv2d(a, w, None if bias is None else bias.to(torch.float64), stride, padding, dilation, groups)
+        multiplier, shift = (t.reshape(-1, 1, 1) if t.ndim else t for t in (multiplier, shift))
+        return _fixed_point_codes(acc, multiplier, shift, activation, out_scale, out_zero_point, out_scheme)
     if not x_scheme or weight_scale is None:
         w = dequantize(codes, weight_scale, weight_zero_point, scheme)
         geometry = (stride, padding, dilation, groups)
@@ -242,17 +308,20 @@ def _padded_by_side(x, zero_point, scheme, padding):
 
 
 def _conv2d_shape(x, x_scale, x_zero_point, weight, weight_scale, weight_zero_point, bias, residual, out_scale, out_zero_point,
-                  x_scheme, weight_scheme, kernel_width, stride, padding, dilation, groups, activation="none", out_scheme=""):  # fmt: skip
+                  x_scheme, weight_scheme, kernel_width, stride, padding, dilation, groups, activation="none", out_scheme="",
+                  multiplier=None, shift=None):  # fmt: skip
+    if multiplier is not None:
+        _require_fixed_point(multiplier, shift, x_scheme, weight_scheme, bias, residual, out_scheme, activation)
     kernel = (weight.shape[-2], kernel_width)
     size = [(x.shape[2 + d] + padding[d] + padding[d - 2] - dilation[d] * (kernel[d] - 1) - 1) // stride[d] + 1 for d in range(2)]
     return _result(x, (x.shape[0], weight.shape[0], *size), out_scheme)
 
 
-_define(
+define(
     "conv2d(Tensor x, Tensor? x_scale, Tensor? x_zero_point, Tensor weight, Tensor? weight_scale, Tensor? weight_zero_point, "
     "Tensor? bias, Tensor? residual, Tensor? out_scale, Tensor? out_zero_point, str x_scheme, str weight_scheme, "
     "int kernel_width, int[] stride, int[] padding, int[] dilation, int groups, "
-    'str activation="none", str out_scheme="") -> Tensor',
+    'str activation="none", str out_scheme="", Tensor? multiplier=None, Tensor? shift=None) -> Tensor',
     _conv2d,
     _conv2d_shape,
 )
@@ -269,7 +338,7 @@ def _matmul_shape(a, a_scale, a_zero_point, b, b_scale, b_zero_point, out_scale,
     return _result(a, torch.matmul(a.to(torch.float32), b.to(torch.float32)).shape, out_scheme)
 
 
-_define(
+define(
     "matmul(Tensor a, Tensor a_scale, Tensor? a_zero_point, Tensor b, Tensor b_scale, Tensor? b_zero_point, "
     'Tensor? out_scale, Tensor? out_zero_point, str a_scheme, str b_scheme, str out_scheme="") -> Tensor',
     _matmul,
@@ -289,26 +358,54 @@ def _embedding(indices, weight, scale, zero_point, scheme, size):
     return dequantize(_codes(weight[rows], parsed, size), scale, zero_point, parsed)[place]
 
 
-_define(
+define(
     "embedding(Tensor indices, Tensor weight, Tensor? scale, Tensor? zero_point, str scheme, int size) -> Tensor",
     _embedding,
     lambda indices, weight, scale, zero_point, scheme, size: indices.new_empty((*indices.shape, size), dtype=torch.float32),
 )
 
 
-def _add(a, a_scale, a_zero_point, b, b_scale, b_zero_point, out_scale, out_zero_point, a_scheme, b_scheme, out_scheme, activation="none"):
-    """Sum of two quantized tensors on a third grid: dequantize both, add, activate, quantize."""
+def _add(a, a_scale, a_zero_point, b, b_scale, b_zero_point, out_scale, out_zero_point, a_scheme, b_scheme, out_scheme, activation="none",
+         multipliers=(), shift=0):  # fmt: skip
+    """Sum of two quantized tensors on a third grid: dequantize both, add, activate, quantize.
+
+    With two multipliers all of it is in int32:
+
+        steps = ((a - a_zero) * multipliers[0] + (b - b_zero) * multipliers[1] + 2**(shift - 1)) >> shift
+
+    Steps are counted from ``out_zero_point`` and cut as those of a product.
+    """
+    if multipliers:
+        _require_sum(multipliers, shift, activation)
+        terms = [_centered(a, a_zero_point, parse_scheme(a_scheme)), _centered(b, b_zero_point, parse_scheme(b_scheme))]
+        total = terms[0].to(torch.int64) * multipliers[0] + terms[1].to(torch.int64) * multipliers[1]
+        return clamp_codes((total + (1 << (shift - 1))) >> shift, activation, out_scale, out_zero_point, out_scheme)
     y = dequantize(a, a_scale, a_zero_point, parse_scheme(a_scheme)) + dequantize(b, b_scale, b_zero_point, parse_scheme(b_scheme))
     return quantize(ACTIVATIONS[activation](y), out_scale, out_zero_point, parse_scheme(out_scheme))
 
 
-_define(
+def _require_sum(multipliers, shift, activation) -> None:
+    """Raise ValueError where a sum with multipliers would leave int32 or have a float part."""
+    if len(multipliers) != 2 or min(multipliers) < 0 or shift < 1 or not sum_fits(multipliers, shift):
+        raise ValueError(f"the multipliers {list(multipliers)} and the shift {shift} do not keep a sum of two codes in int32")
+    if activation not in FIXED_POINT_ACTIVATIONS:
+        raise ValueError(f"a sum with multipliers has an activation of {', '.join(FIXED_POINT_ACTIVATIONS)}, not {activation}")
+
+
+def _add_shape(a, a_scale, a_zero_point, b, b_scale, b_zero_point, out_scale, out_zero_point, a_scheme, b_scheme, out_scheme,
+               activation="none", multipliers=(), shift=0):  # fmt: skip
+    if multipliers:
+        _require_sum(multipliers, shift, activation)
+    return a.new_empty(torch.broadcast_shapes(a.shape, b.shape), dtype=_code_dtype(out_scheme))
+
+
+define(
     "add(Tensor a, Tensor a_scale, Tensor? a_zero_point, Tensor b, Tensor b_scale, Tensor? b_zero_point, "
-    'Tensor out_scale, Tensor? out_zero_point, str a_scheme, str b_scheme, str out_scheme, str activation="none") -> Tensor',
+    'Tensor out_scale, Tensor? out_zero_point, str a_scheme, str b_scheme, str out_scheme, str activation="none", '
+    "int[] multipliers=[], int shift=0) -> Tensor",
     _add,
-    lambda a, a_scale, a_zero_point, b, b_scale, b_zero_point, out_scale, out_zero_point, a_scheme, b_scheme, out_scheme,
-    activation="none": a.new_empty(torch.broadcast_shapes(a.shape, b.shape), dtype=_code_dtype(out_scheme)),
-)  # fmt: skip
+    _add_shape,
+)
 
 
 def _hadamard(x, block):
@@ -321,7 +418,7 @@ def _hadamard_type(x, block):
     return torch.empty_like(x)
 
 
-_define("hadamard(Tensor x, int block) -> Tensor", _hadamard, _hadamard_type)
+define("hadamard(Tensor x, int block) -> Tensor", _hadamard, _hadamard_type)
 
 
 def _rotary(x, cos, sin, heads):
@@ -336,7 +433,7 @@ def _rotary(x, cos, sin, heads):
     return torch.cat([x[..., :r] * cos.unsqueeze(2) + turned, x[..., r:]], -1).flatten(2)
 
 
-_define("rotary(Tensor x, Tensor cos, Tensor sin, int heads) -> Tensor", _rotary, lambda x, cos, sin, heads: torch.empty_like(x))
+define("rotary(Tensor x, Tensor cos, Tensor sin, int heads) -> Tensor", _rotary, lambda x, cos, sin, heads: torch.empty_like(x))
 
 
 def _attention(q, k, v, key_mask, heads, kv_heads, scale, causal, past=None, window=0):
@@ -370,7 +467,7 @@ def _heads_apart(q, k, v, key_mask, heads, kv_heads, causal, past, window):
     return q @ k.transpose(-1, -2), v, seen
 
 
-_define(
+define(
     "attention(Tensor q, Tensor k, Tensor v, Tensor? key_mask, int heads, int kv_heads, float scale, bool causal, "
     "Tensor? past=None, int window=0) -> Tensor",
     _attention,
@@ -414,7 +511,7 @@ def _attention_codes(q, q_scale, k, k_scale, v, v_scale, key_mask, heads, kv_hea
     return y.transpose(1, 2).flatten(2)
 
 
-_define(
+define(
     "attention_codes(Tensor q, Tensor q_scale, Tensor k, Tensor k_scale, Tensor v, Tensor v_scale, Tensor? key_mask, int heads, "
     "int kv_heads, float scale, bool causal, Tensor? past=None, int window=0) -> Tensor",
     _attention_codes,
@@ -437,7 +534,7 @@ def _cache_append(cache, new, past):
     return result
 
 
-_define("cache_append(Tensor cache, Tensor new, Tensor past) -> Tensor", _cache_append, lambda cache, new, past: torch.empty_like(cache))
+define("cache_append(Tensor cache, Tensor new, Tensor past) -> Tensor", _cache_append, lambda cache, new, past: torch.empty_like(cache))
 
 
 # ---- gradients ------------------------------------------------------------------------------------------------------------

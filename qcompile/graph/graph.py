@@ -271,6 +271,19 @@ class Graph:
         copied.keep = self.keep
         return copied
 
+    def with_sizes(self, sizes: Mapping[str, int]) -> Graph:
+        """Return a copy in which these symbols are numbers, all types inferred again.
+
+        Raises:
+            Refused: an operator does not take its inputs in these sizes.
+        """
+        copied = self.copy()
+        types = [TensorType(t.dtype, tuple(sizes.get(s, s) if isinstance(s, str) else s for s in t.shape)) for t in self.input_types]
+        ranges = {name: limits for name, limits in self.symbols.ranges.items() if name not in sizes}
+        fixed = Graph(copied.module, types, ranges, stage=self.stage, history=self.history, output_names=self.output_names)
+        fixed.keep = self.keep
+        return fixed
+
     # ---- inside -----------------------------------------------------------------------------------------------------------
 
     def _register(self, node: fx.Node, like: fx.Node | None) -> fx.Node:

@@ -62,7 +62,7 @@ def instruction_set(request: pytest.FixtureRequest) -> str:
     isa: str = request.param
     if instruction_sets.SETS[isa].machine == "aarch64" != instruction_sets.machine():
         if missing := [tool for tool in (COMPILER, EMULATOR) if not shutil.which(tool)]:
-            pytest.skip(f"{isa} needs {' and '.join(missing)} ('make aarch64-tools')")
+            pytest.skip(f"{isa} needs {' and '.join(missing)} ('make edge-tools')")
     elif reason := instruction_sets.cannot_run(isa):
         pytest.skip(reason)
     return isa
