@@ -15,11 +15,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from qcompile.backends.lowering.sequence import VALUE, Call, Sequence, written
+from qcompile.backends.lowering.sequence import VALUE, Call, Sequence, View, written
 from qcompile.backends.lowering.shapes import Size
 from tvm import tirx
 
-from qcompile.arena import Block, Overlap, Step, Work, place
+from qcompile.arena import Overlap, Step, Work, plan_work
 
 ALIGNMENT = 64  # bytes; kernels load whole 512-bit vectors
 
@@ -49,7 +49,7 @@ class Arena:
 
 
 # For a call, which result may overlap which argument: the positions of both among its buffers, and the lead (``qcompile.arena.Overlap``).
-Leads = Callable[[Call], Iterable[tuple[int, int, int]]]
+Leads = Callable[[Call], Iterable[tuple[int, int, int | None]]]
 
 
 def describe_sequence(sequence: Sequence, leads: Leads = lambda call: ()) -> Work:
@@ -62,11 +62,13 @@ def describe_sequence(sequence: Sequence, leads: Leads = lambda call: ()) -> Wor
     for call, results in zip(sequence.calls, written(sequence), strict=True):
         views = {n: sequence.located(view) for n, view in enumerate(call.arguments) if view.kind == VALUE}
         views = {n: view for n, view in views.items() if view.index not in outputs}
-        overlaps = [
-            Overlap(views[read].index, views[result].index, lead + views[result].at - views[read].at)
-            for read, result, lead in leads(call)
-            if read in views and read not in results and result in views and result in results
-        ]
+        constant = all(isinstance(size, int) for view in call.arguments for size in view.shape)
+        overlaps = []
+        for read, result, lead in (*_takes_the_place(sequence, call), *(leads(call) if constant else ())):
+            if read in views and read not in results and result in views and result in results:
+                a, b = views[read], views[result]  # the lead of values that hold them
+                if lead is not None or a.at == b.at:
+                    overlaps.append(Overlap(a.index, b.index, None if lead is None else lead + b.at - a.at))
         reads = tuple(view.index for n, view in views.items() if n not in results)
         steps.append(Step(call.kernel, reads, tuple(views[n].index for n in results if n in views), overlaps=tuple(overlaps)))
     sizes = tuple(factors(value.shape)[0] * np.dtype(value.dtype).itemsize for value in sequence.values)
@@ -80,26 +82,18 @@ def plan_arena(sequence: Sequence, alignment: int = ALIGNMENT, *, leads: Leads =
     ``exact`` the smallest regions are searched for (``qcompile.arena.place``).
     """
     work = describe_sequence(sequence, leads)
-    lifetimes = {value: list(span) for value, span in work.lifetimes().items()}
-    shared = _shared_places(sequence, lifetimes)
     grouped: dict[tuple[str, ...], list[int]] = {}
     units: dict[tuple[str, ...], tuple[Any, ...]] = {}
-    for index in lifetimes:
+    for index in work.lifetimes():
         unit = factors(sequence.values[index].shape)[1]
         units.setdefault(tuple(map(str, unit)), unit)
         grouped.setdefault(tuple(map(str, unit)), []).append(index)
     regions: list[Region] = []
     places: dict[int, Place] = {}
-    alone = set(lifetimes) - set(shared) - set(shared.values())
     for number, key in enumerate(sorted(grouped)):
-        indices = sorted(grouped[key])
-        blocks = [Block(-(-work.sizes[i] // alignment), lifetimes[i][0], lifetimes[i][-1]) for i in indices]
-        order = {index: n for n, index in enumerate(indices) if index in alone and not key}
-        allowed = [overlap for overlap in work.overlaps() if overlap.read in order and overlap.written in order]
-        placed = place(blocks, {(order[o.read], order[o.written]): -(-o.lead // alignment) for o in allowed}, exact=exact)
-        regions.append(Region(units[key], placed.size * alignment))
-        places |= {index: Place(number, at * alignment) for index, at in zip(indices, placed.offsets, strict=True)}
-    places |= {value: places[first] for value, first in shared.items()}
+        plan = plan_work(work.only(grouped[key]), alignment=alignment, exact=exact)
+        regions.append(Region(units[key], plan.bytes))
+        places |= {index: Place(number, at) for index, at in plan.offsets.items()}
     for part in sequence.parts:
         whole = sequence.located(sequence.values[part])
         if whole.index in places:
@@ -107,26 +101,18 @@ def plan_arena(sequence: Sequence, alignment: int = ALIGNMENT, *, leads: Leads =
     return Arena(tuple(regions), places)
 
 
-def _shared_places(sequence: Sequence, lifetimes: dict[int, list[int]]) -> dict[int, int]:
-    """Return the values that take another's place, each with the first that lay there, which gets the uses of all."""
-    shared: dict[int, int] = {}
-    last = {value: uses[-1] for value, uses in lifetimes.items()}
-    for number, call in enumerate(sequence.calls):
-        if call.in_place is None:
-            continue
-        before, result = call.arguments[call.in_place], call.arguments[-1]
-        if before.kind != VALUE or before.index not in last or result.index not in last:
-            continue
-        once = before.at == 0 and sum(view.kind == VALUE and view.index == before.index for view in call.arguments) == 1
-        if once and last[before.index] == number and _bytes(sequence, before.index) == _bytes(sequence, result.index):
-            shared[result.index] = shared.get(before.index, before.index)
-            lifetimes[shared[result.index]] += lifetimes.pop(result.index)
-    return shared
+def _takes_the_place(sequence: Sequence, call: Call) -> list[tuple[int, int, None]]:
+    """Return which argument the result of a call may take the place of, where both are whole values of as many bytes."""
+    if call.in_place is None:
+        return []
+    before, result = call.arguments[call.in_place], call.arguments[-1]
+    whole = before.kind == VALUE and before.at == 0 and result.index not in sequence.parts and before.index not in sequence.parts
+    return [(call.in_place, len(call.arguments) - 1, None)] if whole and _bytes(sequence, before) == _bytes(sequence, result) else []
 
 
-def _bytes(sequence: Sequence, index: int) -> tuple[int, tuple[str, ...]]:
+def _bytes(sequence: Sequence, view: View) -> tuple[int, tuple[str, ...]]:
     """Return how much memory a value takes: a number of bytes times a product of symbols."""
-    value = sequence.values[index]
+    value = sequence.values[view.index]
     length, unit = factors(value.shape)
     return length * np.dtype(value.dtype).itemsize, tuple(map(str, unit))
 

@@ -53,7 +53,11 @@ def _free(main: relax.Function) -> list[relax.Call]:
 def _made_for_it(part: Any, bound: dict[Any, Any], uses: Counter[Any]) -> bool:
     """Say whether a kernel makes a part, and nothing else reads it; seen through reshapes."""
     value = bound.get(part)
-    if not isinstance(value, relax.Call) or uses[part] != 1:
+    if uses[part] != 1:
+        return False
+    if isinstance(value, relax.TupleGetItem):  # one of several results, such as the one beside scratch
+        value = bound.get(value.tuple_value)
+    if not isinstance(value, relax.Call):
         return False
     name = getattr(value.op, "name", "")
     return _made_for_it(value.args[0], bound, uses) if name == "relax.reshape" else name not in PIECES
