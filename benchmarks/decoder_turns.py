@@ -26,13 +26,14 @@ class Ours:
     """A compiled decoder."""
 
     def __init__(self, path: str, threads: int, context: int) -> None:
-        from qcompile.artifact import load
-        from qcompile.generation.session import Model, Session
+        from qcompile.generation import Generator
+        from qcompile.generation.session import Session
 
-        self.model = Model(load(path, threads=threads), context)
-        self.vocabulary = int(self.model.decoder.prefill.outputs[0].meta["val"].shape[-1])
+        self.path, self.threads, self.whole = path, threads, None
+        self.model = Generator.open(path, threads=threads, context=context).model
+        self.vocabulary = self.model.vocabulary
         self._new = lambda: Session(self.model, 1)
-        _ = self.model.executable
+        self.model.build()
 
     def begin(self) -> None:
         self.session = self._new()
@@ -43,7 +44,11 @@ class Ours:
 
     def logits(self, tokens: list[int]) -> torch.Tensor:
         """Return logits f32[tokens, vocabulary] of a whole text."""
-        return self.model.artifact(torch.tensor([tokens]))[0]
+        from qcompile.artifact import load
+
+        if self.whole is None:
+            self.whole = load(self.path, threads=self.threads)
+        return self.whole(torch.tensor([tokens]))[0]
 
 
 class LlamaCpp:

@@ -26,7 +26,7 @@ os.environ["OMP_NUM_THREADS"] = "1"  # a forked process must not inherit a pool 
 import torch
 
 import qcompile
-from qcompile.artifact import read_members
+from qcompile.artifact_file import read_members
 from qcompile.cli import main as command_line
 
 MODEL = f"python:{Path(__file__).parent / 'models' / 'resnet20.py'}:resnet20"

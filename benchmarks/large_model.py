@@ -5,7 +5,8 @@
     python benchmarks/large_model.py --layers 2 --kill --json
 
 Writes a Hugging Face folder of that shape in float16, one shard for each block, compiles it, and generates a few tokens. Printed are the
-high-water marks of the resident memory (VmHWM), sizes and bits per weight. With ``--kill`` the compile is killed while it solves weights,
+high-water marks of the resident memory (VmHWM), sizes and bits per weight. The first generation has its code built by a process of its
+own, whose mark is ``build_peak_mib``. With ``--kill`` the compile is killed while it solves weights,
 then resumed: how many weights were solved before and after is printed, and whether the artifact has the bytes of the compile that was
 not disturbed.
 """
@@ -40,7 +41,7 @@ pipeline: [canonicalize, fold-constants, fold-batch-norm, recognize-attention, r
 # ---- children ---------------------------------------------------------------------------------------------------------------
 
 _CHILD = """
-import json, re, sys
+import json, re, resource, sys
 from qcompile.cli import main
 sys.argv = ["qcompile", *json.loads(sys.argv[1])]
 try:
@@ -48,6 +49,7 @@ try:
 finally:
     status = open("/proc/self/status").read()
     print("VmHWM", re.search(r"VmHWM:\\s+(\\d+)", status)[1], file=sys.stderr)
+    print("children", resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss, file=sys.stderr)
 """
 
 
@@ -57,13 +59,14 @@ def start(arguments: list[str]) -> subprocess.Popen[str]:
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def finish(child: subprocess.Popen[str]) -> tuple[dict[str, Any], int]:
-    """Return what the command printed, and the bytes it held at most."""
+def finish(child: subprocess.Popen[str]) -> tuple[dict[str, Any], int, int]:
+    """Return what the command printed, the bytes it held at most, and those of the largest process that it started."""
     out, error = child.communicate()
-    found = re.search(r"^VmHWM (\d+)$", error, re.MULTILINE)
-    if child.returncode or not found:
+    found = [re.search(rf"^{word} (\d+)$", error, re.MULTILINE) for word in ("VmHWM", "children")]
+    if child.returncode or not all(found):
         raise SystemExit(f"the command failed with status {child.returncode}:\n{error[-2000:]}")
-    return json.loads(out), int(found[1]) * 1024
+    own, children = (int(match[1]) * 1024 for match in found if match)
+    return json.loads(out), own, children
 
 
 def solved(output: Path) -> int:
@@ -120,15 +123,15 @@ def measure(folder: Path, chosen: argparse.Namespace) -> dict[str, Any]:
     weights = int(marker.read_text())
     recipe.write_text(RECIPE.format(name=f"w4-{chosen.solver}", solver=chosen.solver))
     arguments = ["compile", str(model), "--recipe", str(recipe), "-o", str(output)]
-    done, peak = finish(start(arguments))
+    done, peak, _ = finish(start(arguments))
     results: dict[str, Any] = {"weights": weights, "model_mib": mebibytes(2 * weights), "artifact_mib": mebibytes(done["bytes"]),
                                "bits_per_weight": done["bits_per_weight"], "compile_seconds": done["seconds"],
                                "compile_peak_mib": mebibytes(peak)}  # fmt: skip
     prompt = " ".join(f"<{i}>" for i in range(10, 26))
-    told, peak = finish(start(["generate", str(output), "--prompt", prompt, "--max-tokens", "8", "--temperature", "0"]))
-    again, warm = finish(start(["generate", str(output), "--prompt", prompt, "--max-tokens", "8", "--temperature", "0"]))
+    told, peak, build = finish(start(["generate", str(output), "--prompt", prompt, "--max-tokens", "8", "--temperature", "0"]))
+    again, warm, _ = finish(start(["generate", str(output), "--prompt", prompt, "--max-tokens", "8", "--temperature", "0"]))
     assert told["token_ids"] == again["token_ids"]
-    results |= {"generate_first_peak_mib": mebibytes(peak), "generate_peak_mib": mebibytes(warm),
+    results |= {"build_peak_mib": mebibytes(build), "generate_first_peak_mib": mebibytes(peak), "generate_peak_mib": mebibytes(warm),
                 "generate_tokens": len(told["token_ids"]), "import_peak_mib": mebibytes(_import_peak())}  # fmt: skip
     if chosen.kill:
         digest = hashlib.file_digest(output.open("rb"), "sha256").hexdigest()

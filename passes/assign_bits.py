@@ -95,6 +95,7 @@ class AssignBits(Pass):
         if self.scheme or context.recipe is None:
             scheme = self.scheme or "W8A8"
             return (scheme if kind != "embedding" else "weight=int8 channel=0 sym; activation=float"), f"assign-bits{{scheme={scheme}}}"
+        kind = "depthwise" if context.recipe.schemes.depthwise and _is_depthwise(node) else kind
         return _by_pattern(node, weight, context, kind)
 
     def _check_patterns(self, graph: Graph, context: Context) -> None:
@@ -116,6 +117,12 @@ class AssignBits(Pass):
             if not any(c in pattern for c in "*?["):
                 raise Refused(reason, way_out=nearest)
             _warn(context, f"{reason}; {nearest}")
+
+
+def _is_depthwise(node: fx.Node) -> bool:
+    """Say whether a layer is a convolution of one input channel for each of several groups."""
+    arguments = bound_arguments(node)
+    return arguments.get("groups", 1) > 1 and arguments["weight"].meta["val"].shape[1] == 1
 
 
 def _by_pattern(node: fx.Node, weight: str, context: Context, kind: str, may: Callable[[str], bool] = lambda text: True) -> tuple[str, str]:

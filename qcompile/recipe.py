@@ -21,13 +21,15 @@ CODES_RECIPE = "stored"  # the default for a model whose weights have codes alre
 class Schemes(BaseModel):
     """Schemes by kind of layer, as ``parse_layer_scheme`` reads them, and by pattern over names of weights, nodes and modules.
 
-    ``attention`` and ``matmul`` (of two values that are both computed) have no weight: what they name is the scheme of their operands.
+    ``depthwise`` convolutions have one input channel for each group; empty, they are as ``conv2d``. ``attention`` and ``matmul`` (of two
+    values that are both computed) have no weight: what they name is the scheme of their operands.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     linear: str = "float"
     conv2d: str = "float"
+    depthwise: str = ""
     embedding: str = "float"
     attention: str = "float"
     matmul: str = "float"
@@ -40,6 +42,11 @@ class Schemes(BaseModel):
 
         parse_layer_scheme(value)
         return value
+
+    @field_validator("depthwise")
+    @classmethod
+    def _known_or_empty(cls, value: str) -> str:
+        return cls._known(value) if value else value
 
     @field_validator("layers")
     @classmethod

@@ -9,6 +9,7 @@ module ``fold_batch_norm`` with the class ``FoldBatchNorm``. Others plug in by e
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import inspect
 import pkgutil
 from dataclasses import dataclass
@@ -98,6 +99,19 @@ def find_target(name: str) -> Target:
     family, colon, variant = name.partition(":")
     target: Target = _load("target", family, lambda n: "TARGET")
     return target.variant(variant) if colon else target
+
+
+def find_runtime(name: str) -> Any:
+    """Return the module that runs a target's built code of the cache without building anything; None where the target has none.
+
+    It has ``StoredExecutable``, an executable of a folder that ``Target.store`` returned, and ``machine_key``: by name what decides,
+    beside the artifact, which code runs here.
+    """
+    check_name("target", name)
+    place = _known("target")[name]
+    if isinstance(place, EntryPoint) or importlib.util.find_spec(f"{place}.stored") is None:
+        return None
+    return importlib.import_module(f"{place}.stored")
 
 
 def find_solver(name: str) -> Callable[..., Any]:

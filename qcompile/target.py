@@ -234,6 +234,13 @@ class Target(ABC):
             threads: worker threads, by default every physical core this process may use.
         """
 
+    def store(self, graph: Graph, *, threads: int | None = None) -> Path | None:
+        """Build a graph's code into the user's cache, where it is not there; return its folder, which ``registry.find_runtime`` can run.
+
+        None is returned where the target has no such code, or it cannot be kept, or needs the graph's own process.
+        """
+        return None
+
     def native_code(self, graph: Graph) -> dict[str, bytes]:
         """Return the graph's code for this machine by file name, the same bytes each time; only where ``native``.
 

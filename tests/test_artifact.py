@@ -24,7 +24,7 @@ import torch
 
 import qcompile
 from qcompile import Artifact, Refused
-from qcompile.artifact import ALIGNMENT, LARGEST_HEADER, read_members
+from qcompile.artifact_file import ALIGNMENT, LARGEST_HEADER, read_members
 
 
 @pytest.fixture(scope="module")

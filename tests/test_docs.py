@@ -4,10 +4,9 @@ What a fence's first line says decides what happens to the block, in the order o
 
 - ``python``: run; all blocks of a page share their names, and what they print is compared with nothing (they assert);
 - ``python file=NAME`` (or toml, yaml, text): written to that file;
-- ``console``: each line ``$ qcompile ..`` is run and its output compared with the lines after it. ``...`` stands for anything within a
-line, a line
-  ``...`` for any lines. ``$ pip install ./FOLDER`` makes the package's module and entry points visible, as an installation would,
-  without a network;
+- ``console``: each line ``$ qcompile ..`` (or ``ls``, ``cat``, ``make``) is run and its output compared with the lines after it. ``...``
+  stands for anything within a line, a line ``...`` for any lines. ``$ pip install ./FOLDER`` makes the package's module and entry points
+  visible, as an installation would, without a network;
 - anything else (``sh``, ``text``, no name): shown only.
 
 A command that should be refused ends in ``# exit code 2``. Tables between ``<!-- begin NAME -->`` and ``<!-- end -->`` are printed
@@ -34,6 +33,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")])
+TOOLS = {"edge.md": ("arm-none-eabi-gcc", "gcc", "make", "qemu-system-arm")}  # a page is skipped where one is missing
 PROCESS_OF_ITS_OWN = {"write_a_pass.md"}  # its first command runs in a fresh interpreter, as it does for a reader
 
 
@@ -93,7 +93,7 @@ class Runner:
         if words[:2] == ["pip", "install"]:
             install(Path(words[2]), self.site)
             return
-        assert words[0] in ("qcompile", "cat", "ls"), f"{place}: only qcompile, cat, ls and pip install are run"
+        assert words[0] in ("qcompile", "cat", "ls", "make"), f"{place}: only qcompile, cat, ls, make and pip install are run"
         found, output = self._output(words)
         if found != int(code or 0):
             pytest.fail(f"{place}: exit code {found}\n{output}", pytrace=False)
@@ -102,7 +102,7 @@ class Runner:
 
     def _output(self, words: list[str]) -> tuple[int, str]:
         if words[0] != "qcompile":
-            return 0, subprocess.run(words, capture_output=True, text=True, check=True).stdout
+            return 0, subprocess.run(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=True).stdout
         if self.fresh:
             self.fresh = False
             environment = os.environ | {"PYTHONPATH": str(self.site), "OMP_NUM_THREADS": "1"}
@@ -161,6 +161,9 @@ def site(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.parametrize("page", [page for page in PAGES if is_run(page)], ids=page_name)
 def test_code_runs(page: Path, cli: Callable[..., Any], site: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for tool in TOOLS.get(page.name, ()):
+        if shutil.which(tool) is None:
+            pytest.skip(f"{page_name(page)} needs {tool} ('make edge-tools')")
     monkeypatch.chdir(tmp_path)
     runner = Runner(page, cli, site)
     for block in blocks(page):

@@ -24,7 +24,7 @@ from qcompile.backends.cpu.target import TARGET
 
 import qcompile
 from qcompile import Artifact, Refused
-from qcompile.artifact import ALIGNMENT, read_members
+from qcompile.artifact_file import ALIGNMENT, read_members
 from qcompile.native_code import KEY_BYTES, NativeCode, build_native_code
 from qcompile.target import Executable, Target
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from qcompile.backends.cpu import pipeline
-from qcompile.backends.cpu.executable import Executable, Interface, Port
+from qcompile.backends.cpu.executable import Executable
+from qcompile.backends.cpu.interface import Interface, Port
 from qcompile.backends.cpu.kernels import isa
+from qcompile.backends.cpu.kernels.processor import machine
 from qcompile.backends.cpu.legalize import LEGALIZE
+from qcompile.backends.cpu.spool import keeper
 from qcompile.backends.cpu.tiling import Tiling
 from qcompile.backends.lowering.converters import fixed_point_refused, named_arguments
 from qcompile.backends.lowering.shapes import dtype_name
@@ -13,6 +16,7 @@ from qcompile.backends.lowering.translate import translate
 from torch import fx
 
 from qcompile.graph.code_operators import is_fixed_point
+from qcompile.graph.file_tensor import forget_values
 
 
 def build(
@@ -41,12 +45,15 @@ def build(
         if node.op == "call_function" and is_fixed_point(named_arguments(node)):
             raise fixed_point_refused(node)  # before a legalizer, which would read the scales
     with pipeline.COMPILE_LOCK:  # building Relax runs TVM's passes too
-        lowered = translate(graph_module, legalize=LEGALIZE if kernels else {}, taps=taps, tiling=tiling or Tiling())
+        lowered = translate(
+            graph_module, legalize=LEGALIZE if kernels else {}, taps=taps, tiling=tiling or Tiling(), keep=keeper(graph_module)
+        )
+    forget_values()  # the compiler needs room, and no weight
     placeholders = [node for node in graph_module.graph.nodes if node.op == "placeholder"]
     inputs = tuple(Port(node.name, dtype_name(node.meta["val"].dtype), _shape(node)) for node in placeholders)
     features = isa.required_features(isa.target_description())
     interface = Interface(
-        inputs, tuple(lowered.outputs), len(taps), tuple(lowered.constants), tuple(lowered.fallbacks), isa.machine(), features
+        inputs, tuple(lowered.outputs), len(taps), tuple(lowered.constants), tuple(lowered.fallbacks), machine(), features
     )  # fmt: skip
     if library is not None:
         return Executable.from_code(library, lowered.constants, interface, threads)

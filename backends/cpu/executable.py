@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,53 +19,21 @@ import torch
 import torch.utils.dlpack
 import tvm
 import tvm_ffi
+from qcompile.backends.cpu.interface import CONSTANTS, INTERFACE, LIBRARY, TEAM, Interface, check_processor, check_shape, read_interface
 from qcompile.backends.cpu.kernels import isa
-from qcompile.backends.cpu.machine import Machine, Step, read_program
+from qcompile.backends.cpu.kernels.processor import thread_count
+from qcompile.backends.cpu.machine import Step
 from qcompile.backends.cpu.memory import aligned, place
 from qcompile.backends.cpu.pipeline import COMPILE_LOCK
-from qcompile.backends.cpu.team import connect, set_threads
-from qcompile.backends.lowering.translate import Fallback
-from safetensors.torch import save_file
+from qcompile.backends.cpu.team import connect, library, set_threads
+from qcompile.backends.cpu.tensor_machine import ModuleFunctions, TensorMachine, read_program
+from qcompile.backends.lowering.fallback import Fallback
 from tvm import relax
 from tvm.support import cc
 
 from qcompile.errors import Refused
 from qcompile.files import cache_folder
-from qcompile.safetensors_file import open_path
-
-LIBRARY, CONSTANTS, INTERFACE = "library.so", "constants.safetensors", "interface.json"
-
-
-@dataclass(frozen=True)
-class Port:
-    """An input: its name, dtype and shape; a symbol stands for a size known at the call."""
-
-    name: str
-    dtype: str
-    shape: tuple[int | str, ...]
-
-
-@dataclass(frozen=True)
-class Interface:
-    """What a caller must know of the code.
-
-    Attributes:
-        inputs: in order.
-        outputs: their names, taps last.
-        taps: how many outputs are taps.
-        constants: their names, in order.
-        fallbacks: nodes without a kernel of this target.
-        machine: the architecture that the code is for.
-        features: LLVM features of the processor that the code may use.
-    """
-
-    inputs: tuple[Port, ...]
-    outputs: tuple[str, ...]
-    taps: int
-    constants: tuple[str, ...]
-    fallbacks: tuple[Fallback, ...] = field(default=())
-    machine: str = field(default_factory=isa.machine)
-    features: tuple[str, ...] = ()
+from qcompile.safetensors_file import Content, open_path
 
 
 @dataclass(frozen=True)
@@ -91,18 +59,13 @@ class Executable:
 
     def __init__(self, module: Any, constants: Mapping[str, torch.Tensor], interface: Interface, threads: int | None = None) -> None:
         self.interface = interface
-        self.threads = threads or isa.thread_count()
+        self.threads = threads or thread_count()
         self._module = module
         self._code: bytes | None = None
-        placed = place([constants[name] for name in interface.constants])
-        self._constants = dict(zip(interface.constants, placed, strict=True))
-        connect(module)
+        self._constants = {name: constants[name] for name in interface.constants}
+        self._placing, self._placed = threading.Lock(), False
+        connect(module)  # compiles just in time, which alters LLVM's module: the bytes of ``code`` must not depend on later calls
         self._program = read_program(module)
-        if self._program is not None:
-            literals = [aligned(torch.from_numpy(literal)) for literal in self._program.literals]
-            self._addressed = [*self._constants.values(), *literals]
-        else:
-            self._argument = tvm_ffi.convert([tvm.runtime.from_dlpack(tensor) for tensor in self._constants.values()])
         self._machines = threading.local()
         self._dtypes = [getattr(torch, port.dtype) for port in interface.inputs]
         self._accepted: tuple[list[torch.Size], dict[str, int]] = ([], {})  # the shapes of the last call, found right, and their symbols
@@ -123,8 +86,8 @@ class Executable:
         if self._program is not None:
             result: tuple[torch.Tensor, ...] = self._machine()(tensors, sizes)
             return result
-        arguments = [tvm_ffi.from_dlpack(tensor) for tensor in tensors]
-        return tuple(torch.utils.dlpack.from_dlpack(result) for result in self._machine()(*arguments, self._argument))
+        machine, arguments = self._machine(), [tvm_ffi.from_dlpack(tensor) for tensor in tensors]
+        return tuple(torch.utils.dlpack.from_dlpack(result) for result in machine(*arguments, self._argument))
 
     def tapped(self, *inputs: torch.Tensor | np.ndarray) -> tuple[tuple[torch.Tensor, ...], dict[str, torch.Tensor]]:
         """Run the model; return its outputs, and by node name the values it was built to tap."""
@@ -147,6 +110,7 @@ class Executable:
         tensors, _ = self._prepare(inputs)
         arguments = [tvm_ffi.from_dlpack(tensor) for tensor in tensors]
         set_threads(self.threads)
+        self._place()
         machine = relax.VirtualMachine(self._module, tvm.cpu())
         calls: list[tuple[str, float]] = []
         starts: list[float] = []
@@ -184,15 +148,19 @@ class Executable:
 
     def copy(self) -> Executable:
         """Return the same code with its constants, and what it will allocate, at other places in memory."""
-        return Executable(self._module, {name: tensor.clone() for name, tensor in self._constants.items()}, self.interface, self.threads)
+        self._place()
+        constants = {name: tensor.clone() for name, tensor in self._constants.items()}
+        return Executable(self._module, constants, self.interface, self.threads)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write a folder with the library, its constants and its interface; it appears whole or not at all."""
+        """Write a folder with the code, its constants and its interface (see ``interface``); it appears whole or not at all."""
         folder = Path(path)
         partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
         partial.mkdir(parents=True)
         (partial / LIBRARY).write_bytes(self.code())
-        save_file(self._constants, partial / CONSTANTS)
+        (partial / TEAM).write_bytes(library())
+        with open(partial / CONSTANTS, "wb") as file:
+            file.writelines(Content(self._constants).parts())
         (partial / INTERFACE).write_text(json.dumps(asdict(self.interface), indent=1))
         partial.rename(folder)
 
@@ -205,7 +173,6 @@ class Executable:
         if self._code is None and cc.get_cc() is None:
             raise Refused("there is no C compiler to link native code with", way_out="install one, such as gcc")
         if self._code is None:
-            self._machine()  # the just-in-time compiler alters LLVM's module: the bytes must not depend on whether the model was called
             with tempfile.TemporaryDirectory() as folder:
                 path = Path(folder) / LIBRARY
                 with COMPILE_LOCK, _without_native_log(), tvm.target.Target(isa.target_description()):
@@ -240,8 +207,8 @@ class Executable:
         missing = [name for name in (LIBRARY, CONSTANTS, INTERFACE) if not (folder / name).is_file()]
         if missing:
             raise Refused(f"{', '.join(missing)} is missing", node=str(folder), way_out="compile the model again")
-        interface = _interface(json.loads((folder / INTERFACE).read_text()))
-        _check_processor(interface, folder)
+        interface = read_interface(folder)
+        check_processor(interface, folder, isa.features_here())
         with _without_native_log():
             module = tvm.runtime.load_module(os.fspath(folder / LIBRARY))
         return cls(module, open_path(folder / CONSTANTS), interface, threads)
@@ -249,12 +216,27 @@ class Executable:
     def _machine(self) -> Any:
         """Return the calling thread's machine: it keeps an arena, so sharing one between threads gives wrong answers."""
         if not hasattr(self._machines, "main"):
+            self._place()
             if self._program is not None:
-                self._machines.main = Machine(self._module, self._program, self._addressed)
+                addresses = [tensor.data_ptr() for tensor in self._addressed]
+                self._machines.main = TensorMachine(ModuleFunctions(self._module), self._program, addresses)
             else:
                 self._machines.machine = relax.VirtualMachine(self._module, tvm.cpu())
                 self._machines.main = self._machines.machine["main"]
         return self._machines.main
+
+    def _place(self) -> None:
+        """Put the constants where kernels read them, at the first call; until then those in files stay there."""
+        with self._placing:
+            if self._placed:
+                return
+            self._constants = dict(zip(self._constants, place(list(self._constants.values())), strict=True))
+            if self._program is not None:
+                literals = [aligned(torch.from_numpy(literal)) for literal in self._program.literals]
+                self._addressed = [*self._constants.values(), *literals]
+            else:
+                self._argument = tvm_ffi.convert([tvm.runtime.from_dlpack(tensor) for tensor in self._constants.values()])
+            self._placed = True
 
     def _prepare(self, inputs: Sequence[torch.Tensor | np.ndarray]) -> tuple[list[torch.Tensor], tuple[int, ...]]:
         """Return the inputs in memory as kernels read it, and the values of the program's symbols."""
@@ -272,7 +254,7 @@ class Executable:
         if shapes != known:
             sizes = {}
             for port, shape in zip(ports, shapes, strict=True):
-                _check_shape(port, tuple(shape), sizes)
+                check_shape(port, tuple(shape), sizes)
             self._accepted = (shapes, sizes)
         symbols = self._program.symbols if self._program is not None else ()
         return [aligned(tensor) for tensor in tensors], tuple(sizes[symbol] for symbol in symbols)
@@ -290,35 +272,3 @@ def _without_native_log() -> Iterator[None]:
         os.dup2(kept, 2)
         os.close(kept)
         os.close(nowhere)
-
-
-def _check_shape(port: Port, shape: tuple[int, ...], sizes: dict[str, int]) -> None:
-    if len(shape) != len(port.shape):
-        raise Refused(f"has {len(port.shape)} axes, not {len(shape)}", node=port.name)
-    for expected, size in zip(port.shape, shape, strict=True):
-        wanted = sizes.setdefault(expected, size) if isinstance(expected, str) and expected.isidentifier() else expected
-        if isinstance(wanted, int) and wanted != size:
-            raise Refused(f"has the shape {list(port.shape)}, not {list(shape)}", node=port.name)
-
-
-def _check_processor(interface: Interface, folder: Path) -> None:
-    """Refuse code that would stop the process at an instruction this processor does not have."""
-    lacks = ""
-    if interface.machine != isa.machine():
-        lacks = f"the code is for {interface.machine}, this machine is {isa.machine()}"
-    elif missing := isa.missing_features(interface.features):
-        lacks = f"the code uses {', '.join(missing)}, which this processor lacks"
-    if lacks:
-        raise Refused(lacks, node=str(folder), way_out=f"compile the model on this machine, or with {isa.CHOICE} set to what it has")
-
-
-def _interface(read: dict[str, Any]) -> Interface:
-    return Interface(
-        tuple(Port(port["name"], port["dtype"], tuple(port["shape"])) for port in read["inputs"]),
-        tuple(read["outputs"]),
-        read["taps"],
-        tuple(read["constants"]),
-        tuple(Fallback(**fallback) for fallback in read["fallbacks"]),
-        read["machine"],
-        tuple(read["features"]),
-    )

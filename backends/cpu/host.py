@@ -14,55 +14,17 @@ A kernel costs what building its DLTensors on the stack costs, some 20 ns.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import base64
+import json
+from dataclasses import asdict
 from typing import Any
 
+from qcompile.backends.cpu.program import ARGUMENTS, CALLS, PROGRAM, SIZES, Layout
 from qcompile.backends.lowering.arena import Arena
 from qcompile.backends.lowering.sequence import CONSTANT, INPUT, VALUE, Sequence, View
 from qcompile.backends.lowering.shapes import Size
 from tvm import tirx
 from tvm.ir import StringImm
-
-CALLS, SIZES, ARGUMENTS, PROGRAM = "qcompile_calls", "qcompile_sizes", "qcompile_arguments", "qcompile_program"
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Where what stands in the table: symbols, inputs, outputs, the arena, constants; then what ``sizes`` writes."""
-
-    symbols: int
-    inputs: int
-    outputs: int
-    constants: int
-    ranks: tuple[int, ...]
-
-    @property
-    def first_input(self) -> int:
-        return self.symbols
-
-    @property
-    def first_output(self) -> int:
-        return self.first_input + self.inputs
-
-    @property
-    def arena(self) -> int:
-        return self.first_output + self.outputs
-
-    @property
-    def first_constant(self) -> int:
-        return self.arena + 1
-
-    @property
-    def bytes(self) -> int:
-        return self.first_constant + self.constants
-
-    @property
-    def first_shape(self) -> int:
-        return self.bytes + 1
-
-    @property
-    def length(self) -> int:
-        return self.first_shape + sum(self.ranks)
 
 
 def layout_of(sequence: Sequence) -> Layout:
@@ -77,9 +39,23 @@ def returned(sequence: Sequence) -> list[int]:
     return list(dict.fromkeys(output.index for output in sequence.outputs if output.kind == VALUE))
 
 
-def host_functions(sequence: Sequence, arena: Arena, program: str) -> dict[str, tirx.PrimFunc]:
+def describe(sequence: Sequence) -> str:
+    """Return the text of a sequence's program, in ASCII."""
+    values = returned(sequence)
+    described = {
+        "layout": asdict(layout_of(sequence)),
+        "symbols": [symbol.name for symbol in sequence.symbols],
+        "outputs": [(values.index(o.index) if o.kind == VALUE else -1 - o.index, o.dtype) for o in sequence.outputs],
+        "calls": [(call.kernel, [(view.dtype, len(view.shape)) for view in call.arguments]) for call in sequence.calls],
+        "literals": [(str(a.dtype), a.shape, base64.b64encode(a.tobytes()).decode("ascii")) for a in sequence.literals],
+    }
+    return json.dumps(described)
+
+
+def host_functions(sequence: Sequence, arena: Arena) -> dict[str, tirx.PrimFunc]:
     """Return the functions by name; the kernels they call stand in the same module under their own names."""
-    return {CALLS: _calls(sequence, arena), SIZES: _sizes(sequence, arena), ARGUMENTS: _arguments(sequence), PROGRAM: _program(program)}
+    program = _program(describe(sequence))
+    return {CALLS: _calls(sequence, arena), SIZES: _sizes(sequence, arena), ARGUMENTS: _arguments(sequence), PROGRAM: program}
 
 
 def _calls(sequence: Sequence, arena: Arena) -> tirx.PrimFunc:

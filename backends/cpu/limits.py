@@ -15,7 +15,7 @@ import tvm
 from qcompile.backends.cpu.kernels import isa, tiles
 from qcompile.backends.cpu.kernels.registers import LANES, argument, function, ramp
 from qcompile.backends.cpu.kernels.vector import Expr, register, spread
-from qcompile.backends.cpu.memory import allocate
+from qcompile.backends.cpu.pages import allocate
 from qcompile.backends.cpu.pipeline import compile_kernel
 from tvm import tirx
 from tvm.tirx.script.builder import ir as T

@@ -1,29 +1,14 @@
-"""Memory that kernels read and write: in large pages where the system has them, constants in one piece.
-
-A kernel that reads weights from memory spends a part of its time on finding pages of 4 KiB, and the processor's own reading ahead ends
-with each of them. On one machine two threads read 38 GB/s from pages of 2 MiB, 32 from small ones. NumPy asks Linux for large pages
-(``madvise``) for arrays from 4 MiB on; where the system refuses, or another system runs, they are ordinary memory.
-"""
+"""Tensors that kernels read and write: on addresses as they want them, constants in one piece and in large pages."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import torch
+from qcompile.backends.cpu.pages import ALIGNMENT, LARGE, pieces
 
 from qcompile.graph.file_tensor import FileTensor
-
-ALIGNMENT = 64  # bytes; kernels load whole 512-bit vectors, and TVM refuses less
-LARGE = 4 << 20  # bytes: less than this has no large pages
-
-
-def allocate(size: int) -> np.ndarray[Any, Any]:
-    """Return ``size`` new bytes on an address that is a multiple of 64."""
-    memory = np.empty(size + ALIGNMENT, np.uint8)
-    first = -memory.ctypes.data % ALIGNMENT
-    return memory[first : first + size]
 
 
 def aligned(tensor: torch.Tensor) -> torch.Tensor:
@@ -49,15 +34,16 @@ def aligned(tensor: torch.Tensor) -> torch.Tensor:
 def place(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     """Return the tensors, each ``aligned``: together in one piece of memory if they have ``LARGE`` bytes, else where they are.
 
-    Tensors in files are read one by one: none is in memory twice.
+    Tensors in files are read straight to their place: none is in memory twice.
     """
-    sizes = [tensor.numel() * tensor.element_size() for tensor in tensors]
-    ends = np.cumsum([-(-size // ALIGNMENT) * ALIGNMENT for size in sizes], dtype=np.int64)
-    if not tensors or ends[-1] < LARGE:
+    sizes = [tensor.nbytes for tensor in tensors]
+    if sum(sizes) < LARGE:
         return [aligned(tensor) for tensor in tensors]
-    memory, placed, start = allocate(int(ends[-1])), [], 0
-    for tensor, size, end in zip(tensors, sizes, ends.tolist(), strict=True):
-        memory[start : start + size] = aligned(tensor).reshape(-1).view(torch.uint8).numpy()
-        placed.append(torch.from_numpy(memory[start : start + size]).view(tensor.dtype).view(tensor.shape))
-        start = end
+    placed = []
+    for tensor, memory in zip(tensors, pieces(sizes), strict=True):
+        if isinstance(tensor, FileTensor) and tensor.stored == tensor.dtype:
+            tensor.file.read_into(tensor.offset, memory.data)
+        else:
+            memory[:] = aligned(tensor).reshape(-1).view(torch.uint8).numpy()
+        placed.append(torch.from_numpy(memory).view(tensor.dtype).view(tensor.shape))
     return placed

@@ -8,7 +8,6 @@ from typing import Any
 import tvm
 from qcompile.backends.cpu.host import host_functions
 from qcompile.backends.cpu.kernels import isa
-from qcompile.backends.cpu.machine import describe
 from qcompile.backends.cpu.schedule import ScheduleRemaining
 from qcompile.backends.cpu.team import CONNECT, connect, connector, set_threads
 from qcompile.backends.lowering.arena import plan_arena
@@ -96,4 +95,4 @@ def _host_module(module: tvm.IRModule) -> tvm.IRModule:
     sequence = read_sequence(module)
     called = {call.kernel for call in sequence.calls}
     kernels = {v.name_hint: f.with_attr("global_symbol", v.name_hint) for v, f in module.functions.items() if v.name_hint in called}
-    return tvm.IRModule(kernels | {CONNECT: connector()} | host_functions(sequence, plan_arena(sequence), describe(sequence)))
+    return tvm.IRModule(kernels | {CONNECT: connector()} | host_functions(sequence, plan_arena(sequence)))

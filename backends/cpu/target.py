@@ -97,10 +97,23 @@ class CpuTarget(Target):
         forget_values()
         return _Callable(built, graph)
 
+    def store(self, graph: Graph, *, threads: int | None = None) -> Path | None:
+        from qcompile.backends.cpu.build import build
+        from qcompile.backends.cpu.interface import LIBRARY
+        from qcompile.backends.cpu.program import PROGRAM
+        from qcompile.backends.cpu.tiling import Tiling
+
+        tiles = self._tiles(graph)
+        place = _cache_place(graph, tiles)
+        if not place.is_dir():
+            _store(build(graph.module, threads=threads, tiling=Tiling(tiles)), place)
+        # Code for a virtual machine lacks this function, and what runs it is the compiler's library.
+        return place if place.is_dir() and PROGRAM.encode() in (place / LIBRARY).read_bytes() else None
+
     def native_code(self, graph: Graph) -> dict[str, bytes]:
         """Return the library and its tiles: packing the constants again is quick, storing them would double an artifact."""
         from qcompile.backends.cpu.build import build
-        from qcompile.backends.cpu.executable import LIBRARY
+        from qcompile.backends.cpu.interface import LIBRARY
         from qcompile.backends.cpu.tiling import Tiling
 
         tiles = self._tiles(graph)
@@ -118,7 +131,7 @@ class CpuTarget(Target):
 
     def load_native(self, graph: Graph, code: Mapping[str, bytes], *, threads: int | None = None, keep: bool = False) -> Executable:
         from qcompile.backends.cpu.build import build
-        from qcompile.backends.cpu.executable import LIBRARY
+        from qcompile.backends.cpu.interface import LIBRARY
         from qcompile.backends.cpu.tiling import Tiling
 
         # Constants are packed as the code reads them, whatever the tables say by now.
@@ -177,9 +190,10 @@ class CpuTarget(Target):
 
     def machine(self) -> str:
         from qcompile.backends.cpu.kernels import isa
+        from qcompile.backends.cpu.kernels.processor import thread_count
 
         description = isa.target_description()
-        return f"{description.get('mcpu', '')} {isa.detect()} {isa.thread_count()} threads"
+        return f"{description.get('mcpu', '')} {isa.detect()} {thread_count()} threads"
 
     def limits(self, threads: int) -> Limits:
         from qcompile.backends.cpu.limits import measure_limits
@@ -294,7 +308,7 @@ def _store(built: Any, place: Path) -> None:
     try:
         built.save(temporary / "code")
         os.replace(temporary / "code", place)
-    except (OSError, Refused):  # another process was first, or nothing can be written, or linked
+    except (OSError, Refused, RuntimeError):  # another process was first, or nothing can be written, or linked
         pass
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

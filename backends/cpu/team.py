@@ -26,9 +26,10 @@ from typing import Any
 
 import tvm
 import tvm_ffi
-from qcompile.backends.cpu.kernels import isa
+from qcompile.backends.cpu.kernels.processor import machine
 from tvm import tirx
 from tvm.ir import StringImm
+from tvm.support import cc
 
 CONNECT = "qcompile_connect"
 PAUSES = 2000  # checks with a pause between, about 100 us: a kernel that follows finds the team awake
@@ -473,15 +474,35 @@ def set_threads(threads: int) -> None:
         _own.threads = threads
 
 
+@functools.cache
+def library() -> bytes:
+    """Return the code of teams as a shared library, for processes without a compiler.
+
+    Raises:
+        RuntimeError: it cannot be linked.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        compiled, linked = os.path.join(folder, "team.o"), os.path.join(folder, "team.so")
+        _compiled().write_to_file(compiled, "o")
+        cc.create_shared(linked, [compiled])
+        with open(linked, "rb") as file:
+            return file.read()
+
+
+def _compiled() -> Any:
+    """Return the module of teams."""
+    text = _layout() + Template(_TEAM).substitute(pause=_PAUSE.get(machine(), ""), pauses=PAUSES, longest=PAUSES + YIELDS)
+    with tempfile.NamedTemporaryFile("w", suffix=".ll") as file:
+        file.write(text)
+        file.flush()
+        return tvm_ffi.load_module(file.name)
+
+
 class _Teams:
     """The compiled code of teams."""
 
     def __init__(self) -> None:
-        text = _layout() + Template(_TEAM).substitute(pause=_PAUSE.get(isa.machine(), ""), pauses=PAUSES, longest=PAUSES + YIELDS)
-        with tempfile.NamedTemporaryFile("w", suffix=".ll") as file:
-            file.write(text)
-            file.flush()
-            module = tvm_ffi.load_module(file.name)
+        module = _compiled()
         self.launcher: int = module["start"]()
         self.resize, self._forget = module["resize"], module["forget"]
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(module))  # threads may be in this code until the process has ended

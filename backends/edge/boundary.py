@@ -76,7 +76,8 @@ def _strip_input(graph: Graph, node: fx.Node) -> Port:
         return _port(graph, node.name, node, {})
     quantize = users[0]
     given = bound_arguments(quantize)
-    if given["scale"] is None or graph.constant(given["scale"]) is None or graph.constant(given["scale"]).numel() != 1:  # type: ignore[union-attr]
+    scale = graph.constant(given["scale"])
+    if scale is None or scale.numel() != 1:
         return _port(graph, node.name, node, {})
     node.meta["val"] = quantize.meta["val"]
     graph.replace(quantize, node)
@@ -86,7 +87,9 @@ def _strip_input(graph: Graph, node: fx.Node) -> Port:
 def _port(graph: Graph, name: str, node: fx.Node, grid: dict[str, Any]) -> Port:
     fake = node.meta["val"]
     if not all(isinstance(size, int) for size in fake.shape):
-        sizes = ", ".join(dict.fromkeys(str(size) for size in graph.type_text(node)[:-1].partition("[")[2].split(",") if not size.isdigit()))
+        sizes = ", ".join(
+            dict.fromkeys(str(size) for size in graph.type_text(node)[:-1].partition("[")[2].split(",") if not size.isdigit())
+        )
         raise Refused(
             f"code for an edge target has fixed sizes, and {name} is {graph.type_text(node)}",
             node=node.name,

@@ -1,31 +1,36 @@
-"""The files of a compiled model: ``model.h``, ``model.c``, ``model_weights.c``, ``runtime.h``, ``golden.h``, ``report.json``.
+"""The C of a compiled model: ``model.h``, ``model.c``, ``model_weights.c``, ``runtime.h``; and its report.
 
 The same graph gives the same bytes.
 """
 
 from __future__ import annotations
 
-import json
 from importlib import resources
 from typing import Any
 
 import numpy as np
-import torch
-from qcompile.backends.edge.boundary import Port, in_memory
+from qcompile.backends.edge.boundary import Port
 from qcompile.backends.edge.lower import ALIGNMENT, Program, constant_bytes, place
 from qcompile.backends.lowering.sequence import CONSTANT, INPUT, VALUE, View
 
-_C = {"int8": "int8_t", "uint8": "uint8_t", "int16": "int16_t", "int32": "int32_t", "int64": "int64_t", "float32": "float", "bool": "uint8_t"}
+_C = {
+    "int8": "int8_t",
+    "uint8": "uint8_t",
+    "int16": "int16_t",
+    "int32": "int32_t",
+    "int64": "int64_t",
+    "float32": "float",
+    "bool": "uint8_t",
+}
 _PER_LINE = 16
 
 
-def write_files(program: Program, name: str = "model", *, golden: list[torch.Tensor] | None = None) -> dict[str, bytes]:
+def write_files(program: Program, name: str = "model") -> dict[str, bytes]:
     """Return the content of each file by its name.
 
     Args:
         program: what to write.
         name: prefix of files and of everything that C sees.
-        golden: inputs of one call, as the graph from codes to codes takes them.
     """
     files = {
         f"{name}.h": _header(program, name),
@@ -33,8 +38,6 @@ def write_files(program: Program, name: str = "model", *, golden: list[torch.Ten
         f"{name}_weights.c": _weights(program, name),
         "runtime.h": resources.files("qcompile.backends.edge").joinpath("runtime.h").read_text(),
     }
-    if golden is not None:
-        files["golden.h"] = _golden(program, name, golden)
     return {path: text.encode() for path, text in files.items()}
 
 
@@ -56,8 +59,8 @@ def _header(program: Program, name: str) -> str:
     upper = name.upper()
     lines = [
         f"/* A compiled model: {name}_init once, {name}_run for each call. Generated; do not edit.",
-        f"   The arena is all the memory it needs: {program.arena_bytes} bytes at an address that {ALIGNMENT} divides. Calls with different",
-        "   arenas may run at the same time. */",
+        f"   The arena is all the memory it needs: {program.arena_bytes} bytes at an address that {ALIGNMENT} divides.",
+        "   Calls with different arenas may run at the same time. */",
         f"#ifndef {upper}_H",
         f"#define {upper}_H",
         "",
@@ -201,15 +204,3 @@ def _weights(program: Program, name: str) -> str:
         declared = f"const {_C[str(constant.array.dtype)]} {name}_{constant.name}"
         parts += [f"extern {declared}[{max(constant.array.size, 1)}];", _array(declared, constant.array)]
     return "\n".join(parts)
-
-
-def _golden(program: Program, name: str, inputs: list[torch.Tensor]) -> str:
-    """Return one case: inputs, and the outputs that the graph gives by the meaning of its operators."""
-    outputs = program.graph(*inputs)
-    parts = ["/* A call with known results. Generated; do not edit. */", f"#ifndef {name.upper()}_GOLDEN_H", f"#define {name.upper()}_GOLDEN_H",
-             "", "#include <stdint.h>", "", f"#define {name.upper()}_GOLDEN_COUNT 1", ""]  # fmt: skip
-    for kind, values in (("input", inputs), ("output", outputs)):
-        for number, value in enumerate(values):
-            array = in_memory(value).numpy()
-            parts.append(_array(f"static const {_C[str(array.dtype)]} {name}_golden_{kind}_{number}", array))
-    return "\n".join([*parts, "#endif", ""])

@@ -24,7 +24,6 @@ from qcompile.formats import parse_scheme, quantize
 from qcompile.graph import Graph
 from qcompile.target import MemoryLimits
 
-
 PROMPT_TOKENS = 4  # of a decoder's example
 GOLDEN_TOKENS = 24
 

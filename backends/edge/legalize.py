@@ -175,7 +175,13 @@ def _conv2d(walk: Walk, node: fx.Node, a: Arguments) -> Any:
     else:
         pixels = out_height * out_width
         product = _product(walk, _stored_bits(a.weight_scheme), signed, pixels)
-        direct = [kernel_height, kernel_width, *a.stride, *a.padding] == [1, 1, 1, 1, *[0] * len(a.padding)] and channels % product.step == 0
+        direct = [kernel_height, kernel_width, *a.stride, *a.padding] == [
+            1,
+            1,
+            1,
+            1,
+            *[0] * len(a.padding),
+        ] and channels % product.step == 0
         y = _emit_product(walk, a, product, direct, codes.transpose(0, 2, 3, 1), sums, x, sizes, layer)
         y = walk.reshape(y, [1, out_height, out_width, out_channels])
     walk.bind(node, y, channels_last=True)

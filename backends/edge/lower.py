@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -63,7 +64,9 @@ class Program:
 
     @property
     def arena_bytes(self) -> int:
-        return sum(region.length for region in self.arena.regions)
+        """To the last byte that is written; the rounding of a value's length to the next place is no part of it."""
+        values = [self.sequence.values[index] for index in self.arena.places]
+        return max((place(self, v) + math.prod(map(int, v.shape)) * np.dtype(v.dtype).itemsize for v in values), default=0)
 
     @property
     def weights_bytes(self) -> int:

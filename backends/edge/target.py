@@ -27,7 +27,9 @@ class EdgeTarget(Target):
     kernels = (
         Kernel("qc.linear", (1, 2, 3, 4, 5, 6, 7, 8), ("tensor", "channel"), "static", f"{_CODES}; weights stored in 2, 4 or 8 bits"),
         Kernel("qc.conv2d", (1, 2, 3, 4, 5, 6, 7, 8), ("tensor", "channel"), "static", f"{_CODES}; dense as linear, depthwise in 8 bits"),
-        Kernel("qc.linear", (1, 2, 3, 4, 5, 6, 7, 8), ("tensor", "channel"), "dynamic", "codes with a scale for each token, float32 results"),
+        Kernel(
+            "qc.linear", (1, 2, 3, 4, 5, 6, 7, 8), ("tensor", "channel"), "dynamic", "codes with a scale for each token, float32 results"
+        ),
         Kernel("qc.embedding", (4, 8), ("channel",), "float", "rows dequantized while they are gathered"),
     )
 

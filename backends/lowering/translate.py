@@ -21,6 +21,7 @@ from typing import Any
 import torch
 import tvm
 import tvm.sym
+from qcompile.backends.lowering.fallback import Fallback
 from qcompile.backends.lowering.shapes import Size, Sizes, dtype_name
 from torch import fx
 from tvm import relax, tirx
@@ -59,15 +60,6 @@ def _prim(value: Any) -> Any:
     return tirx.const(value, "int64") if isinstance(value, int) else value
 
 
-@dataclass(frozen=True)
-class Fallback:
-    """A node that a target has no kernel for and that runs as a composition of generic operators."""
-
-    node: str
-    operator: str
-    reason: str
-
-
 @dataclass
 class Lowered:
     """What ``translate`` returns.
@@ -103,10 +95,16 @@ class Walk:
     """
 
     def __init__(
-        self, graph_module: fx.GraphModule, legalize: dict[str, Legalizer], taps: tuple[str, ...] = (), tiling: Any = None,
-        inline_bytes: int = INLINE_BYTES, images_last: bool = False,
-    ) -> None:  # fmt: skip
-        self._taps = taps
+        self,
+        graph_module: fx.GraphModule,
+        legalize: dict[str, Legalizer],
+        taps: tuple[str, ...] = (),
+        tiling: Any = None,
+        keep: Callable[[torch.Tensor], torch.Tensor] = in_memory,
+        inline_bytes: int = INLINE_BYTES,
+        images_last: bool = False,
+    ) -> None:
+        self._taps, self._keep = taps, keep
         self._images_last = images_last
         self._inline_bytes = inline_bytes
         self.tiling = tiling
@@ -197,11 +195,11 @@ class Walk:
     def parameter(self, name: str, make: Callable[[], torch.Tensor]) -> Any:
         """Return the Relax value of a constant; ``name`` identifies it and ``make`` runs once for each name."""
         if name not in self._parameters:
-            tensor = in_memory(make().detach().contiguous())
+            tensor = make().detach().contiguous()
             if tensor.nbytes <= self._inline_bytes:
-                self._parameters[name] = relax.const(tensor.numpy(), dtype_name(tensor.dtype))
+                self._parameters[name] = relax.const(in_memory(tensor).numpy(), dtype_name(tensor.dtype))
             else:
-                self.constants[name] = tensor
+                self.constants[name] = self._keep(tensor)
                 self._parameters[name] = relax.Var(name, relax.TensorType(list(tensor.shape), dtype_name(tensor.dtype)))
         return self._parameters[name]
 
@@ -344,9 +342,15 @@ class Walk:
 
 
 def translate(
-    graph_module: fx.GraphModule, *, legalize: dict[str, Legalizer] | None = None, taps: tuple[str, ...] = (), tiling: Any = None,
-    inline_bytes: int = INLINE_BYTES, images_last: bool = False,
-) -> Lowered:  # fmt: skip
+    graph_module: fx.GraphModule,
+    *,
+    legalize: dict[str, Legalizer] | None = None,
+    taps: tuple[str, ...] = (),
+    tiling: Any = None,
+    keep: Callable[[torch.Tensor], torch.Tensor] = in_memory,
+    inline_bytes: int = INLINE_BYTES,
+    images_last: bool = False,
+) -> Lowered:
     """Translate a graph of ATen core and qc operators into a Relax module.
 
     Args:
@@ -354,13 +358,14 @@ def translate(
         legalize: a target's own emitters by operator name (``qc.linear``, ``aten.conv2d``).
         taps: names of further nodes to return after the outputs.
         tiling: handed to the legalizers as ``Walk.tiling``.
+        keep: returns what holds a large constant from then on, such as a tensor in a file.
         inline_bytes: constants up to this size are part of the code.
         images_last: inputs and outputs of rank 4 are NHWC.
 
     Raises:
         Refused: naming the node and the operator that cannot be lowered.
     """
-    return Walk(graph_module, legalize or {}, taps, tiling, inline_bytes, images_last).run()
+    return Walk(graph_module, legalize or {}, taps, tiling, keep, inline_bytes, images_last).run()
 
 
 def _is_tensor_like(value: Any) -> bool:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -105,8 +105,8 @@ def capture_weights(config: dict[str, Any], weights: dict[str, torch.Tensor], pl
             raise Refused(f"the weight is {list(value.shape)}, the configuration says {list(shapes[weight])}", node=f"{place} {weight}")
     with _quietly(transformers, place):
         described = transformers.AutoConfig.for_model(**config)
-        model, found = kind.from_pretrained(
-            None, config=described, state_dict=weights, dtype=torch.float32, attn_implementation="sdpa", output_loading_info=True
+        model, found = _with_attention(
+            kind.from_pretrained, None, config=described, state_dict=weights, dtype=torch.float32, output_loading_info=True
         )
     if missing := sorted(found["missing_keys"]):
         raise Refused(f"{len(missing)} weights of {name} are missing", node=f"{place} {missing[0]}")
@@ -294,11 +294,21 @@ def _quietly(transformers: Any, place: str) -> Iterator[None]:
         transformers.logging.set_verbosity(verbosity)
 
 
-_OPTIONS: dict[str, Any] = {"trust_remote_code": False, "dtype": torch.float32, "attn_implementation": "sdpa"}
+_OPTIONS: dict[str, Any] = {"trust_remote_code": False, "dtype": torch.float32}
+
+
+def _with_attention(make: Callable[..., Any], *given: Any, **options: Any) -> Any:
+    """Return what ``make`` does for a model whose attention is one operator, or several where its kind cannot say it with one."""
+    try:
+        return make(*given, attn_implementation="sdpa", **options)
+    except ValueError as error:
+        if "scaled_dot_product_attention" not in str(error):
+            raise
+        return make(*given, attn_implementation="eager", **options)
 
 
 def _load_whole(kind: Any, folder: Path) -> tuple[Any, _Weights]:
-    model, said = kind.from_pretrained(folder, local_files_only=True, output_loading_info=True, **_OPTIONS)
+    model, said = _with_attention(kind.from_pretrained, folder, local_files_only=True, output_loading_info=True, **_OPTIONS)
     return model, _Weights({}, frozenset(said["missing_keys"]))
 
 
@@ -309,7 +319,7 @@ def _build_empty(kind: Any, folder: Path) -> Any:
 
     config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     with no_init_weights():
-        model = kind.from_config(config, **_OPTIONS)
+        model = _with_attention(kind.from_config, config, **_OPTIONS)
     model.tie_weights()
     return model
 

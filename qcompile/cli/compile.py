@@ -21,9 +21,13 @@ if TYPE_CHECKING:
 @click.option("--recipe", help="Name, YAML file, or pipeline text [w8a8; stored, where MODEL's weights have codes already].")
 @click.option("--target", default="cpu", show_default=True, help="See 'qcompile targets'.")
 @click.option("--calibrate", metavar="DATA", help="FILE.npz, FILE.npy, text:FILE, images:FOLDER?resize=..&crop=.., or random.")
-@click.option("-o", "--output", type=click.Path(path_type=Path), help="The artifact to write [MODEL's name with .qc]; a folder for edge targets.")
+@click.option(
+    "-o", "--output", type=click.Path(path_type=Path), help="The artifact to write [MODEL's name with .qc]; a folder for edge targets."
+)
 @click.option("--size", "sizes", multiple=True, metavar="NAME=N", help="Fix a symbolic size of the model, such as batch=1.")
-@click.option("--context", type=click.IntRange(min=2), help="For a decoder and an edge target: write the step of one token, for texts so long.")
+@click.option(
+    "--context", type=click.IntRange(min=2), help="For a decoder and an edge target: write the step of one token, for texts so long."
+)
 @click.option("--board", default="", help="A board whose memories the model must fit into, for edge targets.")
 @click.option("--arena-limit", metavar="BYTES", help="Most memory for values, such as 256K, for edge targets.")
 @click.option("--flash-limit", metavar="BYTES", help="Most memory for constants and code, for edge targets.")
@@ -224,7 +228,9 @@ def _print_done(done: Any, output: Path, size: int, seconds: float, told: dict[s
         f"constants {100 * report['bytes'] / max(report['float_bytes'], 1):.1f} % of float32"
     )
     if told:
-        click.echo(f"{output.parent}: C with an arena of {told['arena_bytes']} bytes, {told['weights_bytes']} bytes of weights, {told['macs']} MACs")
+        click.echo(
+            f"{output.parent}: C, arena {told['arena_bytes']} bytes, weights {told['weights_bytes']} bytes, {told['macs']} multiply-adds"
+        )
     return None
 
 

@@ -50,14 +50,13 @@ def generate(
     json_: bool,
 ) -> None:
     """Continue texts with ARTIFACT, a compiled language model; they appear while they are generated."""
-    from qcompile.artifact import load
     from qcompile.generation import Generator, Sampling
 
     map_large_blocks()
     asked: list[Any] = [*prompts, *map(_numbers, prompt_tokens), *([_read(prompt_file)] if prompt_file else [])]
     if not asked:
         raise Refused("there is no prompt", way_out="give --prompt TEXT, --prompt-tokens NUMBERS or --prompt-file FILE")
-    generator = Generator(load(artifact, target=target, threads=threads, trust_code=trust_code), context=context)
+    generator = Generator.open(artifact, target=target, threads=threads, trust_code=trust_code, context=context)
     sampling = Sampling(temperature, top_k, top_p, seed)
     texts, ends = [""] * len(asked), [""] * len(asked)
     tokens: list[list[int]] = [[] for _ in asked]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import shutil
 from pathlib import Path
 from typing import Any
@@ -38,6 +40,7 @@ def inspect(artifact: Path, times: bool, graph_: bool, threads: int | None, trus
     if json_:
         return print_json(
             {
+                "entries": _entries(model),
                 "layers": layers,
                 "float_ops": model.report["float_ops"],
                 "bits_per_weight": model.report["bits_per_weight"],
@@ -58,6 +61,34 @@ def _layer_times(model: Any) -> dict[str, float]:
     """Return milliseconds by node where the target can tell them apart."""
     layer_times = getattr(model.executable, "layer_times", None)
     return dict(layer_times(model.golden_inputs)) if layer_times else {}
+
+
+def _entries(model: Any) -> list[dict[str, Any]]:
+    """Return name, inputs and outputs of the graph and, for a decoder, of the entries that continue a text from caches."""
+    from qcompile.errors import Refused
+    from qcompile.generation.entries import decoder_entries, longest_text
+
+    graphs = {"main": model.graph}
+    with contextlib.suppress(Refused):  # no decoder
+        made = decoder_entries(model.graph, longest_text(model.graph))
+        graphs |= {"prefill": made.prefill, "decode": made.decode}
+    return [
+        {
+            "name": name,
+            "inputs": [{"name": n.name, "type": str(t)} for n, t in zip(graph.inputs, graph.input_types, strict=True)],
+            "outputs": [{"name": n, "type": graph.type_text(o)} for n, o in zip(graph.output_names, graph.outputs, strict=True)],
+        }
+        for name, graph in graphs.items()
+    ]
+
+
+def _signature(values: list[dict[str, str]]) -> str:
+    """Return names and types, neighbours of one type together: a decoder has caches for every layer."""
+    found = []
+    for kind, run in itertools.groupby(values, lambda value: value["type"]):
+        names = [value["name"] for value in run]
+        found += [f"{names[0]} .. {names[-1]} {kind}"] if len(names) > 2 else [f"{name} {kind}" for name in names]
+    return ", ".join(found)
 
 
 def _print_layers(artifact: Path, model: Any, layers: list[dict[str, Any]]) -> None:
@@ -85,6 +116,9 @@ def _print_layers(artifact: Path, model: Any, layers: list[dict[str, Any]]) -> N
         console.print(f"warning: {line}", markup=False)
     for node, text in model.report["notes"]:
         console.print(f"note: {node}: {text}", markup=False)
+    for entry in _entries(model):
+        inputs, outputs = (_signature(entry[side]) for side in ("inputs", "outputs"))
+        console.print(f"entry {entry['name']}({inputs}) -> {outputs}", markup=False)
     console.print(
         f"{artifact}: {artifact.stat().st_size} bytes, {model.report['bits_per_weight']:.2f} bits per weight, "
         f"target {model.target}, pipeline: {model.pipeline}"

@@ -1,24 +1,27 @@
 """Continue texts, token by token.
 
-generator = Generator(qcompile.load("model.qc"))
+generator = Generator.open("model.qc")
 for piece in generator.stream("The species of", max_tokens=50):
 print(piece.text, end="")
 """
 
 from __future__ import annotations
 
+import operator
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-import torch
-
-from qcompile.artifact import Artifact
 from qcompile.errors import Refused
 from qcompile.generation.sampling import Sampler, Sampling
 from qcompile.generation.session import Model, Session
+from qcompile.generation.stored import open_stored
 from qcompile.generation.text import TextStream, read_tokenizer
+
+if TYPE_CHECKING:
+    from qcompile.artifact import Artifact
 
 Prompt = str | Sequence[int]
 
@@ -69,7 +72,7 @@ class Continuation:
 
 
 class Generator:
-    """Continues texts with a compiled decoder.
+    """Continues texts with a compiled decoder; ``open`` takes less memory and time than making one from a loaded artifact.
 
     Attributes:
         tokenizer: of the package ``tokenizers``; None where the artifact holds none, and prompts are token numbers.
@@ -86,11 +89,44 @@ class Generator:
     """
 
     def __init__(self, artifact: Artifact, *, context: int | None = None) -> None:
-        self.model = Model(artifact, context)
+        from qcompile.generation.artifact_model import ArtifactModel
+
+        self._use(ArtifactModel(artifact, context))
+
+    @classmethod
+    def open(
+        cls,
+        path: str | Path,
+        *,
+        target: str | None = None,
+        threads: int | None = None,
+        trust_code: bool = False,
+        context: int | None = None,
+    ) -> Generator:
+        """Return a generator of an artifact in a file; see ``qcompile.load`` for all but ``context``.
+
+        Where a target can, its code is built in a process of its own, and runs without PyTorch and compiler: the process holds the
+        weights, the caches and some 50 MiB.
+
+        Raises:
+            Refused: as ``qcompile.load``; or the artifact is no decoder.
+        """
+        made = cls.__new__(cls)
+        stored = open_stored(Path(path), target=target, context=context, threads=threads)
+        if stored is not None:
+            made._use(stored)
+        else:
+            from qcompile.artifact import load
+
+            made.__init__(load(path, target=target, threads=threads, trust_code=trust_code), context=context)  # type: ignore[misc]
+        return made
+
+    def _use(self, model: Model) -> None:
+        self.model = model
         self.speed = Speed()
         self.cache_bytes = 0
-        self.tokenizer: Any = read_tokenizer(artifact.tokenizer) if artifact.tokenizer else None
-        self.vocabulary = int(self.model.decoder.prefill.outputs[0].meta["val"].shape[-1])
+        self.tokenizer: Any = read_tokenizer(model.tokenizer) if model.tokenizer else None
+        self.vocabulary = model.vocabulary
 
     def tokens_of(self, prompt: Prompt) -> list[int]:
         """Return a prompt's tokens.
@@ -100,7 +136,7 @@ class Generator:
         """
         if isinstance(prompt, str) and self.tokenizer is None:
             raise Refused("the artifact holds no tokenizer", way_out="give token numbers, or compile from a folder with tokenizer.json")
-        tokens = list(self.tokenizer.encode(prompt).ids if isinstance(prompt, str) else prompt)
+        tokens = list(self.tokenizer.encode(prompt).ids if isinstance(prompt, str) else map(operator.index, prompt))
         if not tokens:
             raise Refused("the prompt is empty", way_out="give at least one token")
         if wrong := [token for token in tokens if not 0 <= token < self.vocabulary]:
@@ -131,7 +167,7 @@ class Generator:
         chosen = _as_list(prompts)
         given = [self.tokens_of(prompt) for prompt in chosen]
         self._check_room(given, max_tokens)
-        ends = frozenset() if ignore_end else frozenset(self.model.artifact.end_tokens)
+        ends = frozenset() if ignore_end else frozenset(self.model.end_tokens)
         rows = [_Row(tokens, TextStream(self.tokenizer, tokens), stop, ends, self._room(tokens, max_tokens)) for tokens in given]
         return self._run(rows, Sampler(sampling or Sampling(), len(rows)))
 
@@ -163,7 +199,7 @@ class Generator:
 
     def _run(self, rows: list[_Row], sampler: Sampler) -> Iterator[Piece]:
         session = Session(self.model, len(rows))
-        _ = self.model.executable  # built before the clock starts
+        self.model.build()  # before the clock starts
         self.speed = Speed()
         start = time.perf_counter()
         logits = session.extend([row.prompt for row in rows])
@@ -219,4 +255,4 @@ def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     found: list[Any] = list(prompts)
     if not found:
         raise Refused("there is no prompt")
-    return [found] if isinstance(found[0], int | torch.Tensor) else found
+    return found if isinstance(found[0], str | Sequence) else [found]  # token numbers: integers, or what an array of them gives

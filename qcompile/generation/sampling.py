@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
-import torch
 
 from qcompile.errors import Refused
 
@@ -43,13 +43,15 @@ class Sampler:
         self._sampling = sampling
         self._random = [np.random.default_rng([sampling.seed, row]) for row in range(rows)]
 
-    def choose(self, row: int, logits: torch.Tensor) -> int:
-        """Return a token for logits [vocabulary].
+    def choose(self, row: int, logits: np.ndarray[Any, Any]) -> int:
+        """Return a token for logits f32[vocabulary].
 
         Raises:
             Refused: the logits hold NaN, or no token is possible.
         """
-        if torch.isnan(logits).any() or torch.isposinf(logits).any() or not torch.isfinite(logits).any():
+        logits = np.asarray(logits)
+        highest = logits.max()  # NaN if there is one
+        if not np.isfinite(highest):
             raise Refused("the model's logits hold NaN or infinity", way_out="check the weights, or compile with more bits")
         if self._sampling.temperature == 0:
             return int(logits.argmax())
@@ -57,16 +59,16 @@ class Sampler:
         cumulative = np.cumsum(probabilities)
         return int(np.searchsorted(cumulative, self._random[row].random() * cumulative[-1], side="right").clip(0, len(cumulative) - 1))
 
-    def _probabilities(self, logits: torch.Tensor) -> np.ndarray:
+    def _probabilities(self, logits: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
         """Return what is left of the distribution after temperature, top-k and top-p, in float64, not normalized."""
         chosen = self._sampling
-        scores = logits.double() / chosen.temperature
-        probabilities = (scores - scores.max()).exp()
-        order = torch.argsort(probabilities, descending=True, stable=True)
+        scores = logits.astype(np.float64) / chosen.temperature
+        probabilities = np.exp(scores - scores.max())
+        order = np.argsort(-probabilities, kind="stable")
         kept = order[: chosen.top_k] if chosen.top_k else order
         if chosen.top_p < 1:
             shares = probabilities[kept] / probabilities[kept].sum()
-            kept = kept[: int((shares.cumsum(0) - shares < chosen.top_p).sum())]
-        result = torch.zeros_like(probabilities)
+            kept = kept[: int((shares.cumsum() - shares < chosen.top_p).sum())]
+        result = np.zeros_like(probabilities)
         result[kept] = probabilities[kept]
-        return np.asarray(result.numpy())
+        return result

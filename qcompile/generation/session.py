@@ -1,71 +1,113 @@
-"""A batch of texts being continued: their caches, and the model's entry that reads and extends them."""
+"""A batch of texts being continued: their caches, and the model that reads and extends them."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cached_property
+from dataclasses import dataclass
+from math import prod
+from typing import Any, Protocol
 
-import torch
+import numpy as np
 
-from qcompile.artifact import Artifact
 from qcompile.errors import Refused
-from qcompile.generation.entries import Decoder, decoder_entries, longest_text
-from qcompile.pipeline import sqnr_db
-from qcompile.registry import find_target
-from qcompile.target import Executable
 
 CHUNK = 512  # tokens of a prompt in one call: many enough for full speed, few enough that activations stay small
 AGREEMENT_DB = 20.0  # of logits from caches with those of the whole text: codes on ties may fall on other sides, mixed tokens share nothing
 GROWTH = 256  # a cache grows by this many tokens, or by half of what it has
+ALIGNMENT = 64  # bytes: kernels copy what lies elsewhere
+
+Array = np.ndarray[Any, Any]
 
 
-class Model:
+@dataclass(frozen=True)
+class CacheRow:
+    """What one token takes in one cache: its dtype and the sizes after ``[batch, capacity]``."""
+
+    dtype: str
+    sizes: tuple[int, ...]
+
+
+class Model(Protocol):
     """A decoder ready to run, shared by sessions: one build serves prompts and single tokens, so weights are in memory once.
 
-    Args:
-        artifact: a compiled decoder.
-        context: the most tokens of a text, by default what the model was made for.
-
-    Raises:
-        Refused: the artifact is no decoder, or the context is longer than the model's.
+    Attributes:
+        context: the most tokens of a text.
+        vocabulary: how many tokens there are.
+        caches: in the order in which ``step`` takes and returns them.
+        tokenizer: the bytes of ``tokenizer.json``, where there is one.
+        end_tokens: tokens that end a text.
     """
 
-    def __init__(self, artifact: Artifact, context: int | None = None) -> None:
-        self.artifact = artifact
-        longest = longest_text(artifact.graph)
-        if context is not None and not 0 < context <= longest:
-            raise Refused(f"a context of {context} tokens is not possible: the model takes texts of 1 to {longest} tokens")
-        self.context = context or longest
+    @property
+    def context(self) -> int: ...
 
-    @cached_property
-    def decoder(self) -> Decoder:
-        return decoder_entries(self.artifact.graph, self.context)
+    @property
+    def vocabulary(self) -> int: ...
 
-    @cached_property
-    def executable(self) -> Executable:
-        """The entry ``prefill``, built.
+    @property
+    def caches(self) -> Sequence[CacheRow]: ...
+
+    @property
+    def tokenizer(self) -> bytes | None: ...
+
+    @property
+    def end_tokens(self) -> Sequence[int]: ...
+
+    def build(self) -> None:
+        """Do what the first step would do before it runs.
 
         Raises:
-            Refused: it does not continue the artifact's golden text as the graph over whole texts does.
+            Refused: the code does not continue the artifact's golden text as the graph over whole texts does.
         """
-        target = find_target(self.artifact.target).with_tiles(self.artifact.tiles)
-        built = target.build(self.decoder.prefill, threads=self.artifact.threads)
-        self._check(built)
-        return built
 
-    def _check(self, run: Executable) -> None:
-        """Read the golden text in two parts and compare with its golden logits: an operator that mixes tokens otherwise shows here."""
-        tokens = self.artifact.golden_inputs[0][:1, : self.context]
-        length = tokens.shape[1]
-        if length < 2:
-            return
-        caches = [torch.zeros(1, length, *map(int, cache.type.shape[2:]), dtype=cache.type.dtype) for cache in self.decoder.caches]
-        past, one = torch.zeros(1, dtype=torch.int64), torch.ones(1, dtype=torch.int64)
-        _, *caches = run([tokens[:, :-1].contiguous(), past, past + length - 1, *caches])
-        logits = run([tokens[:, -1:].contiguous(), past + length - 1, one, *caches])[0][0]
-        expected = self.artifact.golden_outputs[0][0, length - 1]
-        if torch.isfinite(logits).all() and sqnr_db(expected, logits) < AGREEMENT_DB:
-            raise Refused("an operator beside attention mixes tokens: no cache can stand for that", way_out="run it over whole texts")
+    def step(self, tokens: Array, past: Array, counts: Array, caches: Sequence[Array]) -> tuple[Array, list[Array]]:
+        """Continue texts: return logits f32[batch,vocabulary] after the last token of each, and the caches with the new tokens.
+
+        Args:
+            tokens: i64[batch,seq], padded on the right.
+            past: i64[batch], tokens of each text that the caches hold.
+            counts: i64[batch], how many of the new tokens are the text's own, 1 or more.
+            caches: arrays [batch,capacity,..].
+        """
+
+
+def check_model(model: Model, tokens: Array, expected: Array) -> None:
+    """Read a text in two parts and compare with its logits by the graph over whole texts: an operator that mixes tokens shows here.
+
+    Args:
+        model: is called.
+        tokens: i64[1,seq].
+        expected: f32[seq,vocabulary].
+
+    Raises:
+        Refused: they are not the same.
+    """
+    tokens = tokens[:, : model.context]
+    length = tokens.shape[1]
+    if length < 2:
+        return
+    caches = [empty_cache(row, 1, length) for row in model.caches]
+    past, one = np.zeros(1, np.int64), np.ones(1, np.int64)
+    _, caches = model.step(tokens[:, :-1], past, past + length - 1, caches)
+    logits, _ = model.step(tokens[:, -1:], past + length - 1, one, caches)
+    if np.isfinite(logits[0]).all() and _agreement_db(expected[length - 1], logits[0]) < AGREEMENT_DB:
+        raise Refused("an operator beside attention mixes tokens: no cache can stand for that", way_out="run it over whole texts")
+
+
+def _agreement_db(expected: Array, found: Array) -> float:
+    """Return 10 log10 of the power of the expected values over that of the difference."""
+    noise = np.square(expected.astype(np.float64) - found).sum()
+    signal = np.square(expected.astype(np.float64)).sum()
+    return float("inf") if not noise else 10 * float(np.log10(signal / noise)) if signal else -float("inf")
+
+
+def empty_cache(row: CacheRow, batch: int, capacity: int) -> Array:
+    """Return a cache without tokens, on an address that is a multiple of 64."""
+    shape, dtype = (batch, capacity, *row.sizes), np.dtype(row.dtype)
+    # Zeros: the meaning of attention multiplies rows that are hidden by zero, which NaN would survive.
+    memory = np.zeros(prod(shape) * dtype.itemsize + ALIGNMENT, np.uint8)
+    first = -memory.ctypes.data % ALIGNMENT
+    return memory[first : first + prod(shape) * dtype.itemsize].view(dtype).reshape(shape)
 
 
 class Session:
@@ -77,24 +119,24 @@ class Session:
 
     def __init__(self, model: Model, batch: int) -> None:
         self._model, self._batch = model, batch
-        self.lengths = torch.zeros(batch, dtype=torch.int64)
+        self.lengths = np.zeros(batch, np.int64)
         self._capacity = 0
-        self._caches = [self._empty(shape[2:], cache.type.dtype, 1) for cache in model.decoder.caches for shape in [cache.type.shape]]
+        self._caches = [empty_cache(row, batch, 1) for row in model.caches]
 
     @property
     def cache_bytes(self) -> int:
         """Bytes that the caches take now."""
         return sum(cache.nbytes for cache in self._caches)
 
-    def extend(self, texts: Sequence[Sequence[int]]) -> torch.Tensor:
-        """Take new tokens for each text and return the logits [batch, vocabulary] after the last of each.
+    def extend(self, texts: Sequence[Sequence[int]]) -> Array:
+        """Take new tokens for each text and return the logits f32[batch,vocabulary] after the last of each.
 
         Long ones are taken in chunks. A text without new tokens stays as it is; its logits are zeros.
 
         Raises:
             Refused: a text would become longer than the context. Nothing is changed then.
         """
-        counts = torch.tensor([len(text) for text in texts])
+        counts = np.array([len(text) for text in texts])
         total = self.lengths + counts
         if int(total.max()) > self._model.context:
             row = int(total.argmax())
@@ -103,21 +145,23 @@ class Session:
                 way_out="shorten the prompt, or ask for fewer tokens",
             )  # fmt: skip
         self._reserve(int(total.max()))
-        logits: torch.Tensor | None = None
+        logits: Array | None = None
         for start in range(0, int(counts.max()), CHUNK):
             found = self._step([text[start : start + CHUNK] for text in texts])
-            taken = (counts > start).unsqueeze(1)
-            logits = torch.where(taken, found, torch.zeros(()) if logits is None else logits)
+            taken = counts > start
+            if logits is not None or not taken.all():
+                found = np.where(taken[:, None], found, np.float32(0) if logits is None else logits)
+            logits = found
         assert logits is not None
         return logits
 
-    def _step(self, texts: Sequence[Sequence[int]]) -> torch.Tensor:
-        counts = torch.tensor([len(text) for text in texts])
-        tokens = torch.zeros(self._batch, int(counts.max()), dtype=torch.int64)
+    def _step(self, texts: Sequence[Sequence[int]]) -> Array:
+        counts = np.array([len(text) for text in texts], np.int64)
+        tokens = np.zeros((self._batch, int(counts.max())), np.int64)
         for row, text in enumerate(texts):
-            tokens[row, : len(text)] = torch.tensor(text, dtype=torch.int64)
+            tokens[row, : len(text)] = text
         # A row without new tokens gets one of padding: it is written behind its text, where nothing reads, and overwritten later.
-        logits, *self._caches = self._model.executable([tokens, self.lengths, counts.clamp(min=1), *self._caches])
+        logits, self._caches = self._model.step(tokens, self.lengths, np.maximum(counts, 1), self._caches)
         self.lengths = self.lengths + counts
         return logits
 
@@ -126,12 +170,8 @@ class Session:
         if tokens <= self._capacity:
             return
         capacity = min(max(tokens, self._capacity + max(GROWTH, self._capacity // 2)), self._model.context)
-        for number, cache in enumerate(self._caches):
-            grown = self._empty(cache.shape[2:], cache.dtype, capacity)
+        for number, (cache, row) in enumerate(zip(self._caches, self._model.caches, strict=True)):
+            grown = empty_cache(row, self._batch, capacity)
             grown[:, : self._capacity] = cache[:, : self._capacity]
             self._caches[number] = grown
         self._capacity = capacity
-
-    def _empty(self, rest: Sequence[int | str], dtype: torch.dtype, capacity: int) -> torch.Tensor:
-        # Zeros: the meaning of attention multiplies rows that are hidden by zero, which NaN would survive.
-        return torch.zeros((self._batch, capacity, *(int(size) for size in rest)), dtype=dtype)

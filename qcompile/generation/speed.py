@@ -15,7 +15,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from qcompile.artifact import load
 from qcompile.errors import Refused
 from qcompile.generation.generator import Generator
 from qcompile.peers.memory import high_water_bytes
@@ -89,9 +88,8 @@ def _measure(generator: Generator) -> DecoderSpeed:
 
 def _main(task: str, path: str, target: str, threads: str, trust: str) -> None:
     try:
-        artifact = load(path, target=target or None, threads=int(threads) if threads else None, trust_code=bool(trust))
-        generator = Generator(artifact)
-        _ = generator.model.executable
+        generator = Generator.open(path, target=target or None, threads=int(threads) if threads else None, trust_code=bool(trust))
+        generator.model.build()
         found = asdict(_measure(generator)) if task == "measure" else {}
     except Refused as error:
         found = {"refused": str(error)}

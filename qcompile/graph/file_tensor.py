@@ -64,17 +64,21 @@ class TensorFile:
             Refused: the file is gone, or no longer what it was.
         """
         data = bytearray(count)
+        self.read_into(offset, memoryview(data))
+        return data
+
+    def read_into(self, offset: int, data: memoryview) -> None:
+        """Fill ``data`` with the bytes from ``offset`` on; raises as ``read``."""
         try:
             if self.handle is not None:
-                done = self._fill(self.handle, offset, memoryview(data))
+                done = self._fill(self.handle, offset, data)
             else:
                 with open(self.path, "rb", buffering=0) as file:
-                    done = self._fill(file.fileno(), offset, memoryview(data))
+                    done = self._fill(file.fileno(), offset, data)
         except OSError as error:
             raise Refused(f"cannot be read: {error.strerror}", node=str(self.path)) from error
-        if done < count:
+        if done < len(data):
             raise Refused("the file is cut short", node=str(self.path))
-        return data
 
     def _fill(self, handle: int, offset: int, data: memoryview) -> int:
         found, done = _state(os.fstat(handle)), 0

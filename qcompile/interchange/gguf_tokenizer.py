@@ -1,7 +1,8 @@
 """Tokenizers of GGUF files: byte-level BPE, as a ``tokenizer.json`` and as the metadata that llama.cpp reads.
 
-llama.cpp knows how to split a text before the merges by name (``tokenizer.ggml.pre``), Hugging Face by regular expression; the table below
-has both. Source: llama.cpp, ``src/llama-vocab.cpp``; tokenizers, ``pre_tokenizers::byte_level``.
+``gguf_pieces`` has the other kind, pieces with scores. llama.cpp knows how to split a text before the merges by name
+(``tokenizer.ggml.pre``), Hugging Face by regular expression; the table below has both. Source: llama.cpp, ``src/llama-vocab.cpp``;
+tokenizers, ``pre_tokenizers::byte_level``.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, TypeGuard
 
 from qcompile.interchange.gguf_file import Typed
+from qcompile.interchange.gguf_pieces import read_pieces, write_pieces
 
 _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _SPLITS = {"llama-bpe": _WORDS % r"\p{N}{1,3}", "qwen2": _WORDS % r"\p{N}"}
@@ -20,7 +22,10 @@ _I32 = 5
 
 
 def read_tokenizer(metadata: Mapping[str, Any]) -> bytes | None:
-    """Return the ``tokenizer.json`` of a byte-level BPE, or None where a file has another tokenizer or none."""
+    """Return the ``tokenizer.json`` of a byte-level BPE or of pieces with scores, or None where a file has another tokenizer or none."""
+    if metadata.get("tokenizer.ggml.model") == "llama":
+        whole = {"tokenizer.ggml.add_bos_token": True, **metadata}  # what llama.cpp takes where such a file does not say
+        return read_pieces(whole, _opening(whole, metadata.get("tokenizer.ggml.tokens") or []))
     tokens, merges = metadata.get("tokenizer.ggml.tokens"), metadata.get("tokenizer.ggml.merges")
     kinds = metadata.get("tokenizer.ggml.token_type", [])
     pre = str(metadata.get("tokenizer.ggml.pre", "default"))
@@ -93,8 +98,17 @@ def write_tokenizer(data: bytes | None, vocabulary: int, end_tokens: Sequence[in
     content = json.loads(data)
     model, pre = content.get("model") or {}, _name_of(content)
     vocab = model.get("vocab")
+    begin = _begin(content)
+    opening = {"tokenizer.ggml.add_bos_token": begin is not None, **({"tokenizer.ggml.bos_token_id": begin} if begin is not None else {})}
+    if (
+        model.get("type") == "BPE"
+        and model.get("byte_fallback")
+        and isinstance(vocab, dict)
+        and (pieces := write_pieces(content, vocabulary))
+    ):
+        return pieces | ends | opening, ""
     if model.get("type") != "BPE" or pre is None or not isinstance(vocab, dict) or content.get("normalizer") or model.get("byte_fallback"):
-        return none, "the tokenizer is no byte-level BPE that llama.cpp knows by name: it will take token numbers only"
+        return none, "the tokenizer is none that llama.cpp knows: it will take token numbers only"
     added = {int(token["id"]): token for token in content.get("added_tokens", [])}
     names = {int(number): token for token, number in vocab.items()} | {number: token["content"] for number, token in added.items()}
     kinds = {number: _CONTROL if token.get("special") else _USER_DEFINED for number, token in added.items()}
@@ -108,9 +122,7 @@ def write_tokenizer(data: bytes | None, vocabulary: int, end_tokens: Sequence[in
         "tokenizer.ggml.merges": merges,
         **ends,
     }
-    begin = _begin(content)
-    found |= {"tokenizer.ggml.add_bos_token": begin is not None}
-    return found | ({"tokenizer.ggml.bos_token_id": begin} if begin is not None else {}), ""
+    return found | opening, ""
 
 
 def _name_of(content: Mapping[str, Any]) -> str | None:

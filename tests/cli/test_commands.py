@@ -52,6 +52,19 @@ def test_inspect(cli: Cli, saved: Path) -> None:
     assert cli("inspect", saved, "--graph").out.count("qc.linear(") == 2
 
 
+def test_inspect_shows_the_entries_of_a_decoder(cli: Cli, tiny_artifact: Any, tmp_path: Path) -> None:
+    path = tmp_path / "decoder.qc"
+    tiny_artifact("language_model", "float").save(path)
+    found = {entry["name"]: entry for entry in cli("inspect", path, "--no-times", "--json").json["entries"]}
+    assert list(found) == ["main", "prefill", "decode"]
+    assert found["main"]["outputs"] == [{"name": "output0", "type": "f32[batch,seq,20]"}]
+    caches = [{"name": name, "type": "f32[batch,capacity,8]"} for name in ("key_0", "value_0")]
+    assert found["decode"]["inputs"][1:] == [{"name": "past", "type": "i64[batch]"}, *caches]
+    assert found["prefill"]["outputs"] == [{"name": "logits", "type": "f32[batch,20]"}, *caches]
+    lines = [line for line in cli("inspect", path, "--no-times").out.splitlines() if line.startswith("entry ")]
+    assert lines[2].startswith("entry decode(tokens i64[batch,1], past i64[batch], key_0 f32[batch,capacity,8], value_0 f32")
+
+
 def test_inspect_gives_the_reason_of_float_layers(cli: Cli, tiny_artifact: Any, tmp_path: Path) -> None:
     tiny_artifact("two", "float").save(tmp_path / "f.qc")
     found = cli("inspect", tmp_path / "f.qc", "--json").json

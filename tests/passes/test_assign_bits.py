@@ -66,6 +66,21 @@ def test_kinds_and_patterns_of_a_recipe_choose_and_the_last_pattern_wins(build: 
     assert "reason" not in after.node("a").meta["notes"]
 
 
+def test_depthwise_convolutions_are_a_kind_of_their_own_where_the_recipe_has_it(build: Any) -> None:
+    text = """graph @main float(%image: f32[n,4,6,6]) where n in 1..64 {
+  %w = const @w
+  %v = const @v
+  %a = aten.conv2d(%image, %w) {groups=4} : f32[n,4,4,4]
+  %b = aten.conv2d(%a, %v) {groups=2} : f32[n,4,2,2]
+  return %b as "b"
+}
+"""
+    graph = build(text, w=torch.ones(4, 1, 3, 3), v=torch.ones(4, 2, 3, 3))
+    assert chosen(run(graph, conv2d="W4A16", depthwise="W8A8")[0]) == {"a": W8, "b": W4}
+    assert chosen(run(graph, conv2d="W4A16")[0]) == {"a": W4, "b": W4}
+    assert chosen(run(graph, conv2d="W4A16", depthwise="W8A8", layers={"w": "W4A16"})[0]) == {"a": W4, "b": W4}
+
+
 @pytest.mark.parametrize("pattern", ["body.first.weight", "body.first", "a", "*first*"])
 def test_a_pattern_may_name_the_weight_the_module_or_the_node(build: Any, pattern: str) -> None:
     after, _, _ = run(build(TEXT, **constants()), layers={pattern: "W8A8"})

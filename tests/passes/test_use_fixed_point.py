@@ -127,6 +127,25 @@ def test_a_layer_behind_keeps_the_promise() -> None:
     assert sqnr_db(exact, after(*x)[0]) > 20
 
 
+@pytest.mark.parametrize("largest", [0.0, 1e-30, 1e-9])
+@pytest.mark.parametrize("linear", [False, True])
+def test_a_bias_beside_faint_weights_is_kept(largest: float, linear: bool) -> None:
+    """Channels that training left dead: all that they give is their bias."""
+    after = nn.Sequential(nn.Flatten(), nn.Linear(6 * 64, 4)) if linear else nn.Conv2d(6, 4, 3)
+    net = Net(lambda y, z: torch.relu(y), after)
+    layer: Any = after[1] if linear else after
+    layer.weight.data[1], layer.bias.data[1] = layer.weight.data[1] / layer.weight.data[1].abs().max() * largest, 3.0
+    _, graph, _ = run(net)
+    assert left_in_float(graph) == []
+    x = data(1)[0]
+    with torch.no_grad():
+        exact = net(*x)
+    step = graph.constant(bound_arguments(graph.outputs[0])["scale"])
+    assert step is not None
+    assert float((graph(*x)[0][:, 1] - exact[:, 1]).abs().max()) <= 0.51 * float(step)
+    assert sqnr_db(exact, graph(*x)[0]) > 20
+
+
 def test_golden(golden: Any) -> None:
     before, after, _ = run(Net(lambda y, z: F.hardswish(F.max_pool2d(y, 2)).mean((2, 3))))
     texts = (print_graph(graph, comments=False) for graph in (before, after))

@@ -9,16 +9,16 @@ makes code for every processor that has it. Whether a machine can run finished c
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import os
-import platform
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import tvm
+from qcompile.backends.cpu.kernels.processor import CHOICE, FLAGS, VECTOR_BITS, machine, permitted
+from qcompile.backends.cpu.kernels.processor import system_flags as _system_flags
+from qcompile.backends.cpu.kernels.processor import thread_count as thread_count  # noqa: PLC0414  (kernels ask for it here)
 from tvm.target import codegen
 
 from qcompile.errors import Refused
@@ -27,7 +27,6 @@ from qcompile.errors import Refused
 # sched_getaffinity shrinks from two cores to one at the first parallel kernel). The pool reads this when it starts.
 os.environ.setdefault("TVM_BIND_THREADS", "0")
 
-CHOICE = "QCOMPILE_CPU"  # environment variable with a name of ``KNOWN``
 
 PORTABLE = "portable"
 AVX2 = "avx2"
@@ -113,7 +112,7 @@ _DOTPROD = replace(_NEON, name=DOTPROD, features=("neon", "dotprod"), mattr=("+n
 _I8MM = replace(_DOTPROD, name=I8MM, features=("neon", "dotprod", "i8mm"), mattr=("+neon", "+dotprod", "+i8mm"), signed_x=False)
 # Longer than NEON's vectors, so of use only there; on processors whose scalable vectors have 128 bits, NEON's are as good.
 _SVE = replace(
-    _I8MM, name=SVE, features=(*_I8MM.features, "sve"), mattr=(*_I8MM.mattr, "+sve"), register_lanes=8, vector_bits=256
+    _I8MM, name=SVE, features=(*_I8MM.features, "sve"), mattr=(*_I8MM.mattr, "+sve"), register_lanes=8, vector_bits=VECTOR_BITS
 )  # fmt: skip
 
 # From the best to the one that runs everywhere.
@@ -182,11 +181,6 @@ def target_description(
     return description
 
 
-def thread_count() -> int:
-    """Return the threads that kernels are split for: ``TVM_NUM_THREADS``, else the processors this process may use."""
-    return int(os.environ.get("TVM_NUM_THREADS", "0")) or len(os.sched_getaffinity(0))
-
-
 def check(isa: str) -> str:
     """Return ``isa``.
 
@@ -213,49 +207,6 @@ def _best_here() -> str:
 
 # ---- what a processor has ---------------------------------------------------------------------------------------------------
 
-# LLVM feature -> the flag of /proc/cpuinfo, for every feature that code of vectors and loops may use. Others (system instructions) do
-# not occur in kernels, so they are never a reason to refuse code.
-_SAME_X86 = "sse sse2 ssse3 avx avx2 fma f16c bmi2 popcnt movbe adx aes gfni vaes vpclmulqdq avx512f avx512bw avx512cd avx512dq avx512vl"
-_X86_FLAGS = {name: name for name in (*_SAME_X86.split(), "avx512ifma", "avx512vbmi")} | {
-    "sse3": "pni",
-    "sse4.1": "sse4_1",
-    "sse4.2": "sse4_2",
-    "bmi": "bmi1",
-    "lzcnt": "abm",
-    "pclmul": "pclmulqdq",
-    "sha": "sha_ni",
-    "avx512vnni": "avx512_vnni",
-    "avx512bf16": "avx512_bf16",
-    "avx512fp16": "avx512_fp16",
-    "avx512vbmi2": "avx512_vbmi2",
-    "avx512bitalg": "avx512_bitalg",
-    "avx512vpopcntdq": "avx512_vpopcntdq",
-    "avxvnni": "avx_vnni",
-    "avxvnniint8": "avx_vnni_int8",
-    "avxifma": "avx_ifma",
-    "amx-int8": "amx_int8",
-    "amx-bf16": "amx_bf16",
-    "amx-tile": "amx_tile",
-}
-_ARM_FLAGS = {
-    "neon": "asimd",
-    "dotprod": "asimddp",
-    "i8mm": "i8mm",
-    "bf16": "bf16",
-    "fullfp16": "asimdhp",
-    "lse": "atomics",
-    "rdm": "asimdrdm",
-    "crc": "crc32",
-    "sve": "sve",
-    "sve2": "sve2",
-}
-_FLAGS = {"x86_64": _X86_FLAGS, "aarch64": _ARM_FLAGS}
-
-
-def machine() -> str:
-    """Return this machine's architecture, ``x86_64`` or ``aarch64`` where it is one of these."""
-    return {"AMD64": "x86_64", "arm64": "aarch64"}.get(platform.machine(), platform.machine())
-
 
 def features_of(description: dict[str, Any]) -> frozenset[str]:
     """Return the LLVM features of a target description."""
@@ -265,12 +216,12 @@ def features_of(description: dict[str, Any]) -> frozenset[str]:
 def required_features(description: dict[str, Any]) -> tuple[str, ...]:
     """Return the features that code for a target may use and that a processor can lack, sorted."""
     architecture = "aarch64" if description.get("mtriple", "").startswith("aarch64") else machine()
-    return tuple(sorted(features_of(description) & _FLAGS.get(architecture, {}).keys()))
+    return tuple(sorted(features_of(description) & FLAGS.get(architecture, {}).keys()))
 
 
 def missing_features(required: Iterable[str]) -> list[str]:
     """Return those of the LLVM features that this machine lacks."""
-    return sorted(set(required) - _features_here())
+    return sorted(set(required) - features_here())
 
 
 def cannot_run(isa: str) -> str:
@@ -283,35 +234,11 @@ def cannot_run(isa: str) -> str:
 
 
 @functools.cache
-def _features_here() -> frozenset[str]:
+def features_here() -> frozenset[str]:
     """Return this processor's features by the operating system, or by LLVM's table of processors where it does not tell."""
-    flags = _system_flags()
-    by_model = features_of({"kind": "llvm", "mcpu": codegen.llvm_get_system_cpu()})
-    known = _FLAGS.get(machine(), {})
-    found = frozenset(name for name, flag in known.items() if flag in flags) if flags else by_model & known.keys()
-    if not _tiles_permitted(found):
-        found = frozenset(name for name in found if not name.startswith("amx-"))
-    return found if _scalable_bits() == SETS[SVE].vector_bits else found - {"sve", "sve2"}
-
-
-def _scalable_bits() -> int:
-    """Return the length of this machine's scalable vectors (SVE); 0 where it has none."""
-    if machine() != "aarch64" or platform.system() != "Linux":
-        return 0
-    get_vector_length, length_mask = 51, 0xFFFF  # of prctl, which answers in bytes
-    found = ctypes.CDLL(None).prctl(get_vector_length, 0, 0, 0, 0)
-    return 8 * (found & length_mask) if found > 0 else 0
-
-
-def _tiles_permitted(features: frozenset[str]) -> bool:
-    """Return whether the operating system lets this process use tile registers: Linux wants to be asked, once for all threads.
-
-    Code with tiles in it is made, or loaded (``missing_features``), only after this; a tile instruction without it kills the process.
-    """
-    if "amx-tile" not in features or platform.system() != "Linux":
-        return False
-    arch_prctl, request_permission, tile_data = 158, 0x1023, 18
-    return bool(ctypes.CDLL(None).syscall(arch_prctl, request_permission, tile_data) == 0)
+    flags, known = _system_flags(), FLAGS.get(machine(), {})
+    by_model = features_of({"kind": "llvm", "mcpu": codegen.llvm_get_system_cpu()}) & known.keys()
+    return permitted(frozenset(name for name, flag in known.items() if flag in flags) if flags else by_model)
 
 
 def _corrections() -> list[str]:
@@ -320,16 +247,6 @@ def _corrections() -> list[str]:
     A virtual machine may hide some of what the model has, and may show a name of an older model.
     """
     by_model = features_of({"kind": "llvm", "mcpu": codegen.llvm_get_system_cpu()})
-    hidden = (by_model & _FLAGS.get(machine(), {}).keys()) - _features_here()
+    hidden = (by_model & FLAGS.get(machine(), {}).keys()) - features_here()
     more = set(SETS[_best_here()].features) - by_model
     return [*(f"-{feature}" for feature in sorted(hidden)), *(f"+{feature}" for feature in sorted(more))]
-
-
-def _system_flags() -> frozenset[str]:
-    """Return the flags of the first processor in /proc/cpuinfo; empty where there is no such file."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return frozenset()
-    named = (line.partition(":") for line in lines)
-    return frozenset(next((flags.split() for name, _, flags in named if name.strip() in ("flags", "Features")), []))

@@ -49,7 +49,7 @@ def example_files(
 
 
 def decoder_header(prompt: Sequence[int], tokens: Sequence[int], input_bytes: Sequence[int], prefix: str = "model") -> str:
-    """Return golden.h of a decoder: a prompt, the tokens that follow it, and the bytes of each input, of which caches are from the third on."""
+    """Return golden.h of a decoder: a prompt, the tokens that follow it, and the bytes of each input; the third is the first cache."""
     caches = sum(-(-size // 16) * 16 for size in input_bytes[2:])
     lines = [
         "/* A prompt, and the tokens that follow by greedy decoding. */",

@@ -11,14 +11,13 @@ from qcompile.backends.edge.kernels.products import Product, block, pairs_block,
 from tvm import tirx
 from tvm.tirx.script.builder import ir as T
 
-
 ACTIVATIONS = ("none", "relu", "silu")
 
 
 def linear_to_float(product: Product, *, bias: bool, activation: str, residual: bool) -> tirx.PrimFunc:
-    """Build ``f(x, x_scale, weight, weight_scale, [bias], [residual], rows, length, out_channels, y, [pairs])``, float32 y [rows, out channels].
+    """Build ``f(x, x_scale, weight, weight_scale, [bias], [residual], rows, length, out_channels, y, [pairs])``.
 
-    x [rows, length] codes, a scale for each row; ``y = activation((float32(sum) * weight_scale) * x_scale + bias) + residual``.
+    y float32 [rows, out channels]; x [rows, length] codes, a scale for each row; ``y = activation((float32(sum) * weight_scale) * x_scale + bias) + residual``.
     """
     with function("linear_to_float") as builder:
         x, x_scale, weight = pointer("x", product.input_dtype), pointer("x_scale", "float32"), pointer("weight", product.weight_dtype)
@@ -91,7 +90,7 @@ def rms_norm(epsilon: float) -> tirx.PrimFunc:
 
 
 def gather_rows(bits: int) -> tirx.PrimFunc:
-    """Build ``f(indices, table, scale, count, width, row_bytes, y)``: rows of a table of signed codes of 8 or 4 bits, each with its scale."""
+    """Build ``f(indices, table, scale, count, width, row_bytes, y)``: rows of signed codes of 8 or 4 bits, each with its scale."""
     with function(f"gather_rows_w{bits}") as builder:
         indices, table, scale = pointer("indices", "int64"), pointer("table", "int8"), pointer("scale", "float32")
         count, width, row_bytes = numbers("count width row_bytes")
@@ -105,13 +104,15 @@ def gather_rows(bits: int) -> tirx.PrimFunc:
                 else:
                     byte = let("byte", widen(table[row * row_bytes + T.shift_right(i, T.int32(1))]))
                     low = external("qc_top_bits", byte, 4, 4)
-                    code = T.shift_right(tirx.Select(T.bitwise_and(i, T.int32(1)) == 0, low, external("qc_top_bits", byte, 0, 4)), T.int32(4))
+                    code = T.shift_right(
+                        tirx.Select(T.bitwise_and(i, T.int32(1)) == 0, low, external("qc_top_bits", byte, 0, 4)), T.int32(4)
+                    )
                 store(y, T.cast(code, "float32") * scale[row], n * width + i)
     return builder.get()
 
 
 def append_rows(dtype: str) -> tirx.PrimFunc:
-    """Build ``f(cache, new, past, capacity, tokens, width)``: rows of ``new`` go to row ``past`` of the cache and on, as far as there is room."""
+    """Build ``f(cache, new, past, capacity, tokens, width)``: rows of ``new`` from row ``past`` of the cache on, as far as there is room."""
     with function(f"append_rows_{dtype}") as builder:
         cache, new, past = pointer("cache", dtype), pointer("new", dtype), pointer("past", "int64")
         capacity, tokens, width = numbers("capacity tokens width")
@@ -123,7 +124,7 @@ def append_rows(dtype: str) -> tirx.PrimFunc:
 
 
 def attention(scale: float, window: int) -> tirx.PrimFunc:
-    """Build ``f(q, k, v, past, tokens, heads, kv_heads, depth, keys, y, weights)``: causal attention over caches of ``keys`` rows, in float32.
+    """Build ``f(q, k, v, past, tokens, heads, kv_heads, depth, keys, y, weights)``: causal attention over caches of ``keys`` rows.
 
     ``weights`` is scratch, one number for each key.
     """
@@ -156,4 +157,3 @@ def attention(scale: float, window: int) -> tirx.PrimFunc:
                     store(value, value[0] + weights[key] * v[(first + key) * row + kv + i], 0)
                 store(y, value[0] / total[0], query + i)
     return builder.get()
-

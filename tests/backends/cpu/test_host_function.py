@@ -14,7 +14,7 @@ from qcompile.backends.cpu.executable import Executable
 from qcompile.backends.cpu.kernels import isa
 from qcompile.backends.cpu.kernels.quantization import quantize_static
 from qcompile.backends.cpu.legalize import LEGALIZE
-from qcompile.backends.cpu.machine import read_program
+from qcompile.backends.cpu.tensor_machine import read_program
 from qcompile.backends.lowering.sequence import NoSequence, read_sequence
 from qcompile.backends.lowering.translate import translate
 from torch import nn

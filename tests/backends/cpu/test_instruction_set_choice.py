@@ -10,7 +10,8 @@ import pytest
 import torch
 import tvm
 from qcompile.backends.cpu.build import build
-from qcompile.backends.cpu.executable import INTERFACE, Executable
+from qcompile.backends.cpu.executable import Executable
+from qcompile.backends.cpu.interface import INTERFACE
 from qcompile.backends.cpu.kernels import isa as instruction_sets
 from qcompile.backends.cpu.kernels.matmul_spec import Linear
 
@@ -66,10 +67,10 @@ def half_hidden(monkeypatch: pytest.MonkeyPatch) -> Iterator[frozenset[str]]:
         pytest.skip("the flags of this test are of x86-64")
     cached = (
         instruction_sets._best_here,
-        instruction_sets._features_here,
+        instruction_sets.features_here,
     )
     features = frozenset(instruction_sets.required_features(instruction_sets.target_description(isa=instruction_sets.AVX2)))
-    flags = frozenset(instruction_sets._X86_FLAGS[name] for name in features)
+    flags = frozenset(instruction_sets.FLAGS["x86_64"][name] for name in features)
     monkeypatch.setattr(instruction_sets, "_system_flags", lambda: flags)
     for function in cached:
         function.cache_clear()
