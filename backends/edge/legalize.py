@@ -216,7 +216,7 @@ def _emit_depthwise(walk: Walk, a: Arguments, codes: Any, sums: Any, x: Any, siz
         return _call(walk, spec, lambda: depthwise(spec), [x, *constants], [*sizes, x_zero, *limits], [(result, written.dtype)], layer)
     written, constants, limits = _parameters(walk, a, pack_channels(codes.reshape(channels, -1), bits), sums, 1)
     made = Planes(bits, signed, walk.tiling.dsp, kernel_height, kernel_width, stride_x, columns_together(out_width), written)
-    pitch, band, elements = plane_sizes(made, out_height, out_width, width, stride_y, pad_x)
+    pitch, band, elements = plane_sizes(made, out_height, out_width, width, channels, stride_y, pad_x)
     numbers = [height, width, channels, out_height, out_width, stride_y, pad_y, pad_x, x_zero, pitch, band, *limits]
     results = [(result, written.dtype), ([elements], made.plane_dtype)]
     return _call(walk, made, lambda: planes(made), [x, *constants], numbers, results, layer)

@@ -12,10 +12,14 @@ import re
 
 from qcompile.backends.edge.kernels.convolution import SIZES
 from qcompile.backends.edge.kernels.planes import SIZES as PLANE_SIZES
+from qcompile.backends.edge.kernels.planes import Planes, plane_sizes
 from qcompile.backends.edge.kernels.pooling import WINDOWS
 from qcompile.backends.lowering.sequence import Call, View
+from torch import fx
 
+from qcompile.arena.from_graph import Kernels, plain_leads, windows_of
 from qcompile.arena.overlap import Windows, windows_lead
+from qcompile.graph.text import bound_arguments, operator_name
 
 Overlaps = list[tuple[int, int, int | None]]
 
@@ -64,3 +68,47 @@ def _bytes(view: View) -> int:
         assert isinstance(size, int)
         total *= size
     return total
+
+
+# ---- of nodes -------------------------------------------------------------------------------------------------------------
+
+
+def kernels_of_nodes(*, dsp: bool) -> Kernels:
+    """Return what the kernels that nodes become need and allow, near enough to choose patches and orders by; ``dsp`` as in ``lower``."""
+
+    def leads(node: fx.Node) -> dict[fx.Node, int | None]:
+        if not _is_convolution(node) or (windows := windows_of(node)) is None:
+            return dict(plain_leads(node))
+        x = bound_arguments(node)["x"]
+        if _is_depthwise(node):
+            return {x: None} if _plane(node, windows, dsp)[1] else {}
+        return {x: windows_lead(windows, block=2, copied=windows.kernel != (1, 1))}
+
+    def scratch(node: fx.Node) -> int:
+        if not _is_convolution(node) or (windows := windows_of(node)) is None:
+            return 0
+        if _is_depthwise(node):
+            return _plane(node, windows, dsp)[0]
+        row = windows.kernel[0] * windows.kernel[1] * windows.pixel
+        rows = 0 if windows.kernel == (1, 1) else 2 * row
+        return rows + (4 * row if dsp else 0)  # two pixels, as codes and as pairs of 16 bits
+
+    return Kernels(leads, scratch)
+
+
+def _is_convolution(node: fx.Node) -> bool:
+    return operator_name(node.target) == "qc.conv2d" and bool(bound_arguments(node)["out_scheme"])
+
+
+def _is_depthwise(node: fx.Node) -> bool:
+    arguments = bound_arguments(node)
+    return bool(arguments["groups"] == arguments["x"].meta["val"].shape[1] > 1)
+
+
+def _plane(node: fx.Node, windows: Windows, dsp: bool) -> tuple[int, bool]:
+    """Return the bytes of a depthwise convolution's plane, and whether the result may take the place of its input."""
+    (height, width), channels = windows.result, windows.result_pixel
+    spec = Planes(8, True, dsp, *windows.kernel, windows.stride[1], 1)
+    _, band, elements = plane_sizes(spec, height, width, windows.size[1], channels, windows.stride[0], windows.padding[1])
+    smaller = height * width * channels <= windows.bytes
+    return elements * (2 if dsp else 1), band == height and smaller
