@@ -119,7 +119,8 @@ class Work:
         owners = [("value", value) for value in sorted(lifetimes)]
         blocks = [Block(units(self.sizes[value], alignment), *lifetimes[value]) for _, value in owners]
         number = {value: i for i, (_, value) in enumerate(owners)}
-        leads, same = {}, {}
+        leads: dict[tuple[int, int], int] = {}
+        same: dict[int, int] = {}
         for overlap in self.overlaps():
             read, written = number[overlap.read], number[overlap.written]
             if overlap.lead is not None:

@@ -7,10 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from qcompile.backends.edge.fit import lower_within, plan_of
 from qcompile.backends.edge.hosted import Hosted
 from qcompile.backends.edge.kernels import planes
 from qcompile.backends.edge.lower import lower
 from qcompile.backends.edge.overlaps import kernels_of_nodes, overlaps
+from qcompile.backends.edge.target import EdgeTarget
 from qcompile.backends.lowering.arena import describe_sequence, plan_arena
 from qcompile.passes.split_patches import Split
 from torch import nn
@@ -18,7 +20,9 @@ from torch import nn
 import qcompile
 from qcompile.arena import plan_work
 from qcompile.arena.from_graph import plan_graph
+from qcompile.errors import Refused
 from qcompile.graph import Graph
+from qcompile.graph.text import bound_arguments
 
 pytestmark = [pytest.mark.edge, pytest.mark.skipif(shutil.which("cc") is None, reason="there is no C compiler")]
 
@@ -93,3 +97,42 @@ def test_the_estimate_of_a_graph_is_near_its_plan(graph: Graph, dsp: bool) -> No
     """Close enough to choose patches by; what is written is planned from the calls themselves."""
     planned = plan_work(describe_sequence(lower(graph, dsp=dsp).sequence, overlaps), alignment=16, exact=True).bytes
     assert plan_graph(graph, kernels_of_nodes(dsp=dsp), alignment=16).bytes == pytest.approx(planned, rel=0.05)
+
+
+@pytest.mark.parametrize("dsp", [False, True])
+def test_a_limit_is_met_by_patches(graph: Graph, dsp: bool) -> None:
+    target = EdgeTarget("cortex-m4" if dsp else "cortex-m0+")
+    whole = lower_within(graph, target, None, dsp=dsp)
+    limit = whole.arena_bytes * 4 // 5
+    program = lower_within(graph, target, limit, dsp=dsp)
+    assert program.arena_bytes <= limit
+    assert len(program.sequence.calls) > len(whole.sequence.calls)
+    assert lower_within(graph, target, whole.arena_bytes, dsp=dsp).arena_bytes == whole.arena_bytes
+    x = torch.randn(1, 3, 39, 42)
+    codes = codes_of(graph, x)
+    assert torch.equal(program.graph(codes)[0], whole.graph(codes)[0])
+
+
+def codes_of(graph: Graph, x: torch.Tensor) -> torch.Tensor:
+    """Return the codes of an input, as the program's graph takes them."""
+    (quantize,) = graph.inputs[0].users
+    a = bound_arguments(quantize)
+    return torch.ops.qc.quantize(x, graph.constant(a["scale"]), graph.constant(a["zero_point"]), a["scheme"])
+
+
+def test_a_limit_that_nothing_meets_names_the_operator(graph: Graph) -> None:
+    with pytest.raises(Refused) as refusal:
+        lower_within(graph, EdgeTarget("cortex-m4"), 300, dsp=True)
+    plan = plan_of(lower(graph, dsp=True))
+    assert refusal.value.node == plan.work.steps[plan.peak].name
+    assert f"the arena takes {plan.bytes} bytes, the limit is 300" in str(refusal.value)
+    assert "--arena-limit" in refusal.value.way_out
+    graph.node(refusal.value.node)
+
+
+def test_the_plan_of_a_program_has_the_names_of_layers(graph: Graph) -> None:
+    program = lower(graph, dsp=True)
+    plan = plan_of(program)
+    assert set(plan.offsets.values()) == {place.offset for place in program.arena.places.values()}
+    assert {step.name for step in plan.work.steps} == {layer.name for layer in program.layers}
+    assert any(span.name.startswith("scratch of ") for span in plan.spans)
