@@ -34,7 +34,7 @@ Array = np.ndarray[Any, Any]
 
 SIZES = "height width channels out_height out_width stride_y pad_y pad_x x_zero pitch band"
 PLANE_BYTES = 2048  # of a band of several lines
-WORTH_WHOLE = 4  # how many times a whole plane the result must hold
+WORTH_WHOLE = 2  # how many times the bytes of a whole plane the result must have
 MOST_COLUMNS = 5  # whose sums fit in registers
 UNROLLED_LINES = 3  # of a kernel; more are a loop
 
