@@ -64,7 +64,7 @@ class Program:
     def arena_bytes(self) -> int:
         """To the last byte that is written; the rounding of a value's length to the next place is no part of it."""
         values = [self.sequence.values[index] for index in self.arena.places]
-        return max((place(self, v) + math.prod(map(int, v.shape)) * np.dtype(v.dtype).itemsize for v in values), default=0)
+        return max(((place(self, v) or 0) + math.prod(map(int, v.shape)) * np.dtype(v.dtype).itemsize for v in values), default=0)
 
     @property
     def weights_bytes(self) -> int:

@@ -92,7 +92,7 @@ def plane_sizes(spec: Planes, out_height: int, out_width: int, width: int, strid
     pitch = max((out_width - 1) * spec.stride + spec.kernel_width, pad_x + width)
     most = PLANE_BYTES // (pitch * (2 if spec.pairs else 1))
     band = min(out_height, max(1, (most - spec.kernel_height) // stride_y + 1))
-    return pitch, band, ((band - 1) * stride_y + spec.kernel_height) * pitch + 1  # the last pair ends behind it
+    return pitch, band, ((band - 1) * stride_y + spec.kernel_height) * pitch + spec.together - 1  # the last pair ends behind it
 
 
 def pack_channels(weight: Array, bits: int) -> Array:
@@ -118,7 +118,7 @@ def planes(spec: Planes) -> tirx.PrimFunc:
         s = dict(zip(names.split(), numbers(names), strict=True))
         y, plane = pointer("y", spec.codes.dtype), pointer("plane", spec.plane_dtype)
         lines = let("lines", (s["band"] - 1) * s["stride_y"] + spec.kernel_height)
-        with loop("i", lines * s["pitch"]) as i:
+        with loop("i", lines * s["pitch"] + spec.together - 1) as i:
             store(plane, T.cast(s["x_zero"], spec.plane_dtype), i)
         with loop("c", s["channels"]) as c:
             taps = _load_taps(spec, weight, c)
