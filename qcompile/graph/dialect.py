@@ -174,7 +174,7 @@ def _vector_codes_shape(x, table):
     return x.new_empty((*x.shape[:-1], table.shape[0]), dtype=torch.uint8)
 
 
-_define("vector_codes(Tensor x, Tensor table) -> Tensor", _vector_codes, _vector_codes_shape)
+define("vector_codes(Tensor x, Tensor table) -> Tensor", _vector_codes, _vector_codes_shape)
 
 
 def _vectors(codes, table):
@@ -190,7 +190,7 @@ def _vectors_shape(codes, table):
     return codes.new_empty((*codes.shape[:-1], table.shape[0] * table.shape[2]), dtype=table.dtype)
 
 
-_define("vectors(Tensor codes, Tensor table) -> Tensor", _vectors, _vectors_shape)
+define("vectors(Tensor codes, Tensor table) -> Tensor", _vectors, _vectors_shape)
 
 
 # ---- products -------------------------------------------------------------------------------------------------------------
