@@ -14,6 +14,7 @@ from qcompile.backends.edge.legalize import LEGALIZE, UPDATES, Layer, Lowering
 from qcompile.backends.edge.overlaps import overlaps
 from qcompile.backends.edge.print_c import Function, print_function
 from qcompile.backends.lowering.arena import Arena, plan_arena
+from qcompile.backends.lowering.inline import InlineRemaining
 from qcompile.backends.lowering.pieces import PIECES, LegalizePieces
 from qcompile.backends.lowering.sequence import CONSTANT, INPUT, VALUE, Call, NoSequence, Sequence, View, read_sequence, written
 from qcompile.backends.lowering.translate import COMPILE_LOCK, SCHEDULED, translate
@@ -84,6 +85,8 @@ def passes() -> list[object]:
         transform.FuseOps(),
         transform.FuseTIR(),
         transform.DeadCodeElimination(),
+        # After fusion, whose functions would hold what lies between their parts on the stack.
+        InlineRemaining(),
     ]
 
 

@@ -99,7 +99,7 @@ def plane_sizes(
     # A channel that is copied whole lets the result take the place of the image (``overlaps``), which saves more than the plane takes.
     whole = ((out_height - 1) * stride_y + spec.kernel_height) * pitch * (2 if spec.pairs else 1)
     band = out_height if WORTH_WHOLE * whole <= out_height * out_width * channels else band
-    return pitch, band, ((band - 1) * stride_y + spec.kernel_height) * pitch + 1  # the last pair ends behind it
+    return pitch, band, ((band - 1) * stride_y + spec.kernel_height) * pitch + spec.together - 1  # the last pair ends behind it
 
 
 def pack_channels(weight: Array, bits: int) -> Array:
@@ -125,7 +125,7 @@ def planes(spec: Planes) -> tirx.PrimFunc:
         s = dict(zip(names.split(), numbers(names), strict=True))
         y, plane = pointer("y", spec.codes.dtype), pointer("plane", spec.plane_dtype)
         lines = let("lines", (s["band"] - 1) * s["stride_y"] + spec.kernel_height)
-        with loop("i", lines * s["pitch"] + 1) as i:
+        with loop("i", lines * s["pitch"] + spec.together - 1) as i:
             store(plane, T.cast(s["x_zero"], spec.plane_dtype), i)
         with loop("c", s["channels"]) as c:
             taps = _load_taps(spec, weight, c)
