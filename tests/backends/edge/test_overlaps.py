@@ -27,6 +27,10 @@ from qcompile.graph.text import bound_arguments
 pytestmark = [pytest.mark.edge, pytest.mark.skipif(shutil.which("cc") is None, reason="there is no C compiler")]
 
 
+DSP = frozenset({"dsp"})
+FEATURES = [frozenset(), DSP, frozenset({"sse2"})]
+
+
 class Net(nn.Module):
     """Strided, pointwise, depthwise (both kinds), dilated and pooled layers, with a sum and a lookup."""
 
@@ -55,59 +59,59 @@ def graph() -> Graph:
     return qcompile.compile(net, (x,), recipe="w8a8-edge", target="reference", calibration=[(x,)]).graph
 
 
-def assert_same(c: Graph, reference: Graph, dsp: bool) -> None:
-    built = Hosted(c, dsp=dsp)
+def assert_same(c: Graph, reference: Graph, features: frozenset[str]) -> None:
+    built = Hosted(c, features)
     for seed in range(3):
         x = torch.randn(1, 3, 39, 42, generator=torch.Generator().manual_seed(seed)) * 2
         assert torch.equal(built([x])[0], reference(x)[0])
 
 
-@pytest.mark.parametrize("dsp", [False, True])
-def test_results_overlap_what_they_read(graph: Graph, dsp: bool) -> None:
-    assert_same(graph, graph, dsp)
-    program = lower(graph, dsp=dsp)
+@pytest.mark.parametrize("features", FEATURES)
+def test_results_overlap_what_they_read(graph: Graph, features: frozenset[str]) -> None:
+    assert_same(graph, graph, features)
+    program = lower(graph, features)
     apart = plan_arena(program.sequence, 16)
     assert program.arena_bytes < 0.75 * sum(region.length for region in apart.regions)
     kinds = {call.kernel.split("_")[0] for call in program.sequence.calls if overlaps(call)}
     assert {"convolution", "pointwise", "depthwise", "add", "lookup"} <= kinds
 
 
-@pytest.mark.parametrize("dsp", [False, True])
+@pytest.mark.parametrize("features", FEATURES)
 @pytest.mark.parametrize(("rows", "columns"), [(2, 1), (3, 1), (2, 2)])
-def test_patches_as_c(graph: Graph, dsp: bool, rows: int, columns: int) -> None:
+def test_patches_as_c(graph: Graph, features: frozenset[str], rows: int, columns: int) -> None:
     last = [node.name for node in graph.nodes if node.op == "call_function" and not Split(node.name, rows, columns).refuses(graph)][5]
     split = Split(last, rows, columns).applied(graph)
-    assert_same(split, graph, dsp)
-    program = lower(split, dsp=dsp)
+    assert_same(split, graph, features)
+    program = lower(split, features)
     copies = [call.kernel for call in program.sequence.calls if "slice" in call.kernel or "concat" in call.kernel]
     assert bool(copies) == (columns > 1), "rows cost no copies"
     assert len(program.sequence.parts) == (0 if columns > 1 else rows)
 
 
 def test_a_plane_in_bands_overlaps_nothing(graph: Graph, monkeypatch: Any) -> None:
-    whole = lower(graph, dsp=False).arena_bytes
+    whole = lower(graph, frozenset()).arena_bytes
     monkeypatch.setattr(planes, "WORTH_WHOLE", 10**6)
     monkeypatch.setattr(planes, "PLANE_BYTES", 128)
-    assert_same(graph, graph, False)
-    assert lower(graph, dsp=False).arena_bytes > whole
+    assert_same(graph, graph, frozenset())
+    assert lower(graph, frozenset()).arena_bytes > whole
 
 
-@pytest.mark.parametrize("dsp", [False, True])
-def test_the_estimate_of_a_graph_is_near_its_plan(graph: Graph, dsp: bool) -> None:
+@pytest.mark.parametrize("features", FEATURES)
+def test_the_estimate_of_a_graph_is_near_its_plan(graph: Graph, features: frozenset[str]) -> None:
     """Close enough to choose patches by; what is written is planned from the calls themselves."""
-    planned = plan_work(describe_sequence(lower(graph, dsp=dsp).sequence, overlaps), alignment=16, exact=True).bytes
-    assert plan_graph(graph, kernels_of_nodes(dsp=dsp), alignment=16).bytes == pytest.approx(planned, rel=0.05)
+    planned = plan_work(describe_sequence(lower(graph, features).sequence, overlaps), alignment=16, exact=True).bytes
+    assert plan_graph(graph, kernels_of_nodes(dsp=bool(features)), alignment=16).bytes == pytest.approx(planned, rel=0.05)
 
 
-@pytest.mark.parametrize("dsp", [False, True])
-def test_a_limit_is_met_by_patches(graph: Graph, dsp: bool) -> None:
-    target = EdgeTarget("cortex-m4" if dsp else "cortex-m0+")
-    whole = lower_within(graph, target, None, dsp=dsp)
+@pytest.mark.parametrize("features", FEATURES)
+def test_a_limit_is_met_by_patches(graph: Graph, features: frozenset[str]) -> None:
+    target = EdgeTarget("cortex-m4" if features else "cortex-m0+")
+    whole = lower_within(graph, target, None, features)
     limit = whole.arena_bytes * 4 // 5
-    program = lower_within(graph, target, limit, dsp=dsp)
+    program = lower_within(graph, target, limit, features)
     assert program.arena_bytes <= limit
     assert len(program.sequence.calls) > len(whole.sequence.calls)
-    assert lower_within(graph, target, whole.arena_bytes, dsp=dsp).arena_bytes == whole.arena_bytes
+    assert lower_within(graph, target, whole.arena_bytes, features).arena_bytes == whole.arena_bytes
     x = torch.randn(1, 3, 39, 42)
     codes = codes_of(graph, x)
     assert torch.equal(program.graph(codes)[0], whole.graph(codes)[0])
@@ -122,8 +126,8 @@ def codes_of(graph: Graph, x: torch.Tensor) -> torch.Tensor:
 
 def test_a_limit_that_nothing_meets_names_the_operator(graph: Graph) -> None:
     with pytest.raises(Refused) as refusal:
-        lower_within(graph, EdgeTarget("cortex-m4"), 300, dsp=True)
-    plan = plan_of(lower(graph, dsp=True))
+        lower_within(graph, EdgeTarget("cortex-m4"), 300, DSP)
+    plan = plan_of(lower(graph, DSP))
     assert refusal.value.node == plan.work.steps[plan.peak].name
     assert f"the arena takes {plan.bytes} bytes, the limit is 300" in str(refusal.value)
     assert "--arena-limit" in refusal.value.way_out
@@ -131,7 +135,7 @@ def test_a_limit_that_nothing_meets_names_the_operator(graph: Graph) -> None:
 
 
 def test_the_plan_of_a_program_has_the_names_of_layers(graph: Graph) -> None:
-    program = lower(graph, dsp=True)
+    program = lower(graph, DSP)
     plan = plan_of(program)
     assert set(plan.offsets.values()) == {place.offset for place in program.arena.places.values()}
     assert {step.name for step in plan.work.steps} == {layer.name for layer in program.layers}
