@@ -82,7 +82,8 @@ def _store_weight(graph: Graph, node: fx.Node, quantizer: Quantizer) -> fx.Node:
     scale = None if stored.scale is None else graph.add_constant(f"{name}_scale", stored.scale, like=node)
     zero_point = None if stored.zero_point is None else graph.add_constant(f"{name}_zero_point", stored.zero_point, like=node)
     table = None if stored.table is None else graph.add_constant(f"{name}_table", stored.table, like=node)
-    size = None if stored.scheme.bits == 8 else weight.shape[-1]
+    format = stored.scheme.format
+    size = None if format.bits == 8 and format.dense else weight.shape[-1]
     return graph.call(_qc.dequantize.default, codes, scale, zero_point, str(stored.scheme), size, table, before=node)
 
 
@@ -106,6 +107,8 @@ def _rules(context: Context) -> tuple[Rule, ...]:
 
     def guard_computed(operator: str) -> Any:
         def guard(graph: Graph, m: Match) -> str | None:
+            if "q" in m.values and m.arguments("layer")["own_k"] is not None:
+                return "queries meet their own tokens in float"
             for side in [m[side] for side in ("q", "k", "v", "a", "b") if side in m.values]:
                 scheme = _scheme(side)
                 if scheme.dynamic or str(scheme.granularity) != "tensor" or bound_arguments(side)["size"] is not None:
@@ -203,7 +206,7 @@ def _embedding(graph: Graph, m: Match) -> fx.Node:
 
 def _attention(graph: Graph, m: Match) -> fx.Node:
     operands = [part for side in "qkv" for part in (bound_arguments(m[side])["codes"], bound_arguments(m[side])["scale"])]
-    rest = [value for name, value in m.arguments("layer").items() if name not in ("q", "k", "v")]
+    rest = [value for name, value in m.arguments("layer").items() if name not in ("q", "k", "v", "own_k", "own_v")]
     return graph.call(_qc.attention_codes.default, *operands, *rest, before=m.root)
 
 

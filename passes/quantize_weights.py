@@ -260,7 +260,8 @@ class _Solver:
             context.notes.append((weight.layer, f"weight rounded to nearest, not by {self.name}: {weight.obstacle}"))
             return quantize_tensor(weight.value, scheme)
         formats = getattr(sys.modules[self.solve.__module__], "FORMATS", None)
-        if formats and not isinstance(scheme.format, formats):
+        one_by_one = not formats and self.name not in ("nearest", "mse")
+        if (formats and not isinstance(scheme.format, formats)) or (one_by_one and not scheme.format.apart):
             context.notes.append(
                 (weight.layer, f"weight rounded with least squared error, not by {self.name}: that is not for {scheme.format}")
             )

@@ -31,7 +31,6 @@ import torch
 import torch.fx as fx
 
 from qcompile.arena.from_graph import Kernels, caller_takes, describe_graph, first_operand, plan_graph
-from qcompile.arena.offsets import needed
 from qcompile.arena.plan import Plan, require_fit
 from qcompile.errors import Refused
 from qcompile.graph import Graph, Stage
@@ -121,8 +120,8 @@ class SplitPatches(Pass):
 
     def _needed(self, split: Split, graph: Graph, kernels: Kernels) -> int:
         """Return a bound of the arena that patches need, from a sketch of them alone: what follows them fits."""
-        blocks, leads, _ = describe_graph(split.sketched(graph), kernels, inputs=self.inputs).work.blocks(self.alignment)  # type: ignore[arg-type]
-        return needed(blocks, leads) * self.alignment
+        work = describe_graph(split.sketched(graph), kernels, inputs=self.inputs).work  # type: ignore[arg-type]
+        return work.blocks(self.alignment).needed() * self.alignment
 
     def _refuse(self, whole: Plan, least: int, closest: str) -> None:
         found = f"the least that patches need is {least} bytes ({closest})" if closest else "no patches help"

@@ -154,6 +154,9 @@ def _run(graph: Graph, nodes: Sequence[fx.Node], values: Mapping[fx.Node, Any], 
             if node not in made:
                 made[node] = made[node.args[0]] if exact else round_through(made[node.args[0]], quantizer)
             continue
+        if exact and node.op == "call_function" and operator_name(node.target) in ("qc.vector_codes", "qc.vectors"):
+            made[node] = made[node.args[0]]
+            continue
         args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), made.__getitem__)
         made[node] = node.target(*args, **kwargs)
     return made

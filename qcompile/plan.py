@@ -38,19 +38,19 @@ def plan(model: Any, *, recipe: str | Path | Recipe | None = None, target: str =
     graph, context = captured.graph, Context(place, chosen, example_inputs=captured.example_inputs)
     Pipeline(tuple(p for p in pipeline.passes if p.name() in _PLANNED)).run(graph, context)
     layers = [(node, parse_layer_scheme(node.meta["notes"]["scheme"])) for node in graph.nodes if "scheme" in node.meta["notes"]]
-    weights = {str(bound_arguments(node)["weight"].target) for node, scheme in layers if scheme.weight}
-    sizes = [(stored_bytes(s.weight, _shape(n)), 4 * _elements(n)) for n, s in layers if s.weight]
-    rest = sum(t.numel() * t.element_size() for name, t in graph.constants.items() if name not in weights)
+    quantizable = [(str(bound_arguments(n)["weight"].target), n, s.weight) for n, s in layers if s.weight]
+    stored = {(name, str(scheme)): (stored_bytes(scheme, _shape(n)), 4 * _elements(n)) for name, n, scheme in quantizable}  # tied: once
+    rest = sum(t.numel() * t.element_size() for name, t in graph.constants.items() if name not in {weight for weight, _, _ in quantizable})
     kernels = Counter(
         (operator_name(n.target).replace("aten.", "qc."), str(s.weight or "float32"), str(s.activation or "float32"))
         for n, s in layers
         if s != LayerScheme()
     )
-    float_bytes = rest + sum(size for _, size in sizes)
+    float_bytes = rest + sum(4 * _elements(n) for _, n, _ in quantizable)
     quantized = [node.name for node, scheme in layers if scheme != LayerScheme()]
     return {
-        "bytes": rest + sum(size for size, _ in sizes), "float_bytes": float_bytes,
-        "bits_per_weight": round(32 * sum(s for s, _ in sizes) / sum(f for _, f in sizes), 4) if sizes else 32.0,
+        "bytes": rest + sum(size for size, _ in stored.values()), "float_bytes": float_bytes,
+        "bits_per_weight": round(32 * sum(s for s, _ in stored.values()) / sum(f for _, f in stored.values()), 4) if stored else 32.0,
         "peak_memory_bytes": _peak_memory(graph, float_bytes) + COMPILER_BYTES,
         "kernels": [{"op": op, "weight": w, "activation": a, "count": count} for (op, w, a), count in sorted(kernels.items())],
         "float_ops": [{"node": n, "op": op, "reason": reason} for n, op, reason in float_operators(graph) if n not in quantized],

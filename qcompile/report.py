@@ -78,12 +78,14 @@ def _values(graph: Graph, inputs: Sequence[torch.Tensor], names: set[str]) -> di
 
 def build_report(graph: Graph, context: Context, errors: Mapping[str, float]) -> dict[str, Any]:
     """Return the report as plain data; it holds no times and no paths, so that equal compiles give equal reports."""
-    layers = [_layer(graph, node, errors) for node in graph.nodes if _is_layer(node)]
+    nodes = [node for node in graph.nodes if _is_layer(node)]
+    layers = [_layer(graph, node, errors) for node in nodes]
     leftovers = context.target.leftovers(graph)
     float_ops = [{"node": node, "op": op, "reason": reason} for node, op, reason in (*float_operators(graph), *leftovers)]
     stored = {tensor_digest(t): t.numel() * t.element_size() for t in graph.constants.values()}
-    bits = sum(layer["stored_bits"] for layer in layers)
-    elements = sum(layer["elements"] for layer in layers)
+    once = {_weight_digest(graph, node): layer for node, layer in zip(nodes, layers, strict=True)}  # a tied head is stored once
+    bits = sum(layer["stored_bits"] for layer in once.values())
+    elements = sum(layer["elements"] for layer in once.values())
     return {
         "layers": [{key: value for key, value in layer.items() if key not in ("stored_bits",)} for layer in layers],
         "float_ops": float_ops,
@@ -116,6 +118,12 @@ def _is_layer(node: fx.Node) -> bool:
 def _has_constant_weight(node: fx.Node) -> bool:
     weight = bound_arguments(node)["weight"]
     return isinstance(weight, fx.Node) and weight.op == "get_attr"
+
+
+def _weight_digest(graph: Graph, node: fx.Node) -> str:
+    weight = graph.constant(bound_arguments(node)["weight"])
+    assert weight is not None
+    return tensor_digest(weight)
 
 
 def _weight_shape(node: fx.Node) -> tuple[int, ...]:

@@ -29,7 +29,7 @@ class Kernel:
         weight_granularity: names of granularities (``tensor``, ``channel``, ``group``) of the weight, ``none`` where it has no scale.
         activation: ``static``, ``dynamic`` or ``float``, or the name of a format without a scale (``bf16``).
         summary: one line for the docs' table.
-        formats: families of the weight's format: ``int``, ``ternary``, ``nf``, ``codebook``, ``bf16``.
+        formats: families of the weight's format: ``int``, ``ternary``, ``nf``, ``codebook``, ``pvq``, ``bf16``.
     """
 
     operator: str

@@ -99,7 +99,7 @@ class _Addresses:
     """Addresses of views as int64 expressions, and the statements that compute what they share."""
 
     def __init__(self, sequence: Sequence, arena: Arena, table: Any) -> None:
-        self._layout, self._arena, self._table = layout_of(sequence), arena, table
+        self._sequence, self._layout, self._arena, self._table = sequence, layout_of(sequence), arena, table
         self._outputs = {value: number for number, value in enumerate(returned(sequence))}
         self._regions: list[tuple[Any, Any]] = []
         self.prologue: list[Any] = []
@@ -111,6 +111,11 @@ class _Addresses:
             base = start + unit * _long(region.length)
 
     def of(self, view: View) -> Any:
+        view = self._sequence.located(view)
+        start = self._start(view)
+        return start + _long(view.at) if view.at else start
+
+    def _start(self, view: View) -> Any:
         if view.kind == INPUT:
             return self._entry(self._layout.first_input + view.index)
         if view.kind == CONSTANT:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from qcompile.backends.cpu.joined_layers import joined
-from qcompile.backends.cpu.kernels import attention, hadamard, matmul, normalization, pack, quantization, rotary, softmax
+from qcompile.backends.cpu.kernels import attention, hadamard, matmul, normalization, pack, quantization, rotary, softmax, vectors
 from qcompile.backends.cpu.kernels import cache as cache_kernel
 from qcompile.backends.cpu.kernels.bfloat16 import stored_dtype
 from qcompile.backends.cpu.kernels.matmul_epilogue import Epilogue
@@ -222,17 +222,20 @@ def _attention(walk: Walk, node: fx.Node, a: Arguments) -> Any:
     quantize = first_quantize(node, bfloat16=True) if walk.is_inner(node) and len(node.users) == 1 else None
     grid = grid_of(quantize) if quantize is not None else None
     codes = code_dtype(grid.scheme) if grid else ""
-    (k, stored_k), (v, stored_v) = (_stored_rows(walk, rows, a.kv_heads, depth) for rows in (a.k, a.v))
-    key = ("attention", a.heads, a.kv_heads, depth, a.scale, masked, a.causal, codes, cached, a.window, stored_k, stored_v)
+    own, rows, own_rows = _own_rows(walk, a)
+    if own and masked:
+        return "no kernel meets a query's own token in float under a mask"
+    (k, stored_k), (v, stored_v) = (_stored_rows(walk, x, a.kv_heads, depth) for x in rows)
+    key = ("attention", a.heads, a.kv_heads, depth, a.scale, masked, a.causal, codes, cached, a.window, own, stored_k, stored_v)
     kernel = walk.kernel(
         key,
         lambda: attention.attention(
-            a.heads, a.kv_heads, depth, a.scale, key_mask=masked, causal=a.causal, codes=codes, past=cached, window=a.window,
+            a.heads, a.kv_heads, depth, a.scale, key_mask=masked, causal=a.causal, codes=codes, past=cached, window=a.window, own=own,
             stored_k=stored_k, stored_v=stored_v,
         ),
         f"attention_{a.heads}x{depth}" + f"_{codes}" * (codes != "") + "_cached" * cached,
     )  # fmt: skip
-    inputs = [walk.plain(a.q), k[0], v[0], *(walk.plain(t) for t in (a.key_mask, a.past) if t is not None), *k[1:], *v[1:]]
+    inputs = [walk.plain(a.q), k[0], v[0], *(walk.plain(t) for t in (a.key_mask, a.past, *own_rows) if t is not None), *k[1:], *v[1:]]
     inputs += grid.arguments(walk) if grid else []
     result = walk.call_kernel(kernel, inputs, (walk.shape(node), stored_dtype(codes or "float32")))
     if quantize is None:
@@ -242,12 +245,37 @@ def _attention(walk: Walk, node: fx.Node, a: Arguments) -> Any:
     return None
 
 
+def _own_rows(walk: Walk, a: Arguments) -> tuple[str, list[fx.Node], list[fx.Node]]:
+    """Return whose tokens attention meets in float beside its keys and values, as its kernel says it; the keys and values; those tokens.
+
+    A cache that attention reads with the new rows in float over it, ``qc.cache_append``, is read only before them.
+    """
+    if a.own_k is not None:
+        return "token", [a.k, a.v], [a.own_k, a.own_v]
+    if a.past is not None and all(_is_read_apart(walk, x, a) for x in (a.k, a.v)):
+        return "call", [x.args[0] for x in (a.k, a.v)], [x.args[1] for x in (a.k, a.v)]
+    return "", [a.k, a.v], []
+
+
+def _is_read_apart(walk: Walk, node: fx.Node, a: Arguments) -> bool:
+    if node.target is not qc.cache_append.default or node.args[2] is not a.past or node.args[0].op == "placeholder":
+        return False
+    return str(walk.fake(node.args[1]).shape[1]) == str(walk.fake(a.q).shape[1])
+
+
 def _stored_rows(walk: Walk, node: fx.Node, kv_heads: int, depth: int) -> tuple[list[Any], Stored | None]:
     """Return keys or values as a kernel reads them: codes, scales, zero points and angles where they are dequantized codes, else floats."""
     floats: tuple[list[Any], Stored | None] = ([walk.plain(node)], None)
     rotary = Arguments(**bound_arguments(node)) if node.target is qc.rotary.default else None
     source = rotary.x if rotary else node
-    if source.target is not qc.dequantize.default or walk.constant(source) is not None:
+    turned = int(walk.fake(rotary.cos).shape[-1]) if rotary else 0
+    angles = [rotary.cos, rotary.sin] if rotary else []
+    if (rotary and walk.shape(rotary.cos)[0] != 1) or walk.constant(source) is not None:
+        return floats
+    if source.target is qc.vectors.default:
+        stored = Stored(8, signed=False, turned=turned, coupled=int(walk.fake(source.args[1]).shape[-1]))
+        return floats if stored.why_not(depth) else ([walk.plain(part) for part in (*source.args, *angles)], stored)
+    if source.target is not qc.dequantize.default:
         return floats
     a = Arguments(**bound_arguments(source))
     scheme = parse_scheme(a.scheme)
@@ -256,17 +284,18 @@ def _stored_rows(walk: Walk, node: fx.Node, kv_heads: int, depth: int) -> tuple[
         return floats
     if not per_head and not isinstance(scheme.granularity, Token):
         return floats
-    turned = int(walk.fake(rotary.cos).shape[-1]) if rotary else 0
     stored = Stored(scheme.bits, scheme.format.signed, per_head, a.zero_point is not None, turned)
-    if stored.why_not(depth) or (rotary and walk.shape(rotary.cos)[0] != 1):
+    if stored.why_not(depth):
         return floats
-    parts = [a.codes, a.scale, a.zero_point, *((rotary.cos, rotary.sin) if rotary else ())]
+    parts = [a.codes, a.scale, a.zero_point, *angles]
     return [walk.plain(part) for part in parts if part is not None], stored
 
 
 def _cache_append(walk: Walk, node: fx.Node, a: Arguments) -> Any:
     """qc.cache_append to an input of the model that nobody else reads: in place, the caller gets the same memory back."""
-    shape = walk.shape(a.new)
+    shape, users = walk.shape(a.new), [Arguments(**bound_arguments(user)) for user in node.users if user.target is qc.attention.default]
+    if len(users) == len(node.users) and all(_own_rows(walk, user)[0] == "call" and user.key_mask is None for user in users):
+        return ""  # nothing reads it: attention takes the cache and the rows apart
     if a.cache.op != "placeholder" or len(a.cache.users) > 1:
         return "the cache is no input, or something else reads it as it was: it is copied"
     if not all(isinstance(size, int) for size in shape[2:]):
@@ -382,6 +411,19 @@ def _quantize_dynamic(walk: Walk, node: fx.Node, a: Arguments) -> Any:
     return [walk.reshape(result, shape) for result, shape in zip(results, shapes, strict=True)]
 
 
+def _vector_codes(walk: Walk, node: fx.Node, a: Arguments) -> Any:
+    """qc.vector_codes with a table that is a constant, kept with its vectors side by side."""
+    x, rows, width = rows_of(walk, a.x)
+    if walk.constant(a.table) is None or not isinstance(width, int):
+        return "no kernel finds vectors in a table that is computed"
+    coupled = int(walk.fake(a.table).shape[-1])
+    kernel = walk.kernel(("vector_codes", width, coupled), lambda: vectors.vector_codes(width, coupled), "vector_codes")
+    codes = walk.call_kernel(
+        kernel, [x, walk.packed(a.table, "by channel", lambda t: t.transpose(1, 2))], ([rows, width // coupled], "uint8")
+    )
+    return walk.reshape(codes, walk.shape(node))
+
+
 def _embedding(walk: Walk, node: fx.Node, a: Arguments) -> Any:
     """qc.embedding: gathers rows of the packed table."""
     scheme = parse_scheme(a.scheme)
@@ -399,7 +441,11 @@ def _embedding(walk: Walk, node: fx.Node, a: Arguments) -> Any:
     )
     one_axis = scales != "group"
     parameters = [flat(walk, p) if one_axis else walk.plain(p) for p in (a.scale, a.zero_point) if p is not None]
-    return _gather(walk, node, a.indices, kernel, [walk.plain(a.weight), *parameters], a.size)
+    if scheme.format.dense:
+        table = walk.plain(a.weight)
+    else:
+        table = walk.packed(a.weight, "codes", lambda packed: scheme.format.unpack(packed, a.size))
+    return _gather(walk, node, a.indices, kernel, [table, *parameters], a.size)
 
 
 def _float_embedding(walk: Walk, node: fx.Node, a: Arguments) -> Any:
@@ -428,6 +474,7 @@ LEGALIZE_LAYERS: dict[str, Legalizer] = {
     "qc.quantize": _quantize,
     "qc.dequantize": _dequantize,
     "qc.quantize_dynamic": _quantize_dynamic,
+    "qc.vector_codes": _vector_codes,
     "qc.embedding": _embedding,
     "aten.linear": _float_linear,
     "aten.layer_norm": _layer_norm,

@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 import tvm
+from qcompile.backends.lowering.inline import inline_pointwise, is_of_blocks
 from qcompile.backends.lowering.translate import SCHEDULED
 from tvm import s_tir, tirx
 
@@ -19,12 +20,10 @@ SERIAL_WORK = 16 << 10  # elements below which starting a second thread costs mo
 
 def schedule(function: tirx.PrimFunc) -> tirx.PrimFunc:
     """Return the function with its loops scheduled; a function marked ``SCHEDULED`` or not made of blocks is returned as it is."""
-    if not isinstance(function, tirx.PrimFunc) or SCHEDULED in (function.attrs or {}):
-        return function
-    if not isinstance(function.body, s_tir.SBlockRealize) or function.body.block.name_hint != "root":
+    if not is_of_blocks(function):
         return function
     plan = s_tir.Schedule(tvm.IRModule({"main": function}))
-    _inline(plan)
+    inline_pointwise(plan)
     for block in plan.get_child_blocks(plan.get_sblock("root")):
         attempt = plan.copy()
         try:
@@ -33,20 +32,6 @@ def schedule(function: tirx.PrimFunc) -> tirx.PrimFunc:
             continue  # an unusual block (a scan, a scatter) keeps its plain loops, which are right as they are
         plan = attempt
     return plan.mod["main"].with_attr(SCHEDULED, True)
-
-
-def _inline(plan: s_tir.Schedule) -> None:
-    """Inline every pointwise block that is not an output into its readers, first blocks first."""
-    for block in plan.get_child_blocks(plan.get_sblock("root")):
-        if _is_spatial(plan, block):
-            try:
-                plan.compute_inline(block)
-            except s_tir.ScheduleError:
-                continue  # an output, or read through an opaque access: it stays a block of its own
-
-
-def _is_spatial(plan: s_tir.Schedule, block: Any) -> bool:
-    return all(variable.iter_type == tirx.IterVar.DataPar for variable in plan.get(block).iter_vars)
 
 
 def _schedule_block(plan: s_tir.Schedule, block: Any) -> None:

@@ -53,6 +53,10 @@ class CpuTarget(Target):
             Kernel("qc.linear", (1, 2, 3, 4), ("tensor", "channel", "group"), kind, _LOOKED_UP[kind], formats)
             for kind, formats in (("static", ("codebook",)), ("dynamic", ("codebook",)), ("float", ("nf", "codebook")))
         ),
+        *(
+            Kernel("qc.linear", (8,), ("tensor", "channel", "group"), kind, "points found by number when packed: int8 kernels", ("pvq",))
+            for kind in ("static", "dynamic", "float")
+        ),
         Kernel(
             "qc.linear",
             (16,),
@@ -70,6 +74,7 @@ class CpuTarget(Target):
             "dense, 1x1, depthwise and grouped; weights widened to int8 when packed",
         ),
         Kernel("qc.embedding", (4, 8), ("channel", "tensor"), "float", "rows dequantized while they are gathered"),
+        Kernel("qc.embedding", (8,), ("channel", "tensor"), "float", "points found by number when packed, rows as of int8", ("pvq",)),
         Kernel("qc.matmul", (), (), "static", "batched product of two computed values, int32 accumulators", ()),
         Kernel("qc.attention_codes", (), (), "static", "int8 queries, keys and values: scores, softmax and values in one kernel", ()),
         Kernel("qc.embedding", (16,), ("none",), "float", "rows widened while they are gathered", ("bf16",)),

@@ -166,6 +166,8 @@ def _source(program: Program, name: str) -> str:
 
 def _operand(program: Program, name: str, view: View) -> str:
     c = _C[view.dtype]
+    if view.kind == INPUT and view.at:
+        return f"(const {c} *)((const uint8_t *)inputs[{view.index}] + {view.at})"
     if view.kind == INPUT:
         return f"({'' if view.index in program.updated else 'const '}{c} *)inputs[{view.index}]"
     if view.kind == CONSTANT:
@@ -175,8 +177,9 @@ def _operand(program: Program, name: str, view: View) -> str:
     offset = place(program, view)
     if offset is not None:
         return f"({c} *)(void *)(bytes + {offset})"
+    view = program.sequence.located(view)
     number = [output.index for output in program.sequence.outputs if output.kind == VALUE].index(view.index)
-    return f"({c} *)outputs[{number}]"
+    return f"({c} *)((uint8_t *)outputs[{number}] + {view.at})" if view.at else f"({c} *)outputs[{number}]"
 
 
 # ---- constants ------------------------------------------------------------------------------------------------------------

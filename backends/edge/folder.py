@@ -15,7 +15,8 @@ from qcompile.backends.edge.emit import report, write_files
 from qcompile.backends.edge.firmware.arduino import arduino_library
 from qcompile.backends.edge.firmware.build import measure_objects
 from qcompile.backends.edge.firmware.files import decoder_header, example_files, golden_header
-from qcompile.backends.edge.lower import Program, lower
+from qcompile.backends.edge.fit import lower_within
+from qcompile.backends.edge.lower import Program
 from qcompile.backends.edge.processors import Processor
 
 from qcompile.errors import Refused
@@ -32,7 +33,9 @@ def write_folder(
     graph: Graph, golden: Sequence[torch.Tensor], folder: Path, processor: Processor, limits: MemoryLimits, target: str, name: str
 ) -> dict[str, Any]:
     """Write a graph for a processor; see ``Target.write_folder``."""
-    program = lower(graph, processor.features)
+    from qcompile.backends.edge.target import EdgeTarget
+
+    program = lower_within(graph, EdgeTarget(processor.name), limits.arena, processor.features)
     _check(program, limits)
     files = write_files(program, name)
     decoder = bool(program.updated)
@@ -102,12 +105,7 @@ def _codes(x: torch.Tensor, port: Port) -> torch.Tensor:
 
 
 def _check(program: Program, limits: MemoryLimits) -> None:
-    """Raise Refused where the model does not fit."""
-    if limits.arena is not None and program.arena_bytes > limits.arena:
-        raise Refused(
-            f"the arena takes {program.arena_bytes} bytes, the limit is {limits.arena}",
-            way_out=f"--arena-limit {program.arena_bytes} fits",
-        )
+    """Raise Refused where the model's weights do not fit."""
     if limits.flash is not None and program.weights_bytes > limits.flash:
         raise Refused(
             f"the weights alone take {program.weights_bytes} bytes of flash, the limit is {limits.flash}",

@@ -212,8 +212,9 @@ def _emit_depthwise(walk: Walk, a: Arguments, codes: Any, sums: Any, x: Any, siz
             walk, spec, lambda: depthwise(spec), [x, *constants], [*sizes, x_zero, *limits], [(result, written.dtype), *scratch], layer
         )
     written, constants, limits = _parameters(walk, a, pack_channels(codes.reshape(channels, -1), bits), sums, 1)
-    made = Planes(bits, signed, "dsp" in walk.tiling.features, kernel_height, kernel_width, stride_x, columns_together(out_width), written)
-    pitch, band, elements = plane_sizes(made, out_height, out_width, width, stride_y, pad_x)
+    pairs = "dsp" in walk.tiling.features
+    made = Planes(bits, signed, pairs, kernel_height, kernel_width, stride_x, columns_together(out_width), written)
+    pitch, band, elements = plane_sizes(made, out_height, out_width, width, channels, stride_y, pad_x)
     numbers = [height, width, channels, out_height, out_width, stride_y, pad_y, pad_x, x_zero, pitch, band, *limits]
     results = [(result, written.dtype), ([elements], made.plane_dtype)]
     return _call(walk, made, lambda: planes(made), [x, *constants], numbers, results, layer)

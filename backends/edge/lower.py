@@ -11,9 +11,12 @@ import numpy as np
 import tvm
 from qcompile.backends.edge.boundary import Port, without_boundary
 from qcompile.backends.edge.legalize import LEGALIZE, UPDATES, Layer, Lowering
+from qcompile.backends.edge.overlaps import overlaps
 from qcompile.backends.edge.print_c import Function, print_function
 from qcompile.backends.lowering.arena import Arena, plan_arena
-from qcompile.backends.lowering.sequence import CONSTANT, INPUT, VALUE, Call, NoSequence, Sequence, View, read_sequence
+from qcompile.backends.lowering.inline import InlineRemaining
+from qcompile.backends.lowering.pieces import PIECES, LegalizePieces
+from qcompile.backends.lowering.sequence import CONSTANT, INPUT, VALUE, Call, NoSequence, Sequence, View, read_sequence, written
 from qcompile.backends.lowering.translate import COMPILE_LOCK, SCHEDULED, translate
 from tvm import relax
 from tvm.relax import transform
@@ -64,7 +67,7 @@ class Program:
     def arena_bytes(self) -> int:
         """To the last byte that is written; the rounding of a value's length to the next place is no part of it."""
         values = [self.sequence.values[index] for index in self.arena.places]
-        return max((place(self, v) + math.prod(map(int, v.shape)) * np.dtype(v.dtype).itemsize for v in values), default=0)
+        return max(((place(self, v) or 0) + math.prod(map(int, v.shape)) * np.dtype(v.dtype).itemsize for v in values), default=0)
 
     @property
     def weights_bytes(self) -> int:
@@ -75,12 +78,15 @@ def passes() -> list[object]:
     """Return the passes over the Relax module, in order."""
     return [
         transform.DeadCodeElimination(),
-        transform.LegalizeOps(skip_ops=["relax.reshape"]),
+        transform.LegalizeOps(skip_ops=["relax.reshape", *PIECES]),
+        LegalizePieces(),
         transform.AnnotateTIROpPattern(),
         transform.FoldConstant(),
         transform.FuseOps(),
         transform.FuseTIR(),
         transform.DeadCodeElimination(),
+        # After fusion, whose functions would hold what lies between their parts on the stack.
+        InlineRemaining(),
     ]
 
 
@@ -106,31 +112,20 @@ def lower(graph: Graph, features: frozenset[str]) -> Program:
             sequence = read_sequence(module)
         except NoSequence as reason:
             raise Refused(f"the model has no static schedule: {reason}") from reason
-        results = _results(sequence)
+        results = [len(positions) for positions in written(sequence)]
         functions: dict[str, Function] = {}
         for call, count in zip(sequence.calls, results, strict=True):
             if call.kernel not in functions:
                 buffers, updated = len(call.arguments), (module[call.kernel].attrs or {}).get(UPDATES)
-                written = {*range(buffers - count, buffers), *([int(updated)] if updated is not None else [])}
-                functions[call.kernel] = print_function(module[call.kernel], call.kernel, written)
+                changed = {*range(buffers - count, buffers), *([int(updated)] if updated is not None else [])}
+                functions[call.kernel] = print_function(module[call.kernel], call.kernel, changed)
     layers = _layers(sequence, module, lowering.layers)
     constants = [Constant(_c_name(name), tensor.numpy()) for name, tensor in lowered.constants.items()]
     constants += [Constant(f"literal_{i}", array) for i, array in enumerate(sequence.literals)]
     kept = [port for port, view in zip(outputs, sequence.outputs, strict=True) if view.kind == VALUE]
     updated = frozenset(view.index for view in sequence.outputs if view.kind == INPUT)
-    arena = plan_arena(sequence, ALIGNMENT)
+    arena = plan_arena(sequence, ALIGNMENT, leads=overlaps, exact=True)
     return Program(stripped, inputs, kept, functions, sequence, layers, results, constants, arena, updated)
-
-
-def _results(sequence: Sequence) -> list[int]:
-    """Return how many buffers each call writes: a value is written by the first call that is given it."""
-    seen: set[int] = set()
-    counts = []
-    for call in sequence.calls:
-        new = {view.index for view in call.arguments if view.kind == VALUE} - seen
-        seen |= new
-        counts.append(len(new))
-    return counts
 
 
 def _layers(sequence: Sequence, module: tvm.IRModule, noted: list[Layer]) -> list[Layer]:
@@ -154,7 +149,7 @@ def place(program: Program, view: View) -> int | None:
     if view.kind != VALUE or view.index not in program.arena.places:
         return None
     where = program.arena.places[view.index]
-    return where.offset + sum(region.length for region in program.arena.regions[: where.region])
+    return where.offset + view.at + sum(region.length for region in program.arena.regions[: where.region])
 
 
 assert relax  # the passes live there

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from qcompile.backends.edge.boards import find_board
@@ -14,6 +14,9 @@ from qcompile.backends.edge.processors import find_processor
 from qcompile.errors import Refused
 from qcompile.graph.graph import Graph
 from qcompile.target import Executable, Kernel, MemoryLimits, Target
+
+if TYPE_CHECKING:
+    from qcompile.arena.from_graph import Kernels
 
 DEFAULT_PROCESSOR = "x86-64"
 _CODES = "codes to codes in fixed point"
@@ -50,6 +53,11 @@ class EdgeTarget(Target):
             named, processor = True, board.processor
             limits = replace(limits, arena=limits.arena or board.ram_bytes, flash=limits.flash or board.flash_bytes)
         return EdgeTarget(processor, limits, named=named)
+
+    def memory(self) -> Kernels:
+        from qcompile.backends.edge.overlaps import kernels_of_nodes
+
+        return kernels_of_nodes(dsp="dsp" in self.processor.features)
 
     def build(self, graph: Graph, *, threads: int | None = None) -> Executable:
         """Return the same C, compiled for this machine: one thread, whatever is asked for."""

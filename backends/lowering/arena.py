@@ -4,18 +4,22 @@ Values that live at different times share memory. Sizes may depend on symbols of
 values whose sizes are multiples of the same product of symbols make a region, in which offsets are multiples of that product too, so
 one plan serves every batch and length. Regions follow one another. With constant sizes there is one region and every offset is a number.
 
-Where a kernel allows it (``sequence.IN_PLACE``) and reads a value for the last time, its result lies in that value's place.
+Where a kernel allows it (``sequence.IN_PLACE``) and reads a value for the last time, its result lies in that value's place. A target whose
+kernels run from front to back may allow more: a result that overlaps what is read, with a lead.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from qcompile.backends.lowering.sequence import VALUE, Sequence
+from qcompile.backends.lowering.sequence import VALUE, Call, Sequence, View, written
 from qcompile.backends.lowering.shapes import Size
 from tvm import tirx
+
+from qcompile.arena import Overlap, Step, Work, plan_work
 
 ALIGNMENT = 64  # bytes; kernels load whole 512-bit vectors
 
@@ -44,65 +48,71 @@ class Arena:
     places: dict[int, Place]
 
 
-@dataclass(frozen=True)
-class _Lifetime:
-    value: int
-    length: int
-    first: int
-    last: int
+# For a call, which result may overlap which argument: the positions of both among its buffers, and the lead (``qcompile.arena.Overlap``).
+Leads = Callable[[Call], Iterable[tuple[int, int, int | None]]]
 
 
-def plan_arena(sequence: Sequence, alignment: int = ALIGNMENT) -> Arena:
-    """Return places such that no two values that live at the same time overlap.
+def describe_sequence(sequence: Sequence, leads: Leads = lambda call: ()) -> Work:
+    """Return the work of a sequence for a planner: its values by their indices, its calls as steps.
 
-    A value that takes the place of another's shares its bytes, and counts as one with it.
+    Sizes are the numbers of bytes, without the symbols that they are multiplied with. Outputs, inputs and constants lie elsewhere.
     """
-    outputs = {output.index for output in sequence.outputs if output.kind == VALUE}
-    lifetimes: dict[int, list[int]] = {}
-    for number, call in enumerate(sequence.calls):
-        for view in call.arguments:
-            if view.kind == VALUE and view.index not in outputs:
-                lifetimes.setdefault(view.index, []).append(number)
-    shared = _shared_places(sequence, lifetimes)
-    grouped: dict[tuple[str, ...], list[_Lifetime]] = {}
+    outputs = {sequence.located(output).index for output in sequence.outputs if output.kind == VALUE}
+    steps = []
+    for call, results in zip(sequence.calls, written(sequence), strict=True):
+        views = {n: sequence.located(view) for n, view in enumerate(call.arguments) if view.kind == VALUE}
+        views = {n: view for n, view in views.items() if view.index not in outputs}
+        constant = all(isinstance(size, int) for view in call.arguments for size in view.shape)
+        overlaps = []
+        for read, result, lead in (*_takes_the_place(sequence, call), *(leads(call) if constant else ())):
+            if read in views and read not in results and result in views and result in results:
+                a, b = views[read], views[result]  # the lead of values that hold them
+                if lead is not None or a.at == b.at:
+                    overlaps.append(Overlap(a.index, b.index, None if lead is None else lead + b.at - a.at))
+        reads = tuple(view.index for n, view in views.items() if n not in results)
+        steps.append(Step(call.kernel, reads, tuple(views[n].index for n in results if n in views), overlaps=tuple(overlaps)))
+    sizes = tuple(factors(value.shape)[0] * np.dtype(value.dtype).itemsize for value in sequence.values)
+    return Work(tuple(f"value {i}" for i in range(len(sizes))), sizes, tuple(steps))
+
+
+def plan_arena(sequence: Sequence, alignment: int = ALIGNMENT, *, leads: Leads = lambda call: (), exact: bool = False) -> Arena:
+    """Return places such that no two values that live at the same time overlap, but as ``leads`` allow for values of constant size.
+
+    A value that takes the place of another's shares its bytes, and counts as one with it. A part of a concatenation lies in it. With
+    ``exact`` the smallest regions are searched for (``qcompile.arena.place``).
+    """
+    work = describe_sequence(sequence, leads)
+    grouped: dict[tuple[str, ...], list[int]] = {}
     units: dict[tuple[str, ...], tuple[Any, ...]] = {}
-    for index, uses in lifetimes.items():
-        value = sequence.values[index]
-        length, unit = factors(value.shape)
-        key = tuple(map(str, unit))
-        units.setdefault(key, unit)
-        size = -(-length * np.dtype(value.dtype).itemsize // alignment) * alignment
-        grouped.setdefault(key, []).append(_Lifetime(index, size, uses[0], uses[-1]))
+    for index in work.lifetimes():
+        unit = factors(sequence.values[index].shape)[1]
+        units.setdefault(tuple(map(str, unit)), unit)
+        grouped.setdefault(tuple(map(str, unit)), []).append(index)
     regions: list[Region] = []
     places: dict[int, Place] = {}
     for number, key in enumerate(sorted(grouped)):
-        offsets, length = _place(grouped[key])
-        regions.append(Region(units[key], length))
-        places |= {value: Place(number, offset) for value, offset in offsets.items()}
-    places |= {value: places[first] for value, first in shared.items()}
+        plan = plan_work(work.only(grouped[key]), alignment=alignment, exact=exact)
+        regions.append(Region(units[key], plan.bytes))
+        places |= {index: Place(number, at) for index, at in plan.offsets.items()}
+    for part in sequence.parts:
+        whole = sequence.located(sequence.values[part])
+        if whole.index in places:
+            places[part] = Place(places[whole.index].region, places[whole.index].offset + whole.at)
     return Arena(tuple(regions), places)
 
 
-def _shared_places(sequence: Sequence, lifetimes: dict[int, list[int]]) -> dict[int, int]:
-    """Return the values that take another's place, each with the first that lay there, which gets the uses of all."""
-    shared: dict[int, int] = {}
-    last = {value: uses[-1] for value, uses in lifetimes.items()}
-    for number, call in enumerate(sequence.calls):
-        if call.in_place is None:
-            continue
-        before, result = call.arguments[call.in_place], call.arguments[-1]
-        if before.kind != VALUE or before.index not in last or result.index not in last:
-            continue
-        once = sum(view.kind == VALUE and view.index == before.index for view in call.arguments) == 1
-        if once and last[before.index] == number and _bytes(sequence, before.index) == _bytes(sequence, result.index):
-            shared[result.index] = shared.get(before.index, before.index)
-            lifetimes[shared[result.index]] += lifetimes.pop(result.index)
-    return shared
+def _takes_the_place(sequence: Sequence, call: Call) -> list[tuple[int, int, None]]:
+    """Return which argument the result of a call may take the place of, where both are whole values of as many bytes."""
+    if call.in_place is None:
+        return []
+    before, result = call.arguments[call.in_place], call.arguments[-1]
+    whole = before.kind == VALUE and before.at == 0 and result.index not in sequence.parts and before.index not in sequence.parts
+    return [(call.in_place, len(call.arguments) - 1, None)] if whole and _bytes(sequence, before) == _bytes(sequence, result) else []
 
 
-def _bytes(sequence: Sequence, index: int) -> tuple[int, tuple[str, ...]]:
+def _bytes(sequence: Sequence, view: View) -> tuple[int, tuple[str, ...]]:
     """Return how much memory a value takes: a number of bytes times a product of symbols."""
-    value = sequence.values[index]
+    value = sequence.values[view.index]
     length, unit = factors(value.shape)
     return length * np.dtype(value.dtype).itemsize, tuple(map(str, unit))
 
@@ -119,36 +129,3 @@ def factors(shape: tuple[Size, ...]) -> tuple[int, tuple[Any, ...]]:
         else:
             rest.append(size)
     return number, tuple(sorted(rest, key=str))
-
-
-def _place(values: list[_Lifetime]) -> tuple[dict[int, int], int]:
-    """Return offsets and the length of all: the largest value first, each at the lowest offset that is free while it lives.
-
-    Where that takes more than all that lives at one time, the value that reaches highest goes first, and all are placed again.
-    """
-    least = max((sum(v.length for v in values if v.first <= now <= v.last) for now in {v.first for v in values}), default=0)
-    order = sorted(values, key=lambda v: (-v.length, v.first, v.value))
-    best: dict[int, int] = {}
-    length = 0
-    for _ in values:
-        placed, reached = _place_in(order)
-        if not best or reached < length:
-            best, length = placed, reached
-        if length == least:
-            break
-        highest = max(order, key=lambda v: placed[v.value] + v.length)
-        order = [highest, *(v for v in order if v is not highest)]
-    return best, length
-
-
-def _place_in(order: list[_Lifetime]) -> tuple[dict[int, int], int]:
-    placed: list[tuple[int, _Lifetime]] = []
-    for value in order:
-        offset = 0
-        together = [(start, other) for start, other in placed if other.first <= value.last and value.first <= other.last]
-        for start, other in sorted(together, key=lambda entry: entry[0]):
-            if offset + value.length <= start:
-                break
-            offset = max(offset, start + other.length)
-        placed.append((offset, value))
-    return {value.value: offset for offset, value in placed}, max((offset + value.length for offset, value in placed), default=0)

@@ -5,6 +5,7 @@ Integers are exact (products and sums in int32); float parts follow the order of
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import replace
 from types import SimpleNamespace
@@ -131,8 +132,8 @@ def _quantize(walk: Walk, a: Arguments) -> Any:
 def _dequantize(walk: Walk, a: Arguments) -> Any:
     scheme = parse_scheme(a.scheme)
     codes = a.codes
-    if a.size is not None and scheme.bits < 8:
-        if not isinstance(scheme.format, Integer):
+    if a.size is not None and (scheme.bits < 8 or not scheme.format.dense):
+        if not (isinstance(scheme.format, Integer) and scheme.format.dense):
             raise Refused("only constants may be packed in this format", node=walk.node.name, operator=str(walk.node.target))
         codes = _unpack(walk, codes, scheme, a.size)
     return emit_dequantize(walk, codes, a.scale, a.zero_point, scheme)
@@ -140,8 +141,9 @@ def _dequantize(walk: Walk, a: Arguments) -> Any:
 
 @converts("qc.pack")
 def _pack(walk: Walk, a: Arguments) -> Any:
-    bits, size = parse_scheme(a.scheme).bits, a.codes.ty.shape[-1]
-    if not isinstance(parse_scheme(a.scheme).format, Integer):
+    format, size = parse_scheme(a.scheme).format, a.codes.ty.shape[-1]
+    bits = format.bits
+    if not (isinstance(format, Integer) and format.dense):
         raise Refused("codes of this format are packed before they run", node=walk.node.name, operator=str(walk.node.target))
 
     def pack(codes: Any) -> Any:
@@ -341,6 +343,36 @@ def _matmul(walk: Walk, a: Arguments) -> Any:
     return epilogue(walk, y, a, None)
 
 
+@converts("qc.vector_codes")
+def _vector_codes(walk: Walk, a: Arguments) -> Any:
+    runs, places, coupled = (int(size) for size in a.table.ty.shape)
+
+    def distances(x: Any, table: Any) -> Any:
+        def distance(*index: Any) -> Any:
+            *row, run, place = index
+            differences = [x(*row, run * coupled + i) - table(run, place, i) for i in range(coupled)]
+            return functools.reduce(lambda a, b: a + b, [d * d for d in differences])
+
+        return te.compute((*x.shape[:-1], runs, places), distance, name="distances")
+
+    found = walk.builder.emit_te(distances, a.x, a.table, primfunc_name_hint="distances")
+    return cast(walk, walk.emit(op.argmin(found, -1)), "uint8")
+
+
+@converts("qc.vectors")
+def _vectors(walk: Walk, a: Arguments) -> Any:
+    runs, _, coupled = (int(size) for size in a.table.ty.shape)
+
+    def take(codes: Any, table: Any) -> Any:
+        def channel(*index: Any) -> Any:
+            *row, c = index
+            return table(c // coupled, codes(*row, c // coupled).astype("int64"), c % coupled)
+
+        return te.compute((*codes.shape[:-1], runs * coupled), channel, name="vectors")
+
+    return walk.builder.emit_te(take, a.codes, a.table, primfunc_name_hint="vectors")
+
+
 # ---- embedding, addition, rotation, attention -----------------------------------------------------------------------------
 
 
@@ -419,10 +451,21 @@ def _attention(walk: Walk, a: Arguments) -> Any:
     scores = walk.emit(op.multiply(scores, _f32(a.scale)))
     masks = [] if a.key_mask is None else [walk.reshape(cast(walk, a.key_mask, "bool"), [batch, 1, 1, keys])]
     masks += [_causal_mask(walk, a, tokens, keys)] if a.causal else []
+    own = [] if a.own_k is None else [by_head(t, tokens, a.kv_heads) for t in (a.own_k, a.own_v)]
+    met = _causal_mask(walk, SimpleNamespace(past=a.past, window=1), tokens, keys) if own else None  # where a query meets its own token
+    if own:
+        alone = walk.emit(op.sum(walk.emit(op.multiply(q, own[0])), -1, keepdims=True))
+        scores = walk.emit(op.where(met, walk.emit(op.multiply(alone, _f32(a.scale))), scores))
     for mask in masks:
         scores = walk.emit(op.where(mask, scores, _f32(-math.inf)))
     weights = masked_softmax(walk, scores, masks[0] if masks else None)
-    joined = walk.emit(op.permute_dims(walk.emit(op.matmul(weights, v)), [0, 2, 1, 3]))
+    if own:
+        others = walk.emit(op.where(met, _f32(0.0), weights))
+        share = walk.emit(op.sum(walk.emit(op.subtract(weights, others)), -1, keepdims=True))
+        mixed = walk.emit(op.add(walk.emit(op.matmul(others, v)), walk.emit(op.multiply(share, own[1]))))
+    else:
+        mixed = walk.emit(op.matmul(weights, v))
+    joined = walk.emit(op.permute_dims(mixed, [0, 2, 1, 3]))
     return op.reshape(joined, [batch, tokens, width])
 
 

@@ -7,7 +7,8 @@ the calls in its own way.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import math
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -29,12 +30,13 @@ class NoSequence(Exception):
 
 @dataclass(frozen=True)
 class View:
-    """A buffer as one kernel sees it: which one (the ``index``-th input, constant or value), its shape and dtype."""
+    """A buffer as one kernel sees it: which one (the ``index``-th input, constant or value), its shape and dtype, and its first byte."""
 
     kind: str
     index: int
     shape: tuple[Size, ...]
     dtype: str
+    at: int = 0
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,7 @@ class Sequence:
         values: what kernels write, each once, outputs among them.
         calls: in order.
         outputs: in order; two may be views of one value. An input is an output where a kernel updates it in place.
+        parts: values that are parts of another one, a concatenation of them: which, and at which byte. They are written straight into it.
     """
 
     symbols: list[tirx.Var] = field(default_factory=list)
@@ -80,13 +83,43 @@ class Sequence:
     values: list[View] = field(default_factory=list)
     calls: list[Call] = field(default_factory=list)
     outputs: list[View] = field(default_factory=list)
+    parts: dict[int, tuple[int, int]] = field(default_factory=dict)
+
+    def located(self, view: View) -> View:
+        """Return a view as a place in the value that has memory of its own: the part of a concatenation lies in the whole."""
+        while view.kind == VALUE and view.index in self.parts:
+            whole, at = self.parts[view.index]
+            view = replace(view, index=whole, at=view.at + at)
+        return view
+
+
+def written(sequence: Sequence) -> list[tuple[int, ...]]:
+    """Return for each call the positions, among its buffers, of the values that it writes: those that no call was given before.
+
+    A concatenation is written with its parts, so a call that is given it later reads it.
+    """
+    seen: set[int] = set()
+    found = []
+    for call in sequence.calls:
+        new = tuple(n for n, view in enumerate(call.arguments) if view.kind == VALUE and view.index not in seen)
+        for n in new:
+            index = call.arguments[n].index
+            while index not in seen:
+                seen.add(index)
+                index = sequence.parts.get(index, (index, 0))[0]
+        found.append(new)
+    return found
 
 
 def read_sequence(module: IRModule) -> Sequence:
     """Return the calls of a module's ``main(input_0, .., constants)``.
 
+    A slice that is left as an operator (``relax.strided_slice``) is a view, and a concatenation (``relax.concat``) is written by the calls
+    that make its parts: a target leaves those that are contiguous, and makes kernels of others.
+
     Raises:
-        NoSequence: it branches, calls something other than a TIR kernel, sizes depend on data, or it returns what no kernel wrote.
+        NoSequence: it branches, calls something other than a TIR kernel, sizes depend on data, it returns what no kernel wrote, or a
+            slice or a concatenation is not contiguous.
     """
     return _Reader(module).read(module["main"])
 
@@ -117,6 +150,8 @@ class _Reader:
         updated = {(view.kind, view.index) for view in self._updated if view.kind == INPUT}
         if any(output.kind != VALUE and (output.kind, output.index) not in updated for output in self._found.outputs):
             raise NoSequence("an input or a constant is returned")
+        if any(output.at or output.index in self._found.parts for output in self._found.outputs if output.kind == VALUE):
+            raise NoSequence("a part of a value is returned")
         self._check_sizes()
         return self._found
 
@@ -139,7 +174,11 @@ class _Reader:
             return self._call(value)
         if name == "relax.reshape":
             source = self._value(value.args[0])
-            return View(source.kind, source.index, _shape(value.ty), source.dtype)
+            return replace(source, shape=_shape(value.ty))
+        if name == "relax.strided_slice":
+            return self._slice(value)
+        if name == "relax.concat":
+            return self._concatenation(value)
         raise NoSequence(f"it calls {name or value.op}")
 
     def _call(self, call: relax.Call) -> Any:
@@ -154,6 +193,32 @@ class _Reader:
         self._found.calls.append(Call(call.args[0].name_hint, (*arguments, *made, *sizes), in_place))
         self._updated += [arguments[place] for place in places if place >= 0]
         return results if isinstance(call.ty, relax.TupleType) else results[0]
+
+    def _slice(self, call: relax.Call) -> View:
+        source, shape = self._value(call.args[0]), _shape(call.ty)
+        axes, begins, _, *rest = ([_size(number) for number in argument.fields] for argument in call.args[1:])
+        steps = rest[0] if rest else [1] * len(axes)
+        axis, begin = axes[0], begins[0]
+        if len(axes) != 1 or steps != [1] or not contiguous_along(source.shape, axis) or not isinstance(begin, int):
+            raise NoSequence("a slice is not contiguous")
+        length = source.shape[axis]
+        first = min(max(begin + length if begin < 0 else begin, 0), length)
+        row = math.prod(source.shape[axis + 1 :]) * np.dtype(source.dtype).itemsize
+        return replace(source, shape=shape, at=source.at + first * row)
+
+    def _concatenation(self, call: relax.Call) -> View:
+        parts, shape = self._value(call.args[0]), _shape(call.ty)
+        if not contiguous_along(shape, int(call.attrs.axis) % len(shape)):
+            raise NoSequence("a concatenation is not contiguous")
+        for part in parts:
+            made = part.kind == VALUE and part.at == 0 and math.prod(part.shape) == math.prod(self._found.values[part.index].shape)
+            if not made or part.index in self._found.parts or sum(part.index == other.index for other in parts) != 1:
+                raise NoSequence("a concatenation is not of values that kernels make for it alone")
+        whole, at = self._new(call.ty), 0
+        for part in parts:
+            self._found.parts[part.index] = (whole.index, at)
+            at += math.prod(part.shape) * np.dtype(part.dtype).itemsize
+        return whole
 
     def _operand(self, argument: Any) -> View | Size:
         """Return what a kernel is given; fusion passes sizes that no buffer of the kernel shows as operands."""
@@ -195,6 +260,12 @@ class _Reader:
                 for variable in tirx.analysis.undefined_vars(size, []):
                     if not any(variable.same_as(symbol) for symbol in known):
                         raise NoSequence(f"the size {size} depends on data")
+
+
+def contiguous_along(shape: Any, axis: int) -> bool:
+    """Say whether runs along an axis follow one another in memory: sizes are numbers, and all axes before it have one element."""
+    sizes = [_size(size) for size in shape]
+    return all(isinstance(size, int) for size in sizes) and all(size == 1 for size in sizes[:axis])
 
 
 def _size(size: Any) -> Size:

@@ -401,6 +401,8 @@ def rotary(emitter: Emitter, arguments: SimpleNamespace) -> Any:
 def attention(emitter: Emitter, arguments: SimpleNamespace) -> Any:
     if arguments.past is not None:
         raise emitter.refuse("attention to a cache has no ONNX export", "export the graph over whole texts")
+    if arguments.own_k is not None:
+        raise emitter.refuse("attention to codes of the past alone has no ONNX export", "quantize the cache without past_only")
     heads, kv_heads = arguments.heads, arguments.kv_heads
     d = int(emitter.fake(arguments.q).shape[-1]) // heads
     q = _heads(emitter, arguments.q, heads, d, [0, 2, 1, 3])

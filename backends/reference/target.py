@@ -11,7 +11,7 @@ from qcompile.graph import Graph
 from qcompile.target import Executable, Kernel, Target
 
 _ALL_BITS = tuple(range(1, 9))
-_FORMATS = ("int", "ternary", "nf", "codebook")
+_FORMATS = ("int", "ternary", "nf", "codebook", "pvq")
 
 
 class ReferenceTarget(Target):

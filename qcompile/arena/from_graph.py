@@ -10,7 +10,7 @@ What a target's kernels need and allow is the target's to say (``Kernels``); ``P
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -83,7 +83,7 @@ class Kernels:
         scratch: for a node, the bytes that are its own while it runs.
     """
 
-    leads: Callable[[fx.Node], dict[fx.Node, int]] = plain_leads
+    leads: Callable[[fx.Node], Mapping[fx.Node, int | None]] = plain_leads
     scratch: Callable[[fx.Node], int] = lambda node: 0
 
 
@@ -197,7 +197,7 @@ class _Reader:
             return
         if name == "aten.slice.Tensor" and (start := row_slice(node)) is not None:
             if source in self.pieces:
-                self.pieces[node] = _Piece(self.pieces[source].value, self.pieces[source].at + start)  # type: ignore[index]
+                self.pieces[node] = _Piece(self.pieces[source].value, self.pieces[source].at + start)
             return
         parts = self._direct_parts(node, outside) if name == "aten.cat" else []
         if node not in outside:
@@ -238,7 +238,10 @@ class _Reader:
         overlaps = []
         if result is not None:
             leads = self.kernels.leads(node)
-            overlaps = [Overlap(p.value, result.value, leads[o] + result.at - p.at) for o, p in reads if o in leads]
+            for operand, place in reads:
+                lead = leads.get(operand, 0)
+                if operand in leads and (lead is not None or place.at == result.at):
+                    overlaps.append(Overlap(place.value, result.value, None if lead is None else lead + result.at - place.at))
         return Step(
             node.name,
             tuple(place.value for _, place in reads),

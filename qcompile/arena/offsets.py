@@ -6,6 +6,9 @@ at least l before it:
 
     at(written) + l <= at(read)     or     at(read) + size(read) <= at(written)
 
+``same[written] = read`` says that it lies where ``read`` begins, and nowhere else: a kernel that goes over its input in another order may
+still write over it in place.
+
 ``place`` takes the best of several greedy orders, and on request proves it or finds a better one by an integer program. The proof needs no
 search where the arena is as large as what lives at one time (``needed``).
 
@@ -53,25 +56,32 @@ class Placement:
     proven: bool
 
 
-def place(blocks: Sequence[Block], leads: Mapping[tuple[int, int], int] | None = None, *, exact: bool = False) -> Placement:
+def place(
+    blocks: Sequence[Block],
+    leads: Mapping[tuple[int, int], int] | None = None,
+    *,
+    same: Mapping[int, int] | None = None,
+    exact: bool = False,
+) -> Placement:
     """Return offsets of blocks.
 
     Args:
         blocks: sizes and lifetimes.
         leads: of pairs (read, written) of blocks where ``written`` begins to live at the step at which ``read`` is last used.
+        same: for a block that is written, the one that is read for the last time at that step and whose place it takes.
         exact: search for the smallest arena, where the best greedy one is not proven to be it.
 
     Raises:
         ValueError: a lead of two blocks that meet at more than one step.
     """
-    problem = _Problem(blocks, leads or {})
+    problem = _Problem(blocks, leads or {}, same or {})
     if not blocks:
         return Placement((), 0, 0, True)
-    least = needed(blocks, problem.leads)
+    least = needed(blocks, problem.leads, problem.same)
     best: list[int] = []
     reached = 0
     for key in _ORDERS:
-        offsets = problem.repaired(sorted(range(len(blocks)), key=lambda i, key=key: (*key(blocks[i]), i)), least)  # type: ignore[misc]
+        offsets = problem.repaired(sorted(problem.roots, key=lambda i, key=key: (*key(problem.hulls[i]), i)), least)  # type: ignore[misc]
         size = problem.size(offsets)
         if not best or size < reached:
             best, reached = offsets, size
@@ -82,7 +92,7 @@ def place(blocks: Sequence[Block], leads: Mapping[tuple[int, int], int] | None =
         found, proven = problem.solve(reached, least)
         if found is not None and problem.size(found) < reached:
             best, reached = found, problem.size(found)
-    return Placement(tuple(best), reached, least, proven)
+    return Placement(tuple(best[problem.root[i]] for i in range(len(blocks))), reached, least, proven)
 
 
 # The first is the one that mostly is best; the others are tried where it wastes memory.
@@ -95,10 +105,10 @@ _ORDERS: tuple[Callable[[Block], tuple[int, ...]], ...] = (
 )
 
 
-def needed(blocks: Sequence[Block], leads: Mapping[tuple[int, int], int]) -> int:
+def needed(blocks: Sequence[Block], leads: Mapping[tuple[int, int], int], same: Mapping[int, int]) -> int:
     """Return the most that lives at one step: sizes, less the most that results can share with what is read. No arena is smaller."""
     shared: dict[int, int] = {}
-    for (read, written), lead in leads.items():
+    for (read, written), lead in [*leads.items(), *(((read, written), 0) for written, read in same.items())]:
         a, b = blocks[read].size, blocks[written].size
         shared[written] = shared.get(written, 0) + max(0, a + b - max(b, max(lead, 0) + a))
     change = [0] * (2 + max((block.last for block in blocks), default=0))
@@ -113,22 +123,35 @@ def needed(blocks: Sequence[Block], leads: Mapping[tuple[int, int], int]) -> int
 class _Problem:
     """Blocks, and for each pair that lives together how far apart they must lie."""
 
-    def __init__(self, blocks: Sequence[Block], leads: Mapping[tuple[int, int], int]) -> None:
-        self.blocks, self.leads = blocks, leads
-        for read, written in leads:
+    def __init__(self, blocks: Sequence[Block], leads: Mapping[tuple[int, int], int], same: Mapping[int, int]) -> None:
+        self.blocks, self.leads, self.same = blocks, leads, same
+        for read, written in (*leads, *((read, written) for written, read in same.items())):
             if blocks[read].last != blocks[written].first:
-                raise ValueError(f"blocks {read} and {written} meet at more than one step: no lead is possible")
-        self.pairs = [
-            (i, j)
-            for j, b in enumerate(blocks)
-            for i, a in enumerate(blocks[:j])
-            if a.size and b.size and a.first <= b.last and b.first <= a.last
-        ]
+                raise ValueError(f"blocks {read} and {written} meet at more than one step: they cannot overlap")
+        self.root = [self._root(i) for i in range(len(blocks))]
+        self.roots = sorted(set(self.root))
+        # Of all blocks that share a place: the largest size, the first and the last step.
+        self.hulls: dict[int, Block] = {}
+        for root, block in zip(self.root, blocks, strict=True):
+            hull = self.hulls.get(root, block)
+            self.hulls[root] = Block(max(hull.size, block.size), min(hull.first, block.first), max(hull.last, block.last))
         # beside[i][j] = (d, e): either at(i) + d <= at(j) or at(j) + e <= at(i)
         self.beside: list[dict[int, tuple[int, int]]] = [{} for _ in blocks]
-        for i, j in self.pairs:
-            ahead, behind = self._distance(i, j), self._distance(j, i)
-            self.beside[i][j], self.beside[j][i] = (ahead, behind), (behind, ahead)
+        for j, b in enumerate(blocks):
+            for i, a in enumerate(blocks[:j]):
+                if a.size and b.size and a.first <= b.last and b.first <= a.last and self.root[i] != self.root[j]:
+                    self._keep_apart(self.root[i], self.root[j], self._distance(i, j), self._distance(j, i))
+        self.pairs = [(i, j) for i, others in enumerate(self.beside) for j in others if i < j]
+
+    def _root(self, number: int) -> int:
+        while number in self.same:
+            number = self.same[number]
+        return number
+
+    def _keep_apart(self, i: int, j: int, ahead: int, behind: int) -> None:
+        before, after = self.beside[i].get(j, (ahead, behind))
+        ahead, behind = max(ahead, before), max(behind, after)
+        self.beside[i][j], self.beside[j][i] = (ahead, behind), (behind, ahead)
 
     def _distance(self, before: int, after: int) -> int:
         """Return how far ``before`` must start before ``after`` to lie before it."""
@@ -136,7 +159,7 @@ class _Problem:
         return min(size, self.leads.get((after, before), size))
 
     def size(self, offsets: Sequence[int]) -> int:
-        return max(at + block.size for at, block in zip(offsets, self.blocks, strict=True))
+        return max(offsets[i] + hull.size for i, hull in self.hulls.items())
 
     # ---- greedy -----------------------------------------------------------------------------------------------------------
 
@@ -149,7 +172,7 @@ class _Problem:
                 best = offsets
             if self.size(best) == least:
                 break
-            highest = max(order, key=lambda i: offsets[i] + self.blocks[i].size)
+            highest = max(order, key=lambda i: offsets[i] + self.hulls[i].size)
             order = [highest, *(i for i in order if i != highest)]
         return best
 
@@ -177,7 +200,8 @@ class _Problem:
         from scipy.sparse import csr_array
 
         n, height, top = len(self.blocks), len(self.blocks), most - 1
-        if any(block.size > top for block in self.blocks):
+        sizes = [self.hulls[i].size if i in self.hulls else 0 for i in range(n)]
+        if max(sizes) > top:
             return None, True
         rows: list[tuple[int, int, float]] = []
         limits: list[float] = []
@@ -186,19 +210,19 @@ class _Problem:
             rows.extend((len(limits), column, factor) for column, factor in terms)
             limits.append(limit)
 
-        for i, block in enumerate(self.blocks):
-            at_most([(i, 1), (height, -1)], -block.size)
+        for i, size in enumerate(sizes):
+            at_most([(i, 1), (height, -1)], -size)
         for k, (i, j) in enumerate(self.pairs):
             ahead, behind = self.beside[i][j]
-            most_ahead = top - self.blocks[i].size + ahead  # the largest x_i + d - x_j
-            most_behind = top - self.blocks[j].size + behind
+            most_ahead = top - sizes[i] + ahead  # the largest x_i + d - x_j
+            most_behind = top - sizes[j] + behind
             at_most([(i, 1), (j, -1), (n + 1 + k, most_ahead)], most_ahead - ahead)
             at_most([(j, 1), (i, -1), (n + 1 + k, -most_behind)], -behind)
         columns = n + 1 + len(self.pairs)
         row, column, factor = zip(*rows, strict=True)
         matrix = csr_array((factor, (row, column)), shape=(len(limits), columns))
         lowest, highest = np.zeros(columns), np.ones(columns)
-        highest[:n] = [top - block.size for block in self.blocks]
+        highest[:n] = [top - size for size in sizes]
         lowest[height], highest[height] = least, top
         result = milp(
             np.eye(1, columns, height)[0],

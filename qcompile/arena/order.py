@@ -87,7 +87,7 @@ class _Problem:
             once = (*step.reads, *step.writes).count(overlap.read) == 1
             if dies and once and overlap.written in new and self._lives(overlap.read, done):
                 a, b = self.work.sizes[overlap.read], self.work.sizes[overlap.written]
-                shared[overlap.written] = shared.get(overlap.written, 0) + max(0, a + b - max(b, max(overlap.lead, 0) + a))
+                shared[overlap.written] = shared.get(overlap.written, 0) + max(0, a + b - max(b, max(overlap.lead or 0, 0) + a))
         return total - sum(min(self.work.sizes[value], most) for value, most in shared.items())
 
     def peak(self, order: tuple[int, ...]) -> int:

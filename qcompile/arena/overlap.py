@@ -16,7 +16,6 @@ et al. 2024, section 4) lets the two segments follow each other without one, as 
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import dataclass
 
 
@@ -54,23 +53,28 @@ class Windows:
 
 
 def windows_lead(windows: Windows, *, block: int = 1, copied: bool = False) -> int:
-    """Return the lead of a kernel that makes a convolution or pooling in blocks of pixels: rows in order, blocks of columns in order.
+    """Return the lead of a kernel that makes the pixels of a convolution or pooling in order, some at a time.
 
     Args:
         windows: its geometry.
-        block: pixels of a row that are made together, channels and pixels of a block in any order; the last block of a row may be
-            shorter. 1 for loops over rows, columns, channels; the columns of the result for one that goes over a whole row per channel.
+        block: the most pixels that are made together, channels and pixels of a block in any order; a block may reach into the next row.
+            1 for loops over rows, columns, channels; the columns of the result for one that goes over a whole row per channel.
         copied: each block has read all it needs before it writes: its window lies in scratch, or all its sums are held.
     """
     rows, columns = windows.result
+
+    def needed(pixel: int) -> int | None:
+        """Return the first byte that this pixel or a later one reads; None where there is none."""
+        row, column = divmod(pixel, columns)
+        reads = [windows.first_read(row, column)] if row < rows else []
+        return min([*reads, windows.first_read(row + 1, 0)] if row + 1 < rows else reads, default=None)
+
     lead = -windows.bytes
-    for row, begun in itertools.product(range(rows), range(0, columns, block)):
-        written = min(begun + block, columns)
-        reads = [windows.first_read(row, begun)] if not copied else []  # the block still reads when its last byte is written
-        reads += [windows.first_read(row, written)] if written < columns else []
-        reads += [windows.first_read(row + 1, 0)] if row + 1 < rows else []
-        if reads:
-            lead = max(lead, (row * columns + written) * windows.result_pixel - min(reads))
+    for begun in range(rows * columns):
+        written = begun + 1 if copied else min(begun + block, rows * columns)
+        first = needed(written if copied else begun)
+        if first is not None:
+            lead = max(lead, written * windows.result_pixel - first)
     return lead
 
 

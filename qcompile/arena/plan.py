@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
-from qcompile.arena.offsets import place
 from qcompile.arena.work import Work
 from qcompile.errors import Refused
 
@@ -78,8 +77,8 @@ def plan_work(work: Work, *, alignment: int = 1, exact: bool = False) -> Plan:
         alignment: every offset is a multiple of so many bytes, and so is the arena.
         exact: search for the smallest arena where it is not proven at once, see ``place``.
     """
-    blocks, leads, owners = work.blocks(alignment)
-    placement = place(blocks, leads, exact=exact)
+    blocks = work.blocks(alignment)
+    placement, owners = blocks.place(exact=exact), blocks.owners
     offsets = {number: at * alignment for (kind, number), at in zip(owners, placement.offsets, strict=True) if kind == "value"}
     scratch = {number: at * alignment for (kind, number), at in zip(owners, placement.offsets, strict=True) if kind == "scratch"}
     return Plan(work, offsets, scratch, placement.size * alignment, placement.needed * alignment, placement.proven)

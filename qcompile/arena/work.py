@@ -7,10 +7,10 @@ It says nothing of operators, so that it serves graphs (``from_graph``) and sequ
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field, replace
 
-from qcompile.arena.offsets import Block
+from qcompile.arena.offsets import Block, Placement, needed, place
 
 
 @dataclass(frozen=True)
@@ -19,12 +19,13 @@ class Overlap:
 
     The step reads ``read`` for the last time and works from its front to its back: when it writes byte w of ``written`` it needs no byte of
     ``read`` before w - lead. ``overlap`` derives leads of kernels. A lead of 0 lets equal sizes share one place; a negative one lets the
-    result start behind the start of what is read.
+    result start behind the start of what is read. None is for a kernel that works in another order and may write over what it reads in
+    place: there the result starts where that starts, and takes its place wherever it is.
     """
 
     read: int
     written: int
-    lead: int
+    lead: int | None
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,19 @@ class Work:
         """Return the same work where nothing may overlap."""
         return replace(self, steps=tuple(replace(step, overlaps=()) for step in self.steps))
 
+    def only(self, values: Collection[int]) -> Work:
+        """Return the same steps as if there were no other values than these; numbers stay."""
+        steps = (
+            replace(
+                step,
+                reads=tuple(v for v in step.reads if v in values),
+                writes=tuple(v for v in step.writes if v in values),
+                overlaps=tuple(o for o in step.overlaps if o.read in values and o.written in values),
+            )
+            for step in self.steps
+        )
+        return replace(self, steps=tuple(steps))
+
     def lifetimes(self) -> dict[int, tuple[int, int]]:
         """Return the first and the last step of every value that is used; what is given lives from the first step on."""
         found: dict[int, tuple[int, int]] = {}
@@ -99,18 +113,44 @@ class Work:
             and (*step.reads, *step.writes).count(overlap.written) == 1
         ]
 
-    def blocks(self, alignment: int) -> tuple[list[Block], dict[tuple[int, int], int], list[tuple[str, int]]]:
-        """Return blocks and leads in units of ``alignment`` bytes, and what each block is: a value or the scratch of a step, by number."""
+    def blocks(self, alignment: int) -> Blocks:
+        """Return the blocks to place, in units of ``alignment`` bytes."""
         lifetimes = self.lifetimes()
         owners = [("value", value) for value in sorted(lifetimes)]
         blocks = [Block(units(self.sizes[value], alignment), *lifetimes[value]) for _, value in owners]
         number = {value: i for i, (_, value) in enumerate(owners)}
-        leads = {(number[o.read], number[o.written]): units(o.lead, alignment) for o in self.overlaps()}
+        leads: dict[tuple[int, int], int] = {}
+        same: dict[int, int] = {}
+        for overlap in self.overlaps():
+            read, written = number[overlap.read], number[overlap.written]
+            if overlap.lead is not None:
+                leads[read, written] = units(overlap.lead, alignment)
+            elif written not in same and read not in same.values():
+                same[written] = read
+        leads = {pair: lead for pair, lead in leads.items() if pair[1] not in same}
         for i, step in enumerate(self.steps):
             if step.scratch:
                 owners.append(("scratch", i))
                 blocks.append(Block(units(step.scratch, alignment), i, i))
-        return blocks, leads, owners
+        return Blocks(blocks, leads, same, owners)
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """What ``place`` is given, and what each block is: a value or the scratch of a step, by number."""
+
+    blocks: list[Block]
+    leads: dict[tuple[int, int], int]
+    same: dict[int, int]
+    owners: list[tuple[str, int]]
+
+    def place(self, *, exact: bool = False) -> Placement:
+        """Return where they lie."""
+        return place(self.blocks, self.leads, same=self.same, exact=exact)
+
+    def needed(self) -> int:
+        """Return the most that lives at one step."""
+        return needed(self.blocks, self.leads, self.same)
 
 
 def units(size: int, alignment: int) -> int:

@@ -228,9 +228,8 @@ def _print_done(done: Any, output: Path, size: int, seconds: float, told: dict[s
         f"constants {100 * report['bytes'] / max(report['float_bytes'], 1):.1f} % of float32"
     )
     if told:
-        click.echo(
-            f"{output.parent}: C, arena {told['arena_bytes']} bytes, weights {told['weights_bytes']} bytes, {told['macs']} multiply-adds"
-        )
+        figures = f"an arena of {told['arena_bytes']} bytes, {told['weights_bytes']} bytes of weights, {told['macs']} MACs"
+        click.echo(f"{output.parent}: C with {figures}")
     return None
 
 

@@ -87,7 +87,7 @@ def targets(json_: bool) -> None:
 @as_json()
 def formats(json_: bool) -> None:
     """List the element formats."""
-    from qcompile.formats import BFloat16, Codebook, Format, Integer, NormalFloat, Ternary
+    from qcompile.formats import BFloat16, Codebook, Format, Integer, NormalFloat, Pyramid, Ternary
 
     rows = []
     for signed in (True, False):
@@ -108,6 +108,7 @@ def formats(json_: bool) -> None:
         (Codebook(bits), f"{2**bits} levels of one byte, those of a table that the weight brings or of NormalFloat")
         for bits in (1, 2, 3, 4)
     ]
+    others.append((Pyramid(8, 6, 3), "runs of 8 weights: integer points of 6 pulses times a gain of 3 bits; other numbers likewise"))
     others.append((BFloat16(), "upper half of a float32, without a scale; denormal numbers count as zero"))
     rows += [
         {"name": format.name, "summary": summary, "bits": format.bits, "lowest": format.lowest, "highest": format.highest}

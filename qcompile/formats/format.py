@@ -45,6 +45,16 @@ class Format(ABC):
         return True
 
     @property
+    def dense(self) -> bool:
+        """Whether stored codes are laid end to end in ``bits`` each, as integers and places in tables are."""
+        return True
+
+    @property
+    def apart(self) -> bool:
+        """Whether any code may stand beside any other, so that a solver can choose them one by one."""
+        return True
+
+    @property
     def family(self) -> str:
         """The formats that share a parser and kernels: the name without bits."""
         return self.name.rstrip("0123456789")
@@ -99,7 +109,8 @@ def parse_format(name: str) -> Format:
     found = [format for parse in _families if (format := parse(name)) is not None]
     if not found:
         raise ValueError(
-            f"unknown format '{name}'; known are int1 to int8, uint1 to uint8, ternary, nf2 to nf4, codebook1 to codebook4 and bf16"
+            f"unknown format '{name}'; known are "
+            "int1 to int8, uint1 to uint8, ternary, nf2 to nf4, codebook1 to codebook4, pvq8k6g3 and the like, and bf16"
         )
     if len(found) > 1:
         raise ValueError(f"'{name}' belongs to two formats")

@@ -32,6 +32,10 @@ class Ternary(Integer):
         return "ternary"
 
     @property
+    def dense(self) -> bool:
+        return False
+
+    @property
     def lowest(self) -> float:
         return -1.0
 

@@ -38,6 +38,10 @@ class ArtifactModel:
         return decoder_entries(self.artifact.graph, self.context)
 
     @property
+    def past_only(self) -> bool:
+        return self.decoder.past_only
+
+    @property
     def vocabulary(self) -> int:
         return int(self.decoder.prefill.outputs[0].meta["val"].shape[-1])
 

@@ -13,6 +13,8 @@ Nothing is read from names. Three things tie a token to others, and each is foun
 - causal attention: its keys and values become caches ``[batch, capacity, width]``, new ones are appended. Where they come from
   ``qc.dequantize``, the codes and those of its parameters that depend on the text are cached, so a cache is as small as its scheme.
   Where keys are quantized before rotary positions, those codes are cached, and turned when attention reads them.
+  Where queries meet their own tokens in float (``own_k`` and ``own_v``), all new tokens of one call do so: they see one another as they
+  are, and the codes of those of earlier calls (past-only quantization, WKVQuant, Yue et al. 2024, arXiv 2402.12065, section 3.1).
 - positions: whatever depends on the number of tokens only, and on no token. It is computed once for ``context`` positions, checked to give
   every position the same value for texts of any length, and becomes a table from which rows are gathered.
 - the end: the rows of the last tokens are picked as early as what follows works on each token by itself.
@@ -42,7 +44,8 @@ qc = torch.ops.qc
 # Operators that compute each token of [batch, tokens, ..] from that token alone: rows may be picked before them as well as after them.
 _BY_TOKEN = frozenset({
     "aten.linear", "aten.rms_norm", "aten.layer_norm", "aten.mul.Tensor", "aten.div.Tensor", "aten.tanh", "aten._to_copy",
-    "qc.linear", "qc.quantize", "qc.quantize_dynamic", "qc.dequantize", "qc.hadamard", "py.getitem",
+    "qc.linear", "qc.quantize", "qc.quantize_dynamic", "qc.dequantize", "qc.hadamard", "qc.vector_codes",
+    "qc.vectors", "py.getitem",
 })  # fmt: skip
 _ATTENTION = frozenset({"qc.attention", "qc.attention_codes"})
 _PAST, _COUNTS = "past", "counts"
@@ -66,12 +69,15 @@ class Decoder:
         decode: takes one new token of each row.
         caches: in the order in which both entries take and return them.
         context: the most tokens of a text.
+        past_only: tokens of one call see one another in float, so only a text that is read token by token gives the logits of the graph
+            over whole texts.
     """
 
     prefill: Graph
     decode: Graph
     caches: tuple[Cache, ...]
     context: int
+    past_only: bool = False
 
     @property
     def bytes_per_token(self) -> int:
@@ -88,7 +94,8 @@ def decoder_entries(graph: Graph, context: int) -> Decoder:
     """
     prefill, caches = _Step(graph, context, one_token=False).build()
     decode, _ = _Step(graph, context, one_token=True).build()
-    return Decoder(prefill, decode, caches, context)
+    past_only = any(_name(node) == "qc.attention" and bound_arguments(node)["own_k"] is not None for node in graph.nodes)
+    return Decoder(prefill, decode, caches, context, past_only)
 
 
 def one_token_step(graph: Graph, context: int) -> Graph:
@@ -244,16 +251,25 @@ class _Step:
         a = bound_arguments(node)
         if not a["causal"] or a["key_mask"] is not None or a["past"] is not None:
             raise Refused("this attention sees more than the tokens before: no cache can stand for that", node=node.name)
-        key, value = (self._cached(f"{word}_{number}", a[name], by_text) for word, name in (("key", "k"), ("value", "v")))
+        past = {"past": self._past}
+        for word, name in (("key", "k"), ("value", "v")):
+            past[name] = self._cached(f"{word}_{number}", a[name], by_text)
+            own = a.get(f"own_{name}")
+            if own is not None:  # the new rows in float over what was read back: only earlier calls' tokens come from the codes
+                with self._nodes.inserting_before(node):
+                    past[name] = self._call(qc.cache_append.default, past[name], own, self._past, like=own)
+                past[f"own_{name}"] = None
         with self._nodes.inserting_before(node):
-            new = self._call(node.target, *(a | {"k": key, "v": value, "past": self._past}).values(), like=node)
+            new = self._call(node.target, *(a | past).values(), like=node)
         node.replace_all_uses_with(new)
         by_text.add(new)
 
     def _cached(self, name: str, node: fx.Node, by_text: set[fx.Node]) -> fx.Node:
         """Return what stands for a node over the whole text: a cache of it, or of the codes it is dequantized from."""
-        if _name(node) == "qc.rotary" and _name(node.args[0]) == "qc.dequantize":
+        if _name(node) == "qc.rotary" and _name(node.args[0]) in ("qc.dequantize", "qc.vectors"):
             return self._turned(node, self._cached(name, node.args[0], by_text), by_text)
+        if _name(node) == "qc.vectors":
+            return self._read(node, self._cache(name, node.args[0]), node.args[1], by_text=by_text)
         if _name(node) != "qc.dequantize":
             return self._cache(name, node)
         a = bound_arguments(node)
@@ -265,8 +281,12 @@ class _Step:
             self._copy.infer_type(codes)
         cached = self._cache(name, codes)
         rest = [self._cache(f"{name}_{part}", a[part]) if a[part] in by_text else a[part] for part in ("scale", "zero_point")]
+        return self._read(node, cached, *rest, a["scheme"], size, by_text=by_text)
+
+    def _read(self, node: fx.Node, *arguments: Any, by_text: set[fx.Node]) -> fx.Node:
+        """Return the node's operator over a cache."""
         with self._nodes.inserting_before(node):
-            new = self._call(qc.dequantize.default, cached, *rest, a["scheme"], size, like=node)
+            new = self._call(node.target, *arguments, like=node)
         by_text.add(new)
         return new
 

@@ -36,12 +36,14 @@ class _Note:
         code: the folder of the built code; empty where it can only run with the graph.
         context: the most tokens of a text.
         vocabulary: how many tokens there are.
+        past_only: see ``session.Model``.
         checked: the code was compared with the artifact's golden text.
     """
 
     code: str
     context: int
     vocabulary: int
+    past_only: bool
     checked: bool = False
 
 
@@ -56,7 +58,7 @@ class StoredModel:
     """
 
     def __init__(self, members: dict[str, bytes], end_tokens: Sequence[int], note: _Note, run: Any) -> None:
-        self.context, self.vocabulary = note.context, note.vocabulary
+        self.context, self.vocabulary, self.past_only = note.context, note.vocabulary, note.past_only
         self.tokenizer, self.end_tokens = members.get("tokenizer.json"), end_tokens
         self.caches = [CacheRow(port.dtype, tuple(map(int, port.shape[2:]))) for port in run.interface.inputs[_BEFORE_CACHES:]]
         self._run = run
@@ -170,7 +172,7 @@ def build_here() -> None:
         code = model.target.store(model.decoder.prefill, threads=artifact.threads)
         manifest = read_members(path, leave=(CONSTANTS,))["manifest.json"]
         place = _note_place(manifest, runtime, given["context"])
-        _write_note(place, _Note(os.fspath(code or ""), model.context, model.vocabulary))
+        _write_note(place, _Note(os.fspath(code or ""), model.context, model.vocabulary, model.past_only))
     except Refused as error:
         refused = dict(vars(error))
     print(json.dumps({"refused": refused}))

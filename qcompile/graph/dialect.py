@@ -66,6 +66,9 @@ ACTIVATIONS = {
 }
 
 
+VECTORS = 256  # in a table: a code is one byte
+_ROWS_AT_ONCE = 64  # whose distances are held: they stay in the cache of the processor
+
 MEANINGS: dict[torch._ops.OpOverload, Callable[..., Any]] = {}  # the Python function of each operator, through which gradients flow
 
 
@@ -144,6 +147,50 @@ define(
     _pack,
     lambda codes, scheme: codes.new_empty((*codes.shape[:-1], parse_scheme(scheme).format.packed_size(codes.shape[-1])), dtype=torch.uint8),
 )
+
+
+def _vector_codes(x, table):
+    """Return for each run of c channels of x [.., runs * c] the place of the nearest vector in the run's table [runs, 256, c], uint8.
+
+    The distance is the sum of squared differences from the first channel on, every operation rounded to float32; of equal ones the
+    first place counts. c = 8 makes it one bit for a channel (coupled quantization, Zhang et al. 2024, arXiv 2405.03917, section 3).
+    """
+    runs, _, c = table.shape
+    by_channel = table.permute(2, 0, 1).contiguous()
+    codes = []
+    for rows in x.reshape(-1, runs, c).split(_ROWS_AT_ONCE):
+        distance = (rows[..., 0].unsqueeze(-1) - by_channel[0]).square_()  # [rows, runs, 256]
+        for i in range(1, c):
+            distance += (rows[..., i].unsqueeze(-1) - by_channel[i]).square_()
+        codes.append(distance.argmin(-1).to(torch.uint8))
+    return torch.cat(codes).view(*x.shape[:-1], runs)
+
+
+def _vector_codes_shape(x, table):
+    torch._check(
+        table.ndim == 3 and table.shape[1] == VECTORS, lambda: f"a table of vectors is [runs, {VECTORS}, c], not {list(table.shape)}"
+    )
+    torch._check(x.shape[-1] == table.shape[0] * table.shape[2], lambda: f"a table {list(table.shape)} does not fit {x.shape[-1]} channels")
+    return x.new_empty((*x.shape[:-1], table.shape[0]), dtype=torch.uint8)
+
+
+define("vector_codes(Tensor x, Tensor table) -> Tensor", _vector_codes, _vector_codes_shape)
+
+
+def _vectors(codes, table):
+    """Return the vectors of codes [.., runs] in their runs' tables [runs, 256, c], end to end: [.., runs * c]. Undoes ``vector_codes``."""
+    return table[torch.arange(len(table)), codes.to(torch.int64)].flatten(-2)
+
+
+def _vectors_shape(codes, table):
+    torch._check(
+        table.ndim == 3 and table.shape[1] == VECTORS, lambda: f"a table of vectors is [runs, {VECTORS}, c], not {list(table.shape)}"
+    )
+    torch._check(codes.shape[-1] == table.shape[0], lambda: f"a table {list(table.shape)} does not fit {codes.shape[-1]} codes")
+    return codes.new_empty((*codes.shape[:-1], table.shape[0] * table.shape[2]), dtype=table.dtype)
+
+
+define("vectors(Tensor codes, Tensor table) -> Tensor", _vectors, _vectors_shape)
 
 
 # ---- products -------------------------------------------------------------------------------------------------------------
@@ -436,25 +483,45 @@ def _rotary(x, cos, sin, heads):
 define("rotary(Tensor x, Tensor cos, Tensor sin, int heads) -> Tensor", _rotary, lambda x, cos, sin, heads: torch.empty_like(x))
 
 
-def _attention(q, k, v, key_mask, heads, kv_heads, scale, causal, past=None, window=0):
+def _attention(q, k, v, key_mask, heads, kv_heads, scale, causal, past=None, window=0, own_k=None, own_v=None):
     """Multi-head attention over q [batch, tokens, heads * d], k and v [batch, keys, kv_heads * d].
 
     ``key_mask`` [batch, keys] is True where a key may be seen. ``causal`` hides keys after the query: query i sees key j when
     ``j <= past + i``; with a ``window`` only the last so many of them, ``j > past + i - window``. ``past`` i64[batch] says for each row
     how many tokens came before its queries, for keys and values that are caches with room for more; without it the queries are
     the last of the keys, past = keys - tokens. A query that sees no key gives zeros.
+
+    ``own_k`` and ``own_v`` [batch, tokens, kv_heads * d], of causal attention, stand for k and v where a query meets its own token,
+    j = past + i; every other key is that of k and v.
     """
-    scores, v, seen = _heads_apart(q, k, v, key_mask, heads, kv_heads, causal, past, window)
+    scores, values, seen = _heads_apart(q, k, v, key_mask, heads, kv_heads, causal, past, window)
+    own = _own_places(scores, k, past) if own_k is not None else None
+    if own is not None:
+        own_k, own_v = (_by_head(t, heads, kv_heads) for t in (own_k, own_v))
+        scores = scores.scatter(-1, own, (_by_head(q, heads, heads) * own_k).sum(-1, keepdim=True))
     weights = torch.softmax((scores * scale).masked_fill(~seen, -torch.inf), -1).nan_to_num(0.0)
-    return (weights @ v).transpose(1, 2).flatten(2)
+    if own is None:
+        return (weights @ values).transpose(1, 2).flatten(2)
+    others = weights.scatter(-1, own, 0.0)
+    return (others @ values + weights.gather(-1, own) * own_v).transpose(1, 2).flatten(2)
+
+
+def _by_head(t: torch.Tensor, heads: int, kv_heads: int) -> torch.Tensor:
+    """Return [batch, rows, kv_heads * d] as [batch, heads, rows, d], each head of keys for all query heads that share it."""
+    return t.unflatten(-1, (kv_heads, -1)).transpose(1, 2).repeat_interleave(heads // kv_heads, 1)
+
+
+def _own_places(scores: torch.Tensor, k: torch.Tensor, past: torch.Tensor | None) -> torch.Tensor:
+    """Return which key is each query's own token, i64 [batch, heads, tokens, 1]."""
+    batch, heads, tokens, _ = scores.shape
+    before = torch.tensor(k.shape[1] - tokens) if past is None else past.view(-1, 1, 1, 1)
+    return (before + torch.arange(tokens).view(1, 1, -1, 1)).expand(batch, heads, -1, -1)
 
 
 def _heads_apart(q, k, v, key_mask, heads, kv_heads, causal, past, window):
     """Return q @ k.T [batch, heads, tokens, keys], v [batch, heads, keys, d], and which keys each query sees."""
-    batch, tokens, width = q.shape
-    keys, d = k.shape[1], width // heads
-    q = q.unflatten(-1, (heads, d)).transpose(1, 2)
-    k, v = (t.unflatten(-1, (kv_heads, d)).transpose(1, 2).repeat_interleave(heads // kv_heads, 1) for t in (k, v))
+    batch, tokens, keys = q.shape[0], q.shape[1], k.shape[1]
+    q, k, v = _by_head(q, heads, heads), _by_head(k, heads, kv_heads), _by_head(v, heads, kv_heads)
     seen = torch.ones(batch, 1, tokens, keys, dtype=torch.bool)
     if key_mask is not None:
         seen = seen & key_mask.view(batch, 1, 1, keys)
@@ -469,9 +536,9 @@ def _heads_apart(q, k, v, key_mask, heads, kv_heads, causal, past, window):
 
 define(
     "attention(Tensor q, Tensor k, Tensor v, Tensor? key_mask, int heads, int kv_heads, float scale, bool causal, "
-    "Tensor? past=None, int window=0) -> Tensor",
+    "Tensor? past=None, int window=0, Tensor? own_k=None, Tensor? own_v=None) -> Tensor",
     _attention,
-    lambda q, k, v, key_mask, heads, kv_heads, scale, causal, past=None, window=0: torch.empty_like(q),
+    lambda q, k, v, key_mask, heads, kv_heads, scale, causal, past=None, window=0, own_k=None, own_v=None: torch.empty_like(q),
 )
 
 

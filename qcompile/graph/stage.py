@@ -24,7 +24,7 @@ _FLOAT_QC = frozenset({"qc.hadamard", "qc.rotary", "qc.attention", "qc.cache_app
 
 LEGAL: dict[Stage, dict[str, Any]] = {
     Stage.FLOAT: {"quantizers": False, "qc": _FLOAT_QC},
-    Stage.SIMULATED: {"quantizers": True, "qc": _FLOAT_QC},
+    Stage.SIMULATED: {"quantizers": True, "qc": _FLOAT_QC | {"qc.vector_codes", "qc.vectors"}},  # a cache's codes have no scheme
     Stage.INTEGER: {"quantizers": False, "qc": None},  # None: every qc operator
 }
 

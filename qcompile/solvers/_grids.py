@@ -67,6 +67,17 @@ class Grids:
         codes = quantize(values.to(torch.float32), scale, zero_point, single)
         return dequantize(codes, scale, zero_point, single).to(torch.float64)
 
+    def run_scale(self, run: slice) -> torch.Tensor:
+        """Return the scale of each weight of a run of neighbouring columns, float64 [groups, rows, columns]."""
+        return self._full(self.scale)[:, :, run].to(torch.float64)
+
+    def round_run(self, values: torch.Tensor, run: slice) -> torch.Tensor:
+        """Return what the format gives for values [groups, rows, columns] of a run of neighbouring columns."""
+        scale = self._full(self.scale)[:, :, run]
+        assert self.zero_point is None
+        single = replace(self.scheme, granularity=Tensor())
+        return dequantize(quantize(values.to(torch.float32), scale, None, single), scale, None, single).to(torch.float64)
+
     def _column(self, part: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
         """Return what a part of the granularity's shape has for places [groups, rows, 1], as [groups, rows]."""
         groups, rows, _ = self.shape

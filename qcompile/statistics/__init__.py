@@ -10,6 +10,7 @@ from qcompile.statistics.collectors import (
     Request,
     Samples,
     range_request,
+    sampled_places,
 )
 from qcompile.statistics.sweep import Statistics, collect, collect_sequentially
 
@@ -26,4 +27,5 @@ __all__ = [
     "collect",
     "collect_sequentially",
     "range_request",
+    "sampled_places",
 ]

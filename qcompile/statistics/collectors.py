@@ -341,7 +341,7 @@ class _Samples:
         rows = value.detach().reshape(-1, value.shape[-1])
         numbers = np.concatenate([self.numbers, np.arange(self.seen, self.seen + len(rows), dtype=np.uint64)])
         self.seen += len(rows)
-        kept = np.sort(np.argsort(_hash(numbers, self.seed), kind="stable")[: self.wanted])
+        kept = _lowest(numbers, self.wanted, self.seed)
         old = len(self.numbers)
         new = rows[torch.from_numpy(kept[kept >= old] - old)]
         self.values = new if self.values is None else torch.cat([self.values[torch.from_numpy(kept[kept < old])], new])
@@ -349,6 +349,15 @@ class _Samples:
 
     def result(self) -> Result:
         return {"rows": _present(self.values).contiguous()}
+
+
+def sampled_places(request: Samples, count: int) -> torch.Tensor:
+    """Return which of so many rows in all a request keeps, in order."""
+    return torch.from_numpy(_lowest(np.arange(count, dtype=np.uint64), request.rows, request.seed))
+
+
+def _lowest(numbers: np.ndarray, wanted: int, seed: int) -> np.ndarray:
+    return np.sort(np.argsort(_hash(numbers, seed), kind="stable")[:wanted])
 
 
 def _hash(numbers: np.ndarray, seed: int) -> np.ndarray:

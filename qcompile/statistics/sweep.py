@@ -17,6 +17,7 @@ import torch
 import torch.fx as fx
 
 from qcompile.errors import Refused
+from qcompile.graph import dialect
 from qcompile.graph.file_tensor import in_memory
 from qcompile.graph.graph import Graph, node_name
 from qcompile.graph.quantizer import Quantizer
@@ -176,8 +177,14 @@ class _Plan:
         return dead
 
 
+_VECTORS = {f for op in (torch.ops.qc.vector_codes.default, torch.ops.qc.vectors.default) for f in (op, dialect.MEANINGS[op])}
+
+
 class FloatInterpreter(fx.Interpreter):
-    """Runs a simulated graph as the float model: quantizers give what they are given."""
+    """Runs a simulated graph as the float model: quantizers give what they are given, and so do codes of vectors and their reading."""
+
+    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return args[0] if target in _VECTORS else super().call_function(target, args, kwargs)
 
     def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return args[0] if isinstance(self.fetch_attr(target), Quantizer) else super().call_module(target, args, kwargs)

@@ -115,17 +115,17 @@ def test_a_kernel_runs_over_its_input(name: str, windows: Windows, seed: int) ->
 @given(windows=geometries(), block=st.integers(2, 4), seed=st.integers(0, 99))
 def test_pairs_of_pixels_run_over_their_input(windows: Windows, block: int, seed: int) -> None:
     def by_blocks(windows: Windows, arena: np.ndarray, start: int, result: int) -> None:
-        for row, begun in itertools.product(range(windows.result[0]), range(0, windows.result[1], block)):
-            columns = range(begun, min(begun + block, windows.result[1]))
-            for channel, column in itertools.product(range(windows.result_pixel), reversed(columns)):
-                n = row * windows.result[1] + column
+        pixels = windows.result[0] * windows.result[1]
+        for begun in range(0, pixels, block):
+            for channel, n in itertools.product(range(windows.result_pixel), reversed(range(begun, min(begun + block, pixels)))):
+                row, column = divmod(n, windows.result[1])
                 arena[result + n * windows.result_pixel + channel] = value(windows, lambda at: int(arena[start + at]), row, column, channel)
 
     data = np.random.default_rng(seed).integers(0, 256, windows.bytes, dtype=np.uint8)
     assert in_one_arena(windows, data, windows_lead(windows, block=block), by_blocks) == plain(windows, data)
 
 
-@pytest.mark.parametrize(("name", "lead"), [("pixels", 40), ("held pixels", 36), ("rows", 64), ("ring", -32)])
+@pytest.mark.parametrize(("name", "lead"), [("pixels", 40), ("held pixels", 36), ("ring", -32)])
 def test_a_lead_is_no_longer_than_it_must_be(name: str, lead: int) -> None:
     """A 3 x 3 window over 6 x 8 pixels of 4 bytes: one pixel less, and something is read that was written over."""
     kernel, rule = KERNELS[name]

@@ -1,4 +1,4 @@
-"""Weights whose codes are places in a table, and ternary ones, from a recipe to every target and through the artifact."""
+"""Weights of codebooks, ternary ones and points of pyramids, from a recipe to every target and through the artifact."""
 
 from __future__ import annotations
 
@@ -30,6 +30,19 @@ CASES = {
     "tables of rows in groups, codes": ("codebook2-a8-g64", "kmeans, table_rows=2", 2 + 0.5 + 32 * 32 / 16384, "linear_uint8_w8_256x64"),
     "tables of rows in small groups": ("codebook2-g64", "kmeans, table_rows=2", 2 + 0.5 + 32 * 32 / 16384, "linear_float32_w8_256x64"),
     "ternary": ("ternary", "mse", 8 * 52 / 256 + 32 / 256, "linear_float32_w2_256x64"),
+    "pyramid": ("weight=pvq8k6g3 channel=0 sym; activation=float", "pvq", 18 / 8 + 32 / 256, "linear_float32_w8_256x64"),
+    "pyramid in groups, a short run": (
+        "weight=pvq12k9g3 group=64 sym; activation=float",
+        "pvq",
+        8 * 75 / 256 + 32 / 64,
+        "linear_float32_w8_256x64",
+    ),
+    "pyramid, codes": (
+        "weight=pvq8k6g3 channel=0 sym; activation=int8 token sym dynamic",
+        "pvq",
+        18 / 8 + 32 / 256,
+        "linear_int8_w8_256x64",
+    ),
     "ternary, codes": ("ternary-a8-dynamic", "mse", 8 * 52 / 256 + 32 / 256, "linear_int8_ternary_256x64"),
 }
 
@@ -57,13 +70,13 @@ def test_every_target_gives_what_the_reference_gives(name: str, tmp_path: Path, 
     x = torch.randn(ROWS, 80)
     outputs = {target: qcompile.load(tmp_path / "model.qc", target=target)(x) for target in ("reference", "cpu", "onnx")}
     bound = 300 * 2.0**-24 * float(outputs["reference"].abs().max())
-    if "a8" in scheme:  # a code on the other side of a tie, after GELU: a step of the next layer's input
+    if "a8" in scheme or "int8" in scheme:  # a code on the other side of a tie, after GELU: a step of the next layer's input
         bound = 0.02 * float(outputs["reference"].abs().max())
     for target in ("cpu", "onnx"):
         assert float((outputs[target] - outputs["reference"]).abs().max()) <= bound, target
     layer = artifact.report["layers"][1]
     assert layer["bits_per_weight"] == pytest.approx(bits, abs=1e-4)
-    for target in map(find_target, ("cpu", "onnx") if "a8" in scheme else ()):
+    for target in map(find_target, ("cpu", "onnx") if "a8" in scheme or "int8" in scheme else ()):
         digests = probe_digests(artifact.graph, lambda graph, inputs, target=target: target.build(graph)(inputs))
         assert digests == artifact.report["probes"]
     calls = qcompile.load(tmp_path / "model.qc").executable.built.kernel_calls(x)
@@ -113,3 +126,43 @@ def test_an_artifact_with_damaged_ternary_bytes_is_refused(tmp_path: Path) -> No
 def test_what_the_cpu_has_no_kernel_for_is_refused(operator: str, weight: str, activation: str, reason: str) -> None:
     assert reason in str(find_target("cpu").supports(operator, LayerScheme(parse_scheme(weight), parse_scheme(activation))))
     assert find_target("cpu").supports("qc.linear", LayerScheme(parse_scheme("codebook4 group=64 sym"), None)) is None
+
+
+@pytest.mark.parametrize("granularity", ["channel=0", "tensor"])
+def test_an_embedding_of_pyramids_gathers_rows_of_points(granularity: str) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(50, 37), nn.Linear(37, 8)).eval()
+    passes = ["canonicalize", "assign-bits", "insert-quantizers", "quantize-weights{solver=pvq}", "materialize", "fuse-epilogue"]
+    scheme = f"weight=pvq8k6g3 {granularity} sym; activation=float"
+    recipe = Recipe(name="test", pipeline=passes, schemes=Schemes(linear=scheme, embedding=scheme), needs_data=False)
+    places = torch.tensor([[0, 49, 7], [1, 3, 3]])
+    artifact = qcompile.compile(model, (places,), recipe=recipe, target="cpu")
+    assert [layer["op"] for layer in artifact.report["layers"]] == ["qc.embedding", "qc.linear"]
+    scales = 32 / (37 if granularity == "channel=0" else 50 * 37)
+    assert artifact.report["layers"][0]["bits_per_weight"] == pytest.approx(8 * 12 / 37 + scales, abs=1e-4)
+    expected = find_target("reference").build(artifact.graph)([places])[0]
+    torch.testing.assert_close(artifact(places), expected, rtol=1e-6, atol=1e-6)
+
+
+def test_a_head_that_shares_its_weight_with_the_embedding_counts_once() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table, self.inner = nn.Embedding(50, 48), nn.Linear(48, 48, bias=False)
+
+        def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+            return nn.functional.linear(self.inner(self.table(tokens)), self.table.weight)
+
+    torch.manual_seed(0)
+    table, passes = "weight=int8 channel=0 sym; activation=float", ["assign-bits", "insert-quantizers", "quantize-weights", "materialize"]
+    schemes = Schemes(linear=table, embedding=table, layers={"inner*": "weight=int4 channel=0 sym; activation=float"})
+    recipe = Recipe(name="test", pipeline=passes, schemes=schemes, needs_data=False)
+    artifact = qcompile.compile(Tied().eval(), (torch.tensor([[1, 2]]),), recipe=recipe, target="reference")
+    bits = 50 * (48 * 8 + 32) + 48 * (48 * 4 + 32)
+    assert artifact.report["bits_per_weight"] == pytest.approx(bits / (98 * 48), abs=1e-4)
+    assert artifact.report["bytes"] == bits / 8
+
+
+def test_solvers_of_single_codes_leave_pyramids_to_least_squared_error() -> None:
+    artifact = _compile("weight=pvq8k6g3 channel=0 sym; activation=float", "gptq")
+    assert [text for _, text in artifact.report["notes"] if "not by gptq: that is not for pvq8k6g3" in text]

@@ -384,12 +384,48 @@ QUANTIZED = [
         qc.attention.default,
         (_normal(2, 2, 32), _normal(2, 9, 16), _normal(2, 9, 16) + 1, None, 4, 2, 0.3, True, torch.tensor([7, 0]), 4),
     ),
+    (
+        qc.attention.default,
+        (
+            _normal(2, 6, 32),
+            _normal(2, 7, 16),
+            _normal(2, 7, 16) + 1,
+            _bools(2, 7),
+            4,
+            2,
+            0.3,
+            True,
+            None,
+            3,
+            _normal(2, 6, 16),
+            _normal(2, 6, 16),
+        ),
+    ),
+    (
+        qc.attention.default,
+        (
+            _normal(2, 2, 32),
+            _normal(2, 9, 16),
+            _normal(2, 9, 16),
+            None,
+            4,
+            2,
+            0.3,
+            True,
+            torch.tensor([7, 0]),
+            0,
+            _normal(2, 2, 16),
+            _normal(2, 2, 16),
+        ),
+    ),
+    (qc.vector_codes.default, (_normal(2, 5, 24), _normal(6, 256, 4))),
+    (qc.vectors.default, (_integers(256, 2, 5, 3).to(torch.uint8), _normal(3, 256, 8))),
     (qc.cache_append.default, (_normal(3, 9, 4), _normal(3, 2, 4), torch.tensor([0, 7, 8]))),
 ]
 
 CASES = [*POINTWISE, *REDUCTIONS, *STRUCTURE, *LAYERS, *QUANTIZED]
 # Arguments that are constants of a graph: weights, scales and zero points. All other tensors are inputs.
-_CONSTANT_ARGUMENTS = ("weight", "scale", "zero", "bias", "running")
+_CONSTANT_ARGUMENTS = ("weight", "scale", "zero", "bias", "running", "table")
 
 
 def _is_constant(op: Any, position: int) -> bool:

@@ -25,6 +25,8 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
                           "max_position_embeddings": 64, "word_embed_proj_dim": 32}),
     "falcon": ("FalconConfig", {"vocab_size": 101, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}),
 }  # fmt: skip
+# Heads of whole vectors, which kernels read as codes; not among the kinds that stand for shapes of models.
+WIDE = {"wide": ("LlamaConfig", {**GROUPED, "hidden_size": 64, "head_dim": 32})}
 
 Decoder = tuple[Path, torch.nn.Module]
 
@@ -37,7 +39,7 @@ def decoder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Decoder
     @functools.cache
     def make(kind: str) -> Decoder:
         torch.manual_seed(0)
-        name, options = KINDS[kind]
+        name, options = {**KINDS, **WIDE}[kind]
         model = transformers.AutoModelForCausalLM.from_config(getattr(transformers, name)(**options)).eval()
         with torch.no_grad():
             for parameter in model.parameters():  # larger than the usual first weights: a wrong position must show

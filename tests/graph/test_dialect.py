@@ -281,6 +281,39 @@ def test_attention_one_query_at_a_time(causal, kv_heads, masked) -> None:
     check_meta(qc.attention, q, k, v, mask, 4, kv_heads, 0.5, causal)
 
 
+@pytest.mark.parametrize("c", [1, 2, 8])
+def test_codes_of_vectors_one_run_at_a_time(c: int) -> None:
+    x, table = torch.randn(2, 3, 3 * c), torch.randn(3, 256, c)
+    table[1, 200] = table[1, 7] = x[0, 0, c : 2 * c]  # of equal ones the first
+    codes = qc.vector_codes(x, table)
+    assert codes.dtype == torch.uint8
+    assert codes[0, 0, 1] == 7
+    for run in range(3):
+        part = x[..., run * c : (run + 1) * c]
+        nearest = (part.unsqueeze(-2) - table[run]).square().sum(-1).amin(-1)
+        found = table[run, codes[..., run].long()]
+        torch.testing.assert_close((part - found).square().sum(-1), nearest)
+        assert torch.equal(qc.vectors(codes, table)[..., run * c : (run + 1) * c], found)
+    check_meta(qc.vector_codes, x, table)
+    check_meta(qc.vectors, codes, table)
+
+
+@pytest.mark.parametrize("window", [0, 2])
+def test_queries_meet_their_own_tokens(window: int) -> None:
+    """One query at a time over the keys with its own one replaced."""
+    q, k, v = torch.randn(2, 3, 8), torch.randn(2, 9, 4), torch.randn(2, 9, 4)
+    own_k, own_v, past = torch.randn(2, 3, 4), torch.randn(2, 3, 4), torch.tensor([6, 2])
+    found = qc.attention(q, k, v, None, 4, 2, 0.5, True, past, window, own_k, own_v)
+    for i in range(3):
+        keys, values = (qc.cache_append(x, own[:, i : i + 1], past + i) for x, own in ((k, own_k), (v, own_v)))
+        alone = qc.attention(q[:, i : i + 1], keys, values, None, 4, 2, 0.5, True, past + i, window)
+        torch.testing.assert_close(found[:, i : i + 1], alone)
+    whole = qc.attention(q, k[:, :3], v[:, :3], None, 4, 2, 0.5, True, None, window, own_k, own_v)
+    again = qc.attention(q, k[:, :3], v[:, :3], None, 4, 2, 0.5, True, torch.zeros(2, dtype=torch.int64), window, own_k, own_v)
+    assert torch.equal(whole, again)
+    check_meta(qc.attention, q, k, v, None, 4, 2, 0.5, True, past, window, own_k, own_v)
+
+
 def test_weights_of_attention_are_powers_of_two_within_three_hundredths_of_a_code() -> None:
     x = torch.linspace(-14, 0, 100_001)
     codes = _power_codes(x)

@@ -10,10 +10,13 @@ from qcompile.passes.materialize import Materialize
 from qcompile.passes.quantize_cache import QuantizeCache
 
 from qcompile import Refused
+from qcompile.calibration import from_iterable
 from qcompile.generation import decoder_entries
-from qcompile.graph import print_graph
-from qcompile.pipeline import Context, Pipeline, parse_pipeline
+from qcompile.graph import parse_graph, print_graph, tensor_digest
+from qcompile.pipeline import Context, Pipeline, parse_pipeline, sqnr_db
 from qcompile.registry import find_pass
+from qcompile.statistics.row_weights import FloatModel
+from qcompile.statistics.sweep import FloatInterpreter
 
 TEXT = """graph @main float(%tokens: i64[batch,seq]) where batch in 1..8, seq in 1..32 {
   %table = const @table
@@ -131,3 +134,132 @@ def test_attention_that_sees_ahead_has_no_cache(build: Callable[..., Any]) -> No
 def test_options_out_of_range_are_refused(graph: Any, options: dict[str, Any]) -> None:
     with pytest.raises(Refused):
         Pipeline((QuantizeCache(**options),)).run(graph, Context(target=ReferenceTarget()))
+
+
+def in_steps(graph: Any, decoder: Any, tokens: torch.Tensor, counts: list[int]) -> list[torch.Tensor]:
+    """Return the logits after each call of the entries, which take so many tokens of every row."""
+    caches = [torch.zeros(len(tokens), tokens.shape[1], *cache.type.shape[2:], dtype=cache.type.dtype) for cache in decoder.caches]
+    past, found = torch.zeros(len(tokens), dtype=torch.int64), []
+    for part in tokens.split(counts, 1):
+        count = torch.full_like(past, part.shape[1])
+        logits, *caches = decoder.prefill(part, past, count, *caches)
+        alone = decoder.decode(part, past, *caches)[0] if part.shape[1] == 1 else logits
+        assert torch.equal(logits, alone)
+        past = past + count
+        found.append(logits)
+    return found
+
+
+@pytest.mark.parametrize("options", [{"key": 4, "value": 3}, {"key": 2, "value": 2, "per": "token"}, {"key": 2, "rotary": "before"}])
+def test_past_only_leaves_the_step_at_hand_in_float(build: Callable[..., Any], options: dict[str, Any]) -> None:
+    """Token by token it is the graph over whole texts; all tokens in one call see no code at all."""
+    sizes = {"table": (11, 16), "wq": (16, 16), "wk": (8, 16), "wv": (8, 16), "angle": (32, 4)}
+    graph = build(TURNED, **{name: torch.randn(size) for name, size in sizes.items()})
+    everything, made = graph.copy(), graph.copy()
+    for each, past_only in ((everything, False), (made, True)):
+        steps = Pipeline((QuantizeCache(**options, past_only=past_only), Materialize())).run(each, Context(target=ReferenceTarget()))
+        assert steps[0].changes == 2
+    tokens = torch.randint(0, 11, (2, 12))
+    exact, whole, entries = graph(tokens)[0], made(tokens)[0], decoder_entries(made, 32)
+    assert entries.past_only
+    assert not decoder_entries(everything, 32).past_only
+    assert entries.bytes_per_token == decoder_entries(everything, 32).bytes_per_token
+    torch.testing.assert_close(whole[:, 0], exact[:, 0], rtol=1e-5, atol=1e-5)  # the first token has no past
+    assert not torch.allclose(whole[:, 1:], exact[:, 1:], rtol=1e-2, atol=1e-2)
+    for place, logits in enumerate(in_steps(made, entries, tokens, [1] * 12)):
+        torch.testing.assert_close(logits, whole[:, place], rtol=1e-5, atol=1e-5)
+    (together,) = in_steps(made, entries, tokens, [12])
+    torch.testing.assert_close(together, exact[:, -1], rtol=1e-5, atol=1e-5)
+    first, second = in_steps(made, entries, tokens, [7, 5])
+    torch.testing.assert_close(first, exact[:, 6], rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(second, exact[:, -1], rtol=1e-3, atol=1e-3)
+
+
+def test_past_only_changes_nothing_a_second_time(graph: Any) -> None:
+    again = Pipeline((QuantizeCache(key=4, past_only=True),) * 2).run(graph, Context(target=ReferenceTarget()))
+    assert [step.changes for step in again] == [2, 0]
+    text = print_graph(graph)
+    assert "own_k=%k, own_v=%v" in text
+    constants = {tensor_digest(t)[:16]: t for t in graph.tensors}
+    assert print_graph(parse_graph(text, constants)) == text
+
+
+# ---- codes of coupled channels --------------------------------------------------------------------------------------------
+
+
+def with_data() -> Context:
+    """Return a context with calibration data: more tokens than a table has vectors."""
+    batches = [(torch.randint(0, 11, (4, 32)),) for _ in range(4)]
+    return Context(target=ReferenceTarget(), calibration=from_iterable(batches))
+
+
+@pytest.mark.parametrize(
+    ("options", "bytes_per_token"),
+    [({"coupled": 2}, 4 + 4), ({"coupled": 4, "past_only": True, "fisher": True}, 2 + 2), ({"coupled": 4, "rotary": "before"}, 2 + 2)],
+)
+def test_coupled_channels_are_one_byte(build: Callable[..., Any], options: dict[str, Any], bytes_per_token: int) -> None:
+    """Eleven tokens have eleven values and fewer keys than vectors: where keys are not turned, tables hold every one of them."""
+    sizes = {"table": (11, 16), "wq": (16, 16), "wk": (8, 16), "wv": (8, 16), "angle": (32, 4)}
+    graph = build(TURNED, **{name: torch.randn(size) for name, size in sizes.items()})
+    made, context = graph.copy(), with_data()
+    steps = Pipeline((QuantizeCache(**options), Materialize())).run(made, context)
+    assert steps[0].changes == 2
+    assert sum("tables of vectors, 8192 bytes" in note for _, note in context.notes) == 2
+    tokens = torch.randint(0, 11, (2, 12))
+    whole, exact = made(tokens)[0], graph(tokens)[0]
+    if options.get("rotary") == "before":
+        torch.testing.assert_close(whole, exact, rtol=1e-4, atol=1e-4)
+    else:
+        assert 12 < sqnr_db(exact, whole) < 80
+    entries = decoder_entries(made, 32)
+    assert entries.bytes_per_token == bytes_per_token
+    for place, logits in enumerate(in_steps(made, entries, tokens, [1] * 12)):
+        torch.testing.assert_close(logits, whole[:, place], rtol=1e-4, atol=1e-4)
+    text = print_graph(made)
+    assert print_graph(parse_graph(text, {tensor_digest(t)[:16]: t for t in made.tensors})) == text
+    again = Pipeline((QuantizeCache(**options),)).run(graph, context)[0].changes, Pipeline((QuantizeCache(**options),)).run(graph, context)
+    assert (again[0], again[1][0].changes) == (2, 0)
+
+
+def test_codes_of_vectors_are_no_part_of_the_float_model(graph: Any) -> None:
+    made, tokens = graph.copy(), torch.randint(0, 11, (2, 12))
+    Pipeline((QuantizeCache(coupled=4, rows=5),)).run(made, with_data())
+    assert not torch.equal(made(tokens)[0], graph(tokens)[0])
+    for interpreter in (FloatInterpreter, FloatModel):
+        torch.testing.assert_close(interpreter(made.module).run(tokens)[0], graph(tokens)[0])
+
+
+def test_tables_learn_from_tokens_that_count(build: Callable[..., Any]) -> None:
+    """Weights by the gradient change the tables of keys, which have more values than vectors; equal data give equal tables."""
+    sizes = {"table": (11, 16), "wq": (16, 16), "wk": (8, 16), "wv": (8, 16), "angle": (32, 4)}
+    graph, tables = build(TURNED, **{name: torch.randn(size) for name, size in sizes.items()}), []
+    for fisher in (False, False, True):
+        made = graph.copy()
+        torch.manual_seed(1)
+        Pipeline((QuantizeCache(coupled=4, fisher=fisher, rows=400),)).run(made, with_data())
+        (table,) = (value for name, value in made.constants.items() if name == "tk.vectors")
+        tables.append(table.flatten(1).sort(1).values)
+    assert torch.equal(tables[0], tables[1])
+    assert not torch.allclose(tables[0], tables[2])
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"coupled": 3}, "2, 4 or 8 channels of a cache share a code, not 3"),
+        ({"coupled": 4, "key": 4}, "codes of coupled channels have neither bits nor scales to choose"),
+        ({"coupled": 4, "per": "token"}, "codes of coupled channels have neither bits nor scales to choose"),
+        ({"coupled": 8}, "runs of 8 channels do not divide heads of 4"),
+        ({"fisher": True}, "fisher weighs what tables of coupled channels are learned from"),
+        ({"coupled": 4, "rows": 0}, "tables are learned from at least one token, not 0"),
+    ],
+)
+def test_options_of_coupled_channels_are_refused_in_one_line(graph: Any, options: dict[str, Any], reason: str) -> None:
+    with pytest.raises(Refused, match=reason) as caught:
+        Pipeline((QuantizeCache(**options),)).run(graph, with_data())
+    assert "\n" not in str(caught.value)
+
+
+def test_coupled_channels_need_data(graph: Any) -> None:
+    with pytest.raises(Refused, match="quantize-cache needs calibration data"):
+        Pipeline((QuantizeCache(coupled=4),)).run(graph, Context(target=ReferenceTarget()))

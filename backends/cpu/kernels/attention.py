@@ -71,27 +71,34 @@ _WIDE_BLOCK, _BLOCK = _Block(2, 8, 128, 8), _Block(1, 4, 128, 4)
 
 def attention(
     heads: int, kv_heads: int, head_dim: int, scale: float, *, key_mask: bool, causal: bool, bias: bool = False, codes: str = "",
-    past: bool = False, window: int = 0, stored_k: Stored | None = None, stored_v: Stored | None = None, isa: str | None = None,
+    past: bool = False, window: int = 0, own: str = "", stored_k: Stored | None = None, stored_v: Stored | None = None,
+    isa: str | None = None,
 ) -> tirx.PrimFunc:  # fmt: skip
-    """Build ``f(q, k, v[, key_mask][, bias][, past][, scales of k][, scales of v][, scale, zero_point], out)``.
+    """Build ``f(q, k, v[, key_mask][, bias][, past][, own_k, own_v][, scales of k][, scales of v][, scale, zero_point], out)``.
 
     q and out float32 [batch, tokens, heads * head_dim]; k and v float32 [batch, keys, kv_heads * head_dim]; key_mask bool [batch, keys],
     True where a key may be seen; bias float32 [bias_batch, bias_heads, tokens, keys], added to the scaled scores, either size 1 broadcasts.
     ``causal`` counts from the end: query i sees key j when ``j <= before + i``, before = keys - tokens, and with a ``window`` only where
     ``j > before + i - window``. With past, int64 [batch], before is past[b], and keys after the queries' own are not read: k and v are
     caches with room for more. A query that sees no key gives zeros.
+    ``own_k`` and ``own_v``, float32 [batch, tokens, kv_heads * head_dim], are there where ``own`` is "token": they stand for k and v where
+    a query meets its own token; or "call": they stand for all tokens of the queries, and of k and v only what is before them is read.
     ``stored_k`` and ``stored_v`` say that k or v hold codes; then scales (and zero points) of each row follow, ``stored_rows.Rows``.
     ``codes`` is "", "int8" or "uint8": then out holds codes of that dtype, of scale float32 [1] and zero_point int32 [1]; or "bfloat16".
 
     Raises:
-        ValueError: heads is no multiple of kv_heads; past or a window without causal; codes of heads that are no whole vectors.
+        ValueError: heads is no multiple of kv_heads; past, a window or own tokens without causal; own tokens with a mask or a bias; codes
+            of heads that are no whole vectors.
     """
     if heads % kv_heads:
         raise ValueError(f"{heads} query heads do not divide among {kv_heads} key heads")
     if (past or window) and not causal:
         raise ValueError("past and a window are of causal attention")
+    if own and (not causal or key_mask or bias):
+        raise ValueError("own tokens are of causal attention without a mask")
     with function("attention") as builder:
-        shape = _Shape(heads, kv_heads, head_dim, scale, key_mask, causal, bias, codes, past, window, stored_k, stored_v, isa or detect())
+        stored = stored_k, stored_v
+        shape = _Shape(heads, kv_heads, head_dim, scale, key_mask, causal, bias, codes, past, window, own, *stored, isa or detect())
         task = _Attention(shape)
         with T.If(task.tokens < T.int64(FEW_ROWS)):
             with T.Then():
@@ -116,6 +123,7 @@ class _Shape:
     codes: str
     past: bool
     window: int
+    own: str
     stored_k: Stored | None
     stored_v: Stored | None
     isa: str
@@ -136,6 +144,9 @@ class _Attention:
         self.bias_batch, self.bias_heads = size("bias_batch"), size("bias_heads")
         self.bias = argument("bias", (self.bias_batch, self.bias_heads, self.tokens, self.keys)) if shape.bias else None
         self.past, self.window = argument("past", (self.batch,), "int64") if shape.past else None, shape.window
+        self.own = shape.own
+        if self.own:
+            self.own_k, self.own_v = (Rows(name, (self.batch, self.tokens), self.kv_heads, self.d, None) for name in ("own_k", "own_v"))
         self.k.declare_scales()
         self.v.declare_scales()
         self.codes = shape.codes
@@ -183,37 +194,80 @@ class _Attention:
         first = T.Bind(index % blocks * block.rows)
         kv_head = T.Bind(h // (self.heads // self.kv_heads))
         queries, result = local(d * block.rows), local(d * block.rows)
-        decoded_k, decoded_v = (local(block.pass_keys * d) if rows.stored else None for rows in (self.k, self.v))
+        decoded = [local(block.pass_keys * d) if rows.stored else None for rows in (self.k, self.v)]
         weights, limits = local(block.pass_keys * block.rows), local(block.pass_keys)
         tops, totals = self._each_vector(splat(LOWEST)), self._each_vector(splat(0.0))
         rounding = self._rounding()
-        self._load_queries(queries, b, h, first)
+        self._load_rows(queries, self.q, self.scale, (b, h, first))
         with T.serial(d * block.vectors) as i:
             store(result, splat(0.0), ramp(i * LANES))
+        state, task = (result, tops, totals), (queries, weights, limits, (b, h, first, kv_head))
         before = T.Bind(self._before(b))
-        # Keys after the last row of the block are never seen, nor are those before the window of the first.
-        seen = T.Bind(before + T.min(self.tokens, first + block.rows)) if self.causal else self.keys
-        skipped = self._first_pass(before, first)
+        # Keys after the last row of the block are never seen.
+        last = T.Bind(T.min(self.tokens, first + block.rows))
+        seen = {"": before + last if self.causal else self.keys, "token": before + last, "call": before}[self.own]
+        self._each_pass(task, state, (self.k, self.v), decoded, before, T.Bind(seen))
+        if self.own == "call":
+            self._each_pass(task, state, (self.own_k, self.own_v), [None, None], long(0), last)
+        elif self.own:
+            self._own_tokens(queries, state, (b, kv_head, first))
+        self._store_result(result, totals, rounding, (b, h, first))
+
+    def _each_pass(
+        self, task: tuple[Any, ...], state: tuple[Any, ...], rows: tuple[Rows, Rows], decoded: list[Any], before: Index, seen: Index
+    ) -> None:
+        """Take the first ``seen`` of some rows of keys and values, of which ``before`` stand before the queries, a pass at a time."""
+        queries, weights, limits, (b, h, first, kv_head) = task
+        result, tops, totals = state
+        block, d = self.block, self.d
+        skipped = self._first_pass(before, first)  # nothing before the window of the first row is seen
         with T.serial((seen + block.pass_keys - 1) // block.pass_keys - skipped) as p:
             base = T.Bind((p + skipped) * block.pass_keys)
             count = T.Bind(T.min(seen - base, long(block.pass_keys)))
             tiles = T.Bind((count + block.keys - 1) // block.keys)
             self._set_limits(limits, b, base, count, tiles)
-            read_k, read_v = (self._reader(*each, b, kv_head, base, count) for each in ((self.k, decoded_k), (self.v, decoded_v)))
+            read_k, read_v = (self._reader(*each, b, kv_head, base, count) for each in zip(rows, decoded, strict=True))
             highest = self._each_vector(*(top[ramp(0)] for top in tops))
             with T.serial(tiles) as tile:
                 self._score_tile(queries, weights, limits, highest, read_k, (b, h, first, base, count), T.Bind(tile * block.keys), before)
             factors = [T.Bind(exp2(top[ramp(0)] - new[ramp(0)])) for top, new in zip(tops, highest, strict=True)]
-            with T.If(base > 0), T.Then(), T.serial(d) as c:
-                for v, factor in enumerate(factors):
-                    lanes = ramp(c * block.rows + v * LANES)
-                    store(result, result[lanes] * factor, lanes)
+            with T.If(base > 0 if rows[0] is self.k else count > 0), T.Then(), T.serial(d) as c:
+                self._scale_result(result, c, factors)
             for v, factor in enumerate(factors):
                 store(totals[v], totals[v][ramp(0)] * factor, ramp(0))
                 store(tops[v], highest[v][ramp(0)], ramp(0))
             self._raise_powers(weights, tops, totals, tiles)
             self._values(weights, result, read_v, count)
-        self._store_result(result, totals, rounding, (b, h, first))
+
+    def _scale_result(self, result: Any, c: Index, factors: list[Expression]) -> None:
+        for v, factor in enumerate(factors):
+            lanes = ramp(c * self.block.rows + v * LANES)
+            store(result, result[lanes] * factor, lanes)
+
+    def _own_tokens(self, queries: Any, state: tuple[Any, ...], place: tuple[Index, Index, Index]) -> None:
+        """Let each row of a block see its own token: lanes are rows of queries and of keys alike."""
+        result, tops, totals = state
+        b, kv_head, first = place
+        block, d = self.block, self.d
+        rows = local(d * block.rows)
+        self._load_rows(rows, self.own_k.data, 1.0, (b, kv_head, first))
+        scores = self._each_vector(splat(0.0))
+        with T.serial(d) as c:
+            for v, score in enumerate(scores):
+                lanes = ramp(c * block.rows + v * LANES)
+                store(score, queries[lanes] * rows[lanes] + score[ramp(0)], ramp(0))
+        self._load_rows(rows, self.own_v.data, 1.0, (b, kv_head, first))
+        factors, weights = [], []
+        for score, top, total in zip(scores, tops, totals, strict=True):
+            highest = T.Bind(T.max(top[ramp(0)], score[ramp(0)]))
+            factors.append(T.Bind(exp2(top[ramp(0)] - highest)))
+            weights.append(T.Bind(exp2(score[ramp(0)] - highest)))
+            store(total, total[ramp(0)] * factors[-1] + weights[-1], ramp(0))
+        with T.serial(d) as c:
+            self._scale_result(result, c, factors)
+            for v, weight in enumerate(weights):
+                lanes = ramp(c * block.rows + v * LANES)
+                store(result, rows[lanes] * weight + result[lanes], lanes)
 
     def _reader(self, rows: Rows, decoded: Any, b: Index, kv_head: Index, base: Index, count: Index) -> Reader:
         """Return how to read an element of a row, counted from ``base``; rows of codes are decoded first, once for all queries."""
@@ -233,17 +287,19 @@ class _Attention:
             store(kept, values[v % len(values)], ramp(0))
         return found
 
-    def _load_queries(self, queries: Any, b: Index, h: Index, first: Index) -> None:
-        """Write the block's queries, scaled, as [channel][row]; rows after the last repeat it and are not stored later."""
+    def _load_rows(self, buffer: Any, source: Any, factor: float, place: tuple[Index, Index, Index]) -> None:
+        """Write a head of the block's rows, times a factor, as [channel][row]; those after the last repeat it and are not stored later."""
+        b, head, first = place
         with T.serial(self.block.vectors) as v:
 
             def part(c: Index, width: int) -> None:
                 rows = []
                 for r in range(LANES):
-                    where = (b, T.min(first + v * LANES + r, self.tokens - 1), ramp(h * self.d + c))
-                    rows.append(self.q[where] if width == LANES else load_part(self.q, below(width), *where))
+                    where = (b, T.min(first + v * LANES + r, self.tokens - 1), ramp(head * self.d + c))
+                    rows.append(source[where] if width == LANES else load_part(source, below(width), *where))
                 for i, column in enumerate(transpose(rows)[:width]):
-                    store(queries, column * splat(self.scale), ramp((c + i) * self.block.rows + v * LANES))
+                    scaled = column if factor == 1.0 else column * splat(factor)
+                    store(buffer, scaled, ramp((c + i) * self.block.rows + v * LANES))
 
             self._each_chunk(part)
 
@@ -300,11 +356,12 @@ class _Attention:
                 store(highest[v], T.max(highest[v][ramp(0)], kept[ramp(0)]), ramp(0))
 
     def _hide_later_keys(self, dots: list[list[Any]], keys: list[Index], first: Index, before: Index) -> None:
-        """Hide the keys of a tile from the rows that stand before them; most tiles have none."""
-        with T.If(keys[-1] - before > first), T.Then():
+        """Hide the keys of a tile from the rows that stand before them; most tiles have none. ``own`` hides a row's own token too."""
+        own = 1 if self.own == "token" else 0
+        with T.If(keys[-1] + own - before > first), T.Then():
             for key, dot in zip(keys, dots, strict=True):
                 for v, kept in enumerate(dot):
-                    visible = splat(T.cast(key - before - (first + v * LANES), "int32")) <= ramp(T.int32(0))
+                    visible = splat(T.cast(key + own - before - (first + v * LANES), "int32")) <= ramp(T.int32(0))
                     store(kept, tirx.Select(visible, kept[ramp(0)], splat(-math.inf)), ramp(0))
 
     def _hide_earlier_keys(self, dots: list[list[Any]], keys: list[Index], first: Index, before: Index) -> None:
@@ -397,15 +454,17 @@ class _Attention:
             for c in range(0, padded, LANES):
                 store(sums, splat(0.0), ramp(i * padded + c))
         before = T.Bind(self._before(b))
-        passes, skipped = (before + self.tokens + self.block.pass_keys - 1) // self.block.pass_keys, self._first_pass(before, long(0))
-        with T.serial(passes - skipped) as p, T.serial(queries) as i:
-            row, h, base = T.Bind(i // self.share), T.Bind(head + i % self.share), T.Bind((p + skipped) * self.block.pass_keys)
-            seen = before + row + 1 if self.causal else self.keys
-            count = T.Bind(T.min(seen - base, long(self.block.pass_keys)))
-            with T.If(count > 0), T.Then():
-                hidden = T.Bind(before + row + 1 - self.window - base) if self.window else None
-                factor = self._row_scores(weights, (tops, totals, i), (b, h, row, kv_head, base, count), hidden)
-                self._row_values(weights, factor, (sums, i * padded), (b, kv_head, base, count))
+        state, task = (weights, tops, totals, sums, padded), (b, head, kv_head)
+        # How many keys before its own token and from there on a row sees.
+        past_rows = (self.k, self.v), before
+        behind = {"": lambda row: before + row + 1 if self.causal else self.keys, "token": lambda row: before + row}
+        self._few_passes(task, state, past_rows, behind.get(self.own, lambda row: before), before + self.tokens)
+        if self.own == "call":
+            self._few_passes(task, state, ((self.own_k, self.own_v), long(0)), lambda row: row + 1, self.tokens)
+        elif self.own:
+            with T.serial(queries) as i:
+                row, h = T.Bind(i // self.share), T.Bind(head + i % self.share)
+                self._few_keys(state, i, (b, h, row, kv_head, row, long(1)), None, (self.own_k, self.own_v))
         with T.serial(queries) as i:
             total = T.Bind(totals[i])
             inverse = T.Bind(tirx.Select(total > T.float32(0.0), T.float32(1.0) / total, T.float32(0.0)))
@@ -413,10 +472,34 @@ class _Attention:
                 value = sums[ramp(i * padded + c)] * splat(inverse)
                 self._store(rounding, value, (b, i // self.share, (head + i % self.share) * self.d + c), width)
 
+    def _few_passes(
+        self, task: tuple[Index, ...], state: tuple[Any, ...], source: tuple[tuple[Rows, Rows], Index], seen: Callable[[Index], Index],
+        most: Index,
+    ) -> None:  # fmt: skip
+        """Take the first ``seen(row)`` of at most ``most`` keys for each query row; ``source``: rows, and how many before the queries."""
+        b, head, kv_head = task
+        rows, before = source
+        passes, skipped = (most + self.block.pass_keys - 1) // self.block.pass_keys, self._first_pass(before, long(0))
+        with T.serial(passes - skipped) as p, T.serial(T.Bind(self.tokens * self.share)) as i:
+            row, h, base = T.Bind(i // self.share), T.Bind(head + i % self.share), T.Bind((p + skipped) * self.block.pass_keys)
+            count = T.Bind(T.min(seen(row) - base, long(self.block.pass_keys)))
+            with T.If(count > 0), T.Then():
+                hidden = T.Bind(before + row + 1 - self.window - base) if self.window else None
+                self._few_keys(state, i, (b, h, row, kv_head, base, count), hidden, rows)
+
+    def _few_keys(self, state: tuple[Any, ...], i: Index, place: tuple[Index, ...], hidden: Index | None, rows: tuple[Rows, Rows]) -> None:
+        """Take one pass of keys and values for one query row."""
+        weights, tops, totals, sums, padded = state
+        b, _, _, kv_head, base, count = place
+        factor = self._row_scores(weights, (tops, totals, i), place, hidden, rows[0])
+        self._row_values(weights, factor, (sums, i * padded), (b, kv_head, base, count), rows[1])
+
     def _query(self, b: Index, row: Index, channel: Index, width: int) -> Any:
         return self.q[b, row, ramp(channel)] if width == LANES else load_part(self.q, below(width), b, row, ramp(channel))
 
-    def _row_scores(self, weights: Any, state: tuple[Any, Any, Index], place: tuple[Index, ...], hidden: Index | None) -> Expression:
+    def _row_scores(
+        self, weights: Any, state: tuple[Any, Any, Index], place: tuple[Index, ...], hidden: Index | None, keys: Rows
+    ) -> Expression:
         """Fill ``weights`` with exp2(score - maximum) of one pass of keys; update maximum and sum, return the earlier passes' factor.
 
         The first ``hidden`` keys of the pass stand before the row's window.
@@ -429,14 +512,14 @@ class _Attention:
         query = [T.Bind(self._query(b, row, h * self.d + c, width) * splat(self.scale)) for c, width in self.chunks()]
         with T.serial(count) as j:
             dot: Any = None
-            zero = self.k.zero(b, base + j, kv_head)
+            zero = keys.zero(b, base + j, kv_head)
             zero = T.Bind(zero) if zero is not None else None
             for (c, width), part in zip(self.chunks(), query, strict=True):
-                product = part * _less(self.k.vector(b, base + j, kv_head, c, width), zero)
+                product = part * _less(keys.vector(b, base + j, kv_head, c, width), zero)
                 dot = product if dot is None else dot + product
             score = fold(dot, operator.add)
-            if self.k.stored:
-                score = score * self.k.scale(b, base + j, kv_head)
+            if keys.stored:
+                score = score * keys.scale(b, base + j, kv_head)
             if self.bias is not None:
                 where = (T.min(b, self.bias_batch - 1), T.min(h, self.bias_heads - 1), row, base + j)
                 score = score + self.bias[where] * T.float32(math.log2(math.e))
@@ -461,7 +544,7 @@ class _Attention:
         store(tops, highest, query_index)
         return factor[ramp(0)]
 
-    def _row_values(self, weights: Any, factor: Expression, result: tuple[Any, Index], place: tuple[Index, ...]) -> None:
+    def _row_values(self, weights: Any, factor: Expression, result: tuple[Any, Index], place: tuple[Index, ...], values: Rows) -> None:
         """Add weights x values of one pass to the row's sums, two keys at a time to shorten the chain of dependent sums."""
         b, kv_head, base, count = place
         buffer, start = result
@@ -473,11 +556,11 @@ class _Attention:
             second = T.Bind(T.min(pair * 2 + 1, count - 1))
             last = T.Bind(tirx.Select(pair * 2 + 1 < count, weights[second], T.float32(0.0)))
             for key, weight, totals in ((pair * 2, weights[pair * 2], even), (second, last, odd)):
-                zero = self.v.zero(b, base + key, kv_head)
+                zero = values.zero(b, base + key, kv_head)
                 zero = T.Bind(zero) if zero is not None else None
-                share = T.Bind(weight * self.v.scale(b, base + key, kv_head)) if self.v.stored else weight
+                share = T.Bind(weight * values.scale(b, base + key, kv_head)) if values.stored else weight
                 for (c, width), kept in zip(self.chunks(), totals, strict=True):
-                    value = _less(self.v.vector(b, base + key, kv_head, c, width), zero)
+                    value = _less(values.vector(b, base + key, kv_head, c, width), zero)
                     store(kept, value * splat(share) + kept[ramp(0)], ramp(0))
         for (c, _), first, other in zip(self.chunks(), even, odd, strict=True):
             store(buffer, first[ramp(0)] + other[ramp(0)], ramp(start + c))

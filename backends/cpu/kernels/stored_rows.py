@@ -10,6 +10,8 @@ from qcompile.backends.cpu.kernels.vector import rounded
 from tvm import tirx
 from tvm.tirx.script.builder import ir as T
 
+VECTORS = 256  # in a table: a code is one byte
+
 
 @dataclass(frozen=True)
 class Stored:
@@ -21,6 +23,7 @@ class Stored:
         per_head: a scale for each token and head; else one for each token.
         affine: there are zero points, int32, of the shape of the scales.
         turned: the codes are those of keys before rotary positions, which turn the first so many channels of each head.
+        coupled: so many channels, 2, 4 or 8, share a code of a byte, a place in a table of vectors; 0: each has a code of its own.
     """
 
     bits: int = 8
@@ -28,6 +31,7 @@ class Stored:
     per_head: bool = True
     affine: bool = False
     turned: int = 0
+    coupled: int = 0
 
     @property
     def dtype(self) -> str:
@@ -36,6 +40,8 @@ class Stored:
 
     def why_not(self, d: int) -> str:
         """Return why heads of d channels cannot be read, or nothing."""
+        if self.coupled and LANES % self.coupled:
+            return f"runs of {self.coupled} channels do not divide a vector"
         if d % LANES:
             return f"codes of {d} channels of a head are not whole vectors"
         return f"pairs of {self.turned} turned channels are not whole vectors apart" if self.turned % (2 * LANES) else ""
@@ -44,6 +50,7 @@ class Stored:
 class Rows:
     """The argument ``name`` [batch, keys, heads * d] in float32, or in codes, ``heads * d * bits / 8`` bytes of a row.
 
+    Codes of coupled channels are ``heads * d / coupled`` bytes of a row, with ``{name}_table`` [heads * d / coupled, 256, coupled] float32.
     Its scales ``{name}_scale`` float32 [batch, keys, heads or 1], and zero points, are declared apart: they are later arguments. After
     them stand ``{name}_cos`` and ``{name}_sin`` [1, at least keys, turned], where the rows are to be turned.
     """
@@ -52,26 +59,30 @@ class Rows:
         self._name, self._sizes, self._heads, self._d, self.stored = name, sizes, heads, d, stored
         if stored and (reason := stored.why_not(d)):
             raise ValueError(reason)
-        width = heads * d * (stored.bits if stored else 8) // 8
-        self._data = argument(name, (*sizes, width), stored.dtype if stored else "float32")
+        width = heads * d * (stored.bits if stored else 8) // 8 // ((stored and stored.coupled) or 1)
+        self.data = argument(name, (*sizes, width), stored.dtype if stored else "float32")
+        self._table: Any = None
         self._scale: Any = None
         self._zero: Any = None
         self._angles: tuple[Any, ...] = ()
 
     def declare_scales(self) -> None:
-        """Declare the arguments that follow where there are codes: scales, zero points, angles."""
+        """Declare the arguments that follow where there are codes: scales and zero points, or the table of vectors; angles."""
         if self.stored is None:
             return
         shape = (*self._sizes, self._heads if self.stored.per_head else 1)
-        self._scale = argument(f"{self._name}_scale", shape)
-        self._zero = argument(f"{self._name}_zero_point", shape, "int32") if self.stored.affine else None
+        if coupled := self.stored.coupled:
+            self._table = argument(f"{self._name}_table", (self._heads * self._d // coupled, VECTORS, coupled))
+        else:
+            self._scale = argument(f"{self._name}_scale", shape)
+            self._zero = argument(f"{self._name}_zero_point", shape, "int32") if self.stored.affine else None
         if self.stored.turned:
             angles = (1, self._sizes[1], self.stored.turned)
             self._angles = tuple(argument(f"{self._name}_{part}", angles) for part in ("cos", "sin"))
 
     def scalar(self, b: Index, key: Index, head: Index, c: Index) -> Expression:
         """Return one element of float rows."""
-        return self._data[b, key, head * self._d + c]
+        return self.data[b, key, head * self._d + c]
 
     def scale(self, b: Index, key: Index, head: Index) -> Expression:
         """Return what a row of a head is to be multiplied by; 1 for floats."""
@@ -85,7 +96,7 @@ class Rows:
         """Return sixteen channels of a head from channel ``c`` on, neither scaled nor less the zero point, float32."""
         if self.stored is None:
             start, whole = head * self._d + c, width == LANES
-            return self._data[b, key, ramp(start)] if whole else load_part(self._data, below(width), b, key, ramp(start))
+            return self.data[b, key, ramp(start)] if whole else load_part(self.data, below(width), b, key, ramp(start))
         return self._turned(b, key, head, c) if self.stored.turned else self._codes(b, key, head, c)
 
     def _turned(self, b: Index, key: Index, head: Index, c: int) -> Expression:
@@ -117,9 +128,11 @@ class Rows:
         """Return sixteen codes as float32; sixteen codes of b bits are 2 b bytes, of which each lane takes the one or two it lies in."""
         assert self.stored is not None
         bits = self.stored.bits
+        if self.stored.coupled:
+            return self._vectors(b, key, head * self._d + c, self.stored.coupled)
         if bits == 8:
-            return T.cast(self._data[b, key, ramp(head * self._d + c)], f"float32x{LANES}")
-        chunk = T.Bind(self._data[b, key, ramp((head * self._d + c) * bits // 8, 2 * bits)])
+            return T.cast(self.data[b, key, ramp(head * self._d + c)], f"float32x{LANES}")
+        chunk = T.Bind(self.data[b, key, ramp((head * self._d + c) * bits // 8, 2 * bits)])
         places = [lane * bits // 8 for lane in range(LANES)]
         chunks = [chunk] * -(-LANES // (2 * bits))  # a shuffle gives no more lanes than it takes
         word = T.cast(tirx.Shuffle(chunks, places), f"uint32x{LANES}")
@@ -130,6 +143,13 @@ class Rows:
         codes = (word >> shifts) & splat(T.uint32((1 << bits) - 1))
         codes = codes ^ splat(T.uint32(1 << (bits - 1))) if self.stored.signed else codes
         return T.cast(T.reinterpret(f"int32x{LANES}", codes), f"float32x{LANES}")
+
+    def _vectors(self, b: Index, key: Index, channel: Index, coupled: int) -> Expression:
+        """Return sixteen channels from the vectors that their codes name; ``coupled`` floats lie side by side."""
+        first = channel // coupled
+        runs = [first + i for i in range(LANES // coupled)]
+        parts = [T.Bind(self._table[run, T.cast(self.data[b, key, run], "int64"), ramp(0, coupled)]) for run in runs]
+        return tirx.Shuffle(parts, list(range(LANES)))
 
     def _place(self, b: Index, key: Index, head: Index) -> tuple[Index, Index, Index]:
         assert self.stored is not None

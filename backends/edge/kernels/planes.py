@@ -35,6 +35,7 @@ Array = np.ndarray[Any, Any]
 
 SIZES = "height width channels out_height out_width stride_y pad_y pad_x x_zero pitch band"
 PLANE_BYTES = 2048  # of a band of several lines
+WORTH_WHOLE = 2  # how many times the bytes of a whole plane the result must have
 MOST_COLUMNS = 5  # whose sums fit in registers
 UNROLLED_LINES = 3  # of a kernel; more are a loop
 
@@ -88,12 +89,17 @@ def columns_together(out_width: int, most: int = MOST_COLUMNS) -> int:
     return min(range(1, min(most, out_width) + 1), key=lambda columns: (-out_width % columns if columns > 2 else out_width, -columns))
 
 
-def plane_sizes(spec: Planes, out_height: int, out_width: int, width: int, stride_y: int, pad_x: int) -> tuple[int, int, int]:
+def plane_sizes(
+    spec: Planes, out_height: int, out_width: int, width: int, channels: int, stride_y: int, pad_x: int
+) -> tuple[int, int, int]:
     """Return the elements of a line of the plane, the lines of the result in a band, and the elements of the plane."""
     pitch = max((out_width - 1) * spec.stride + spec.kernel_width, pad_x + width)
     most = PLANE_BYTES // (pitch * (2 if spec.pairs else 1))
     band = min(out_height, max(1, (most - spec.kernel_height) // stride_y + 1))
-    return pitch, band, ((band - 1) * stride_y + spec.kernel_height) * pitch + 1  # the last pair ends behind it
+    # A channel that is copied whole lets the result take the place of the image (``overlaps``), which saves more than the plane takes.
+    whole = ((out_height - 1) * stride_y + spec.kernel_height) * pitch * (2 if spec.pairs else 1)
+    band = out_height if WORTH_WHOLE * whole <= out_height * out_width * channels else band
+    return pitch, band, ((band - 1) * stride_y + spec.kernel_height) * pitch + spec.together - 1  # the last pair ends behind it
 
 
 def pack_channels(weight: Array, bits: int) -> Array:
@@ -119,7 +125,7 @@ def planes(spec: Planes) -> tirx.PrimFunc:
         s = dict(zip(names.split(), numbers(names), strict=True))
         y, plane = pointer("y", spec.codes.dtype), pointer("plane", spec.plane_dtype)
         lines = let("lines", (s["band"] - 1) * s["stride_y"] + spec.kernel_height)
-        with loop("i", lines * s["pitch"] + 1) as i:
+        with loop("i", lines * s["pitch"] + spec.together - 1) as i:
             store(plane, T.cast(s["x_zero"], spec.plane_dtype), i)
         with loop("c", s["channels"]) as c:
             taps = _load_taps(spec, weight, c)

@@ -128,6 +128,58 @@ def test_caches_of_codes(compile_kernel: Build, key: str, value: str, isa: str, 
         assert float((out - expected).abs().max()) <= 2 * bound(q, meant[0], meant[1], d, 0.2), (tokens, past)
 
 
+@pytest.mark.parametrize(
+    ("own", "stored", "d", "window", "isa"),
+    [
+        ("token", None, 20, 0, ISAS[0]),
+        ("call", None, 20, 9, ISAS[0]),
+        ("token", "uint4 group=32 affine dynamic", 32, 9, ISAS[0]),
+        ("call", "uint4 group=32 affine dynamic", 32, 0, ISAS[0]),
+        ("call", "int8 token sym dynamic", 32, 150, ISAS[-1]),
+        ("token", None, 20, 5, ISAS[-1]),
+    ],
+)
+def test_own_tokens_in_float(compile_kernel: Build, own: str, stored: str | None, d: int, window: int, isa: str) -> None:
+    """A query's own token, or all tokens of the call, are not what the cache holds of them; there, the cache is not even read."""
+    scheme = parse_scheme(stored) if stored else None
+    rows = Stored(scheme.bits, scheme.format.lowest < 0, "group" in str(scheme), not scheme.symmetric) if scheme else None
+    kernel = compile_kernel(
+        attention(4, 2, d, 0.3, key_mask=False, causal=True, past=True, window=window, own=own, stored_k=rows, stored_v=rows, isa=isa), isa
+    )
+    for tokens, capacity, past in ((1, 300, [0, 299, 128]), (3, 150, [147, 0, 5]), (40, 290, [250, 129, 0]), (140, 140, [0, 0, 0])):
+        q, *cached = tensors(4, 2, d, 3, tokens, capacity)
+        _, *mine = tensors(4, 2, d, 3, 1, tokens)
+        memory, scales, past_tokens = cached, [], torch.tensor(past)
+        if scheme:
+            memory = []
+            for place, x in enumerate(cached):
+                codes, scale, zero = torch.ops.qc.quantize_dynamic(x * 3 + 1, stored)
+                memory.append(scheme.format.pack(codes))
+                scales += [scale] if scheme.symmetric else [scale, zero]
+                cached[place] = torch.ops.qc.dequantize(codes, scale, None if scheme.symmetric else zero, stored)
+        meant = [t.double() for t in (q, *cached, *mine)]
+        if own == "token":
+            expected = torch.ops.qc.attention(*meant[:3], None, 4, 2, 0.3, True, past_tokens, window, *meant[3:])
+        else:
+            appended = [torch.ops.qc.cache_append(a, b, past_tokens) for a, b in zip(meant[1:3], meant[3:], strict=True)]
+            expected = torch.ops.qc.attention(meant[0], *appended, None, 4, 2, 0.3, True, past_tokens, window)
+        if not scheme:
+            for row, before in enumerate(past):
+                for x in memory:
+                    x[row, before + (tokens if own == "token" else 0) :] = math.nan
+        out = untouched(q)
+        kernel(q, *memory, past_tokens, *mine, *scales, out)
+        largest = [torch.stack([a.nan_to_num().abs().amax(), b.abs().amax()]).amax() for a, b in zip(cached, mine, strict=True)]
+        most = bound(q, *(value.expand(1, capacity) for value in largest), d, 0.3)
+        assert float((out - expected).abs().max()) <= 2 * most, (tokens, past)
+
+
+@pytest.mark.parametrize("options", [{"causal": False}, {"causal": True, "key_mask": True}])
+def test_own_tokens_of_other_attention_are_refused(options: dict[str, bool]) -> None:
+    with pytest.raises(ValueError, match="own tokens are of causal attention without a mask"):
+        attention(2, 2, 16, 1.0, **{"key_mask": False, **options}, own="call")
+
+
 @pytest.mark.parametrize(("d", "stored"), [(20, Stored()), (32, Stored(turned=16))])
 def test_codes_of_heads_that_are_no_whole_vectors_are_refused(d: int, stored: Stored) -> None:
     with pytest.raises(ValueError, match="not whole vectors"):
