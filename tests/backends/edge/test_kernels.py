@@ -76,6 +76,7 @@ class Model:
         self.outputs.append(self.graph.call_function(operator, arguments))
 
     def finish(self) -> Graph:
+        self.outputs.reverse()  # they lie one after another: what is written behind one spoils one that was written before
         self.graph.output(tuple(self.outputs))
         types = [TensorType(x.dtype, tuple(x.shape)) for x in self.inputs]
         return Graph(fx.GraphModule(self.root, self.graph), types, stage=Stage.INTEGER)
@@ -160,7 +161,7 @@ DEPTHWISE = [
     Conv(3, 3, height=5, width=1, kernel=(3, 1), padding=(1, 0), depthwise=True),
     Conv(3, 3, height=1, width=1, kernel=(3, 3), padding=(1, 1), depthwise=True),
     Conv(3, 3, height=2, width=2, kernel=(4, 4), padding=(2, 2), depthwise=True),
-    Conv(2, 2, height=60, width=30, depthwise=True),  # bands
+    Conv(2, 2, height=61, width=30, depthwise=True),  # bands
     Conv(2, 2, height=40, width=50, kernel=(5, 5), stride=(2, 2), padding=(2, 2), depthwise=True),
     Conv(2, 2, height=3, width=400, kernel=(5, 5), padding=(2, 2), depthwise=True),  # a line is more than a band may take
     Conv(4, 4, dilation=(2, 2), padding=(2, 2), depthwise=True),
@@ -239,7 +240,7 @@ def codes_model() -> Model:
             scheme,
         )
         model.call(aten.max_pool2d.default, model.input(random_codes(image, signed, seed)), [3, 2], [2, 2], [1, 1])
-        model.call(aten.max_pool2d.default, model.input(random_codes(image, signed, seed)), [2, 2], [1, 1], [0, 0], [2, 3])
+        model.call(aten.max_pool2d.default, model.input(random_codes(image, signed, seed)), [3, 3], [1, 1], [1, 1], [2, 3])
         model.call(
             qc.lookup.default, model.input(random_codes(image, signed, seed)), model.constant(random_codes((256,), not signed, seed))
         )
