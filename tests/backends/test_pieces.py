@@ -125,6 +125,24 @@ def test_overlaps_and_parts_save_memory() -> None:
     assert plan.bytes == over.regions[0].length
 
 
+def test_a_result_overlaps_the_slice_it_reads() -> None:
+    """Of a value of 9 rows the last 7 are read, by a slice that begins at its row 2: the 6 rows of the sum lie inside it."""
+
+    def cut(builder: Any, x: Any) -> Any:
+        whole = builder.emit_te(kernel("turn"), x, primfunc_name_hint="turn")
+        part = builder.emit(relax.op.strided_slice(whole, [1], [2], [ROWS], assume_inbound=True))
+        return builder.emit_te(kernel("turn"), builder.emit_te(kernel("sum"), part, primfunc_name_hint="sum"), primfunc_name_hint="turn")
+
+    sequence = read_sequence(module(cut))
+    (overlap,) = describe_sequence(sequence, leads).steps[1].overlaps
+    assert overlap.lead == CHANNELS - 2 * COLUMNS * CHANNELS
+    arena = plan_arena(sequence, 1, leads=leads, exact=True)
+    assert [region.length for region in arena.regions] == [ROWS * COLUMNS * CHANNELS]
+    x = np.random.default_rng(1).integers(0, 256, (1, ROWS, COLUMNS, CHANNELS), np.uint8)
+    turned = x * np.uint8(3) + np.uint8(1)
+    assert np.array_equal(run(sequence, arena, x), (turned[:, 2:-1] + turned[:, 3:]) * np.uint8(3) + np.uint8(1))
+
+
 def test_what_is_not_contiguous_is_refused() -> None:
     cases = {
         "slice": lambda b, x: b.emit_te(kernel("turn"), b.emit(relax.op.strided_slice(x, [2], [1], [3], assume_inbound=True))),

@@ -166,8 +166,9 @@ def test_conv2d_pads_side_by_side() -> None:
     bias = torch.randint(-900, 900, (3,), dtype=torch.int32)
 
     def run(x: torch.Tensor, padding: list[int]) -> torch.Tensor:
-        args = (x, torch.tensor(0.02), zero, w, torch.rand(3, generator=torch.Generator().manual_seed(0)), None, bias, None, torch.tensor(1.0),
-                zero, "uint8 tensor affine", "int8 channel=0 sym", 3, [2, 1], padding, [1, 1], 1, "none", "uint8 tensor affine")  # fmt: skip
+        scale = torch.rand(3, generator=torch.Generator().manual_seed(0))
+        args = (x, torch.tensor(0.02), zero, w, scale, None, bias, None, torch.tensor(1.0), zero, "uint8 tensor affine",
+                "int8 channel=0 sym", 3, [2, 1], padding, [1, 1], 1, "none", "uint8 tensor affine")  # fmt: skip
         check_meta(qc.conv2d, *args)
         return qc.conv2d(*args)
 
