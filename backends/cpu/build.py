@@ -12,7 +12,7 @@ from qcompile.backends.cpu.spool import keeper
 from qcompile.backends.cpu.tiling import Tiling
 from qcompile.backends.lowering.converters import fixed_point_refused, named_arguments
 from qcompile.backends.lowering.shapes import dtype_name
-from qcompile.backends.lowering.translate import translate
+from qcompile.backends.lowering.translate import COMPILE_LOCK, translate
 from torch import fx
 
 from qcompile.graph.code_operators import is_fixed_point
@@ -44,7 +44,7 @@ def build(
     for node in graph_module.graph.nodes:
         if node.op == "call_function" and is_fixed_point(named_arguments(node)):
             raise fixed_point_refused(node)  # before a legalizer, which would read the scales
-    with pipeline.COMPILE_LOCK:  # building Relax runs TVM's passes too
+    with COMPILE_LOCK:  # building Relax runs TVM's passes too
         lowered = translate(
             graph_module, legalize=LEGALIZE if kernels else {}, taps=taps, tiling=tiling or Tiling(), keep=keeper(graph_module)
         )

@@ -24,10 +24,10 @@ from qcompile.backends.cpu.kernels import isa
 from qcompile.backends.cpu.kernels.processor import thread_count
 from qcompile.backends.cpu.machine import Step
 from qcompile.backends.cpu.memory import aligned, place
-from qcompile.backends.cpu.pipeline import COMPILE_LOCK
 from qcompile.backends.cpu.team import connect, library, set_threads
 from qcompile.backends.cpu.tensor_machine import ModuleFunctions, TensorMachine, read_program
 from qcompile.backends.lowering.fallback import Fallback
+from qcompile.backends.lowering.translate import COMPILE_LOCK
 from tvm import relax
 from tvm.support import cc
 

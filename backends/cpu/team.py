@@ -527,7 +527,7 @@ def _teams() -> _Teams:
 
 def _layout() -> str:
     """Return the lines of LLVM text that name this machine, as TVM writes them for any function."""
-    from qcompile.backends.cpu.pipeline import COMPILE_LOCK
+    from qcompile.backends.lowering.translate import COMPILE_LOCK
 
     with COMPILE_LOCK:
         text = tvm.tirx.build(tvm.IRModule({CONNECT: connector()}), tvm.target.Target("llvm")).inspect_source("ll")

@@ -38,11 +38,11 @@ class EdgeTarget(Target):
 
     def __init__(self, processor: str = DEFAULT_PROCESSOR, limits: MemoryLimits | None = None, *, named: bool = False) -> None:
         self.processor = find_processor(processor)
-        self.limits = limits or MemoryLimits()
+        self.memory_limits = limits or MemoryLimits()
         self.name = f"edge:{processor}" if named else "edge"
 
     def variant(self, name: str) -> Target:
-        return EdgeTarget(name, self.limits, named=True)
+        return EdgeTarget(name, self.memory_limits, named=True)
 
     def with_limits(self, limits: MemoryLimits) -> Target:
         named, processor = self.name != "edge", self.processor.name
@@ -68,7 +68,7 @@ class EdgeTarget(Target):
     def write_folder(self, graph: Graph, golden: Sequence[torch.Tensor], folder: Path, *, name: str = "model") -> dict[str, Any]:
         from qcompile.backends.edge.folder import write_folder
 
-        return write_folder(graph, golden, folder, self.processor, self.limits, self.name, name)
+        return write_folder(graph, golden, folder, self.processor, self.memory_limits, self.name, name)
 
     def verify_folder(self, folder: Path, *, sanitize: bool = False) -> dict[str, Any]:
         from qcompile.backends.edge.verification import verify_folder

@@ -17,7 +17,8 @@ ACTIVATIONS = ("none", "relu", "silu")
 def linear_to_float(product: Product, *, bias: bool, activation: str, residual: bool) -> tirx.PrimFunc:
     """Build ``f(x, x_scale, weight, weight_scale, [bias], [residual], rows, length, out_channels, y, [pairs])``.
 
-    y float32 [rows, out channels]; x [rows, length] codes, a scale for each row; ``y = activation((float32(sum) * weight_scale) * x_scale + bias) + residual``.
+    y float32 [rows, out channels]; x [rows, length] codes, a scale for each row;
+    ``y = activation((float32(sum) * weight_scale) * x_scale + bias) + residual``.
     """
     with function("linear_to_float") as builder:
         x, x_scale, weight = pointer("x", product.input_dtype), pointer("x_scale", "float32"), pointer("weight", product.weight_dtype)
@@ -109,7 +110,7 @@ def gather_rows(bits: int) -> tirx.PrimFunc:
 
 
 def append_rows(dtype: str) -> tirx.PrimFunc:
-    """Build ``f(cache, new, past, capacity, tokens, width)``: rows of ``new`` from row ``past`` of the cache on, as far as there is room."""
+    """Build ``f(cache, new, past, capacity, tokens, width)``: rows of ``new`` from row ``past`` of the cache on, where there is room."""
     with function(f"append_rows_{dtype}") as builder:
         cache, new, past = pointer("cache", dtype), pointer("new", dtype), pointer("past", "int64")
         capacity, tokens, width = numbers("capacity tokens width")
