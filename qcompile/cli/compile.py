@@ -47,6 +47,7 @@ if TYPE_CHECKING:
 def compile(model: str, recipe: str | None, target: str, calibrate: str | None, output: Path | None, **flags: Any) -> None:
     """Compile MODEL (.onnx, .pt2, .gguf, Hugging Face folder, python:FILE_OR_MODULE:FUNCTION) to an artifact."""
     from qcompile.capture.sizes import parse_sizes
+    from qcompile.checkpoint import Checkpoints
     from qcompile.compiler import Options, finish, run_compile
 
     start = time.perf_counter()
@@ -76,8 +77,10 @@ def compile(model: str, recipe: str | None, target: str, calibrate: str | None, 
         done = run_compile(model, recipe=recipe, target=target, calibration=calibrate, options=options)
         told = _write_folder(done, folder, flags["context"]) if folder and writes else {}
     except Refused:
-        if folder and folder.is_dir() and not any(folder.iterdir()):
-            folder.rmdir()
+        if folder and writes:
+            Checkpoints.discard(output)
+            if not any(folder.iterdir()):
+                folder.rmdir()
         raise
     if flags["why_not"]:
         for line in done.context.log.why_not(flags["why_not"]) or [f"no rule was tried at {flags['why_not']}"]:

@@ -39,7 +39,7 @@ def example_files(
         **(_memories(processor.machine, processor.emulator) if processor.machine else {}),
     }
     paths = {name: name for name in ("Makefile", "CMakeLists.txt")}
-    paths |= {f"example/{name}": name for name in ("main.c", "stream.c", "port.h", f"port_{processor.port}.c")}
+    paths |= {f"example/{name}": name for name in ("main.c", "measure.h", "stream.c", "port.h", f"port_{processor.port}.c")}
     if processor.machine:
         paths["example/link.ld"] = "link.ld"
     if decoder:
