@@ -491,7 +491,12 @@ def library() -> bytes:
 
 def _compiled() -> Any:
     """Return the module of teams."""
-    text = _layout() + Template(_TEAM).substitute(pause=_PAUSE.get(machine(), ""), pauses=PAUSES, longest=PAUSES + YIELDS)
+    # Named here: the object would bear the name of the temporary file, another each time.
+    text = (
+        'source_filename = "team"\n'
+        + _layout()
+        + Template(_TEAM).substitute(pause=_PAUSE.get(machine(), ""), pauses=PAUSES, longest=PAUSES + YIELDS)
+    )
     with tempfile.NamedTemporaryFile("w", suffix=".ll") as file:
         file.write(text)
         file.flush()

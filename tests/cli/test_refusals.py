@@ -97,7 +97,7 @@ COMPILE = [
     ("TINY:spectrum --target cpu --recipe float", "this operator cannot be lowered"),
     ("TINY:mlp -o absent/model.qc", "absent: there is no such folder"),
     ("TINY:mlp -o /proc/model.qc", "cannot write here|cannot be written"),
-    ("TINY:mlp -o .", "is a directory"),
+    ("TINY:mlp -o .", "this is a folder; name a file"),
     ("TINY:mlp --recip w8a8", "No such option '?--recip"),
     ("", "Missing argument 'MODEL'"),
 ]

@@ -192,5 +192,5 @@ def test_one_kernel_at_a_time_computes_the_same() -> None:
     machine = built._machine()
     results = machine._bind([x], (5,))
     for i in range(len(machine._program.kernels)):
-        machine._calls(machine._table, i, i + 1)
+        machine._functions.calls(machine._table, i, i + 1)
     assert_same(tuple(results), wanted)
